@@ -1,0 +1,41 @@
+"""Exactly reversible training of residual networks (BDIA) in JAX.
+
+    h = block(params_k, x, key_k, *consts)                     # the update of one block
+    y = bdia_jax.reversible_scan(block, stacked_params, x, key=key)
+
+This module is the table of contents of the core, which imports neither Flax nor optax.
+"""
+
+from bdia_jax.fixed_point import from_grid, on_grid, quantize, straight_through, to_grid
+from bdia_jax.maps import (
+    bdia_inverse,
+    bdia_step,
+    pre_rounding,
+    rounding_error,
+    sample_signs,
+    side_information,
+)
+from bdia_jax.reversible import BackwardReport, reversible_scan, reversible_scan_pair
+from bdia_jax.side_bits import pack_bits, packed_width, unpack_bits
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackwardReport",
+    "bdia_inverse",
+    "bdia_step",
+    "from_grid",
+    "on_grid",
+    "pack_bits",
+    "packed_width",
+    "pre_rounding",
+    "quantize",
+    "reversible_scan",
+    "reversible_scan_pair",
+    "rounding_error",
+    "sample_signs",
+    "side_information",
+    "straight_through",
+    "to_grid",
+    "unpack_bits",
+]

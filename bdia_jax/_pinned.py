@@ -1,0 +1,100 @@
+"""One block, compiled to the same arithmetic in the forward and in the backward pass.
+
+Taking back a step is exact only if the backward pass recomputes the block's update to the last
+bit, and a compiler does not promise that: it fuses, and rounds, the same block differently when
+it is compiled alone and when it is compiled with its derivative. In bfloat16 most recomputed
+integers differ then, and the error doubles with every block on the way down.
+
+Therefore both passes run the same sub-program, :func:`pinned_vjp`: the block together with the
+residuals of its derivative, fenced by ``lax.optimization_barrier`` on both sides, so that
+nothing is fused into it or out of it. A compiler drops what nobody reads, and would drop the
+residuals in the forward pass only; therefore both passes read one element of each
+(:func:`touch`), and fold it into a value that stays alive without being changed by it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import operator
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, UInt32
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """Which leaves of the parameters, and of the constants, a gradient is asked for."""
+
+    params: tuple[bool, ...]
+    consts: tuple[bool, ...]
+
+
+def pinned_vjp(block, wanted: Wanted, params: list, x: Array, key, consts: list):
+    """The update ``h = block(params, x, key, consts)`` and its derivative, pinned.
+
+    Args:
+      block: a closed function of lists of arrays.
+      wanted: the leaves to differentiate by, besides ``x``.
+
+    Returns:
+      ``h``; the function from the cotangent of ``h`` to those of ``(params, x, consts)`` (lists
+      of the wanted leaves); and a uint32 that depends on every residual, to be kept alive.
+    """
+
+    def run(some_params, x, some_consts):
+        return block(
+            merge(wanted.params, some_params, params), x, key,
+            merge(wanted.consts, some_consts, consts),
+        )  # fmt: skip
+
+    h, vjp = jax.vjp(run, select(wanted.params, params), x, select(wanted.consts, consts))
+    residuals, rebuild = jax.tree.flatten(vjp)
+    h, residuals = lax.optimization_barrier((h, residuals))
+    alive = functools.reduce(operator.add, map(touch, residuals), jnp.uint32(0))
+    return h, jax.tree.unflatten(rebuild, residuals), alive
+
+
+def touch(residual: Array) -> UInt32[Array, ""]:
+    """One element of ``residual``, read so that a compiler cannot drop the array.
+
+    Of an array that is sharded over explicit mesh axes, one element of every shard: a slice
+    that leaves no element to some device is an error there. (Flattening it first would gather
+    the whole array on every device.)
+    """
+    if jnp.issubdtype(residual.dtype, jax.dtypes.prng_key):
+        residual = jax.random.key_data(residual)
+    if residual.size == 0:
+        return jnp.uint32(0)
+    shards = _shards(residual)
+    strides = [size // n for size, n in zip(residual.shape, shards, strict=True)]
+    limits = [(n - 1) * stride + 1 for n, stride in zip(shards, strides, strict=True)]
+    element = lax.slice(residual, [0] * residual.ndim, limits, strides)
+    if jnp.issubdtype(element.dtype, jnp.floating):
+        word = jnp.dtype(f"uint{jnp.finfo(element.dtype).bits}")
+        element = lax.bitcast_convert_type(element, word)
+    return jnp.sum(element.astype(jnp.uint32), dtype=jnp.uint32)
+
+
+def _shards(array: Array) -> list[int]:
+    """Per axis, over how many devices the array is known to be split at trace time."""
+    sharding = jax.typeof(array).sharding
+    sizes = dict(sharding.mesh.shape)
+    names = [() if a is None else a if isinstance(a, tuple) else (a,) for a in sharding.spec]
+    names += [()] * (array.ndim - len(names))
+    return [math.prod(sizes[name] for name in axis) for axis in names]
+
+
+def select(mask: tuple[bool, ...], leaves: list) -> list:
+    """The leaves that the mask keeps."""
+    return [leaf for keep, leaf in zip(mask, leaves, strict=True) if keep]
+
+
+def merge(mask: tuple[bool, ...], some: list, leaves: list) -> list:
+    """``leaves``, with those that the mask keeps taken from ``some``."""
+    some = iter(some)
+    return [next(some) if keep else leaf for keep, leaf in zip(mask, leaves, strict=True)]

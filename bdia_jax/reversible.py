@@ -1,0 +1,439 @@
+"""Online back-propagation through a stack of BDIA blocks: one scan forward, one scan back.
+
+The forward scan walks up the blocks and keeps, of every state it leaves behind, one bit per
+element and a checksum. The backward scan walks down: at block k it holds the integers of x_{k+1}
+and x_k and the cotangents a_{k+1} and a_k, recomputes the block, takes back the step to find
+x_{k-1}, and back-propagates through the block it has just recomputed:
+
+    forward, k = 0 … K-1                        backward, k = K-1 … 0
+      h       = block_k(x_k)                      h, vjp  = block_k(x_k) and its derivative
+      q       = round(2^l [(1-γ) x_k + (1+γ) h])  q       = round(2^l [(1-γ) x_k + (1+γ) h])
+      keep s  = (-n_{k-1}) mod 2^m                n_{k-1} = σ (n_{k+1} - q) 2^m - s
+      keep checksum(n_{k-1})                      compare checksum(n_{k-1}); NaN if it differs
+      n_{k+1} = σ ((n_{k-1} + s) >> m) + q        a_k     += (1-γ) a_{k+1} + vjp((1+γ) a_{k+1})
+                                                  a_{k-1} += γ a_{k+1}
+
+The first block has σ = 0: it is the Euler step x_1 = x_0 + Q[h_0], and needs no x_{-1}.
+
+The step is taken back exactly only if both passes compute q to the last bit alike: they run the
+block as one pinned sub-program (:mod:`bdia_jax._pinned` says how, and why that is needed), and
+everything else is integer arithmetic, or float arithmetic written so that every compilation
+rounds it alike (:func:`bdia_jax.maps.pre_rounding`). Exactness is checked all the same, in every
+backward pass: that is what the checksum is for.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array, Bool, Float, Int32, Key, PyTree, UInt, UInt32
+
+from bdia_jax import fixed_point, maps, side_bits
+from bdia_jax._arguments import Inputs, Scan, prepare
+from bdia_jax._pinned import Wanted, merge, pinned_vjp, select
+
+Block = Callable[..., Array]
+
+
+class BackwardReport(NamedTuple):
+    """What the backward pass saw, per block: float32 of shape ``[blocks]`` each.
+
+    Make one with :meth:`zeros`, hand it to :func:`reversible_scan` as ``probe``, and
+    differentiate with respect to it: its "gradient" is the report.
+    """
+
+    mismatched: Float[Array, "blocks"]
+    """Samples whose reconstructed state differs from the one of the forward pass."""
+    corrected: Float[Array, "blocks"]
+    """Roundings that came out differently, and were put right by the tolerance bits."""
+    deviation: Float[Array, "blocks"]
+    """The largest difference, in grid steps, of a corrected rounding."""
+
+    @classmethod
+    def zeros(cls, blocks: int) -> BackwardReport:
+        return cls(*(jnp.zeros(blocks, jnp.float32) for _ in cls._fields))
+
+
+def reversible_scan(
+    block: Block,
+    stacked_params: PyTree[Array],
+    x: Float[Array, "batch *shape"],
+    *,
+    key: Key[Array, ""] | None = None,
+    consts: tuple[PyTree[Array], ...] = (),
+    gamma: float = 0.5,
+    frac_bits: int | None = 9,
+    tolerance_bits: int = 0,
+    backprop: str = "online",
+    probe: BackwardReport | None = None,
+) -> Float[Array, "batch *shape"]:
+    """Runs ``x`` through a stack of residual blocks with BDIA, and returns the last ``x``.
+
+    Args:
+      block: ``block(params_k, x, key_k, *consts)`` returns the update ``h_k(x)``: the network
+        without BDIA is ``x = x + block(...)``. Any pure function of shape- and
+        batch-preserving ``x``. It may close over arrays, traced ones too.
+      stacked_params: a pytree of arrays with a leading block axis of equal length; integer and
+        key leaves are given to the block like any others (and get no gradient).
+      x: the input of the first block, float16, bfloat16, float32 or float64. The blocks see the
+        dtype of ``x``; the state itself is int32, the update is added in float32 (float64).
+      key: typed or raw PRNG key. Draws γ's signs, and gives each block a key of its own. May be
+        None where neither is needed: ``gamma=0`` and a block that ignores its key.
+      consts: pytrees given to every block, differentiable, held once (a mask, an encoder's
+        memory).
+      gamma: magnitude of γ. ``2**-m`` for online back-propagation (the paper: 0.5), any in
+        (0, 1] for ``"stored"``; 0 is the network as inference runs it.
+      frac_bits: number of fractional bits l of the grid, spacing ``2**-l``; None for no grid
+        at all (``backprop="stored"`` or ``gamma=0``).
+      tolerance_bits: r more bits of side information, which make the reconstruction exact
+        where recomputed values differ by less than ``2**(r-1) - 1/2`` grid steps (r = 1: 1/2).
+      backprop: ``"online"`` keeps m + r bits per activation and block; reverse mode only.
+        ``"stored"`` is plain automatic differentiation of the same forward pass: forward mode,
+        second derivatives, and the reference for tests. With ``gamma=0`` there is nothing to
+        take back, and ``"online"`` means ``"stored"``.
+      probe: differentiate with respect to it for a report of the backward pass.
+
+    Returns:
+      The output of the last block, in the shape and dtype of ``x``. A sample in which a state
+      was not finite, or left the range ±2**(30 - frac_bits), is NaN.
+
+    In the backward pass a state that is not reconstructed to the last bit turns all gradients
+    from that block down into NaN.
+
+    Raises:
+      TypeError, ValueError: at trace time, for arguments that do not fit.
+
+    Source: Zhang, Lewis, Kleijn, ICML 2025 (arXiv 2407.09093).
+    """
+    return reversible_scan_pair(
+        block, stacked_params, (x, x), start=0, key=key, consts=consts, gamma=gamma,
+        frac_bits=frac_bits, tolerance_bits=tolerance_bits, backprop=backprop, probe=probe,
+    )[1].astype(x.dtype)  # fmt: skip
+
+
+def reversible_scan_pair(
+    block: Block,
+    stacked_params: PyTree[Array],
+    state: tuple[Float[Array, "batch *shape"], Float[Array, "batch *shape"]],
+    *,
+    start: int,
+    key: Key[Array, ""] | None = None,
+    consts: tuple[PyTree[Array], ...] = (),
+    gamma: float = 0.5,
+    frac_bits: int | None = 9,
+    tolerance_bits: int = 0,
+    backprop: str = "online",
+    probe: BackwardReport | None = None,
+    compute_dtype: jnp.dtype | None = None,
+) -> tuple[Float[Array, "batch *shape"], Float[Array, "batch *shape"]]:
+    """:func:`reversible_scan` from state to state, so that a stack can be cut into parts.
+
+    ``pair = reversible_scan_pair(f, head, (x, x), start=0, ...)`` followed by
+    ``reversible_scan_pair(f, tail, pair, start=blocks_in_head, ...)`` is the whole stack: with
+    the same key, to the bit.
+
+    Args:
+      state: ``(x_{k-1}, x_k)``, of equal shape and dtype. Differentiable in both.
+      start: index of the first of these blocks in the whole stack. Block 0 is an Euler step and
+        ignores ``x_{-1}``.
+      compute_dtype: what the blocks see; by default the dtype of the state.
+      block, stacked_params, key, consts, gamma, frac_bits, tolerance_bits, backprop, probe: as
+        in :func:`reversible_scan`.
+
+    Returns:
+      ``(x_{k-1}, x_k)`` after these blocks, float32 (float64 for a float64 state): wide enough
+      to hold the integers of the grid up to 2**24.
+    """
+    scan, inputs = prepare(
+        block, stacked_params, state, start, key, consts, gamma, frac_bits, tolerance_bits,
+        backprop, probe, compute_dtype,
+    )  # fmt: skip
+    return _online(scan)(inputs) if scan.online else _stored(scan, inputs)
+
+
+# ---------------------------------------------------------------------------------------------
+# What both passes compute alike
+# ---------------------------------------------------------------------------------------------
+
+
+def _signs(scan: Scan, key, k, batch: int) -> tuple[Int32[Array, "batch"], Key[Array, ""] | None]:
+    """σ of block k for every sample, 0 for an Euler step; and the key left for the block."""
+    zeros = jnp.zeros(batch, jnp.int32)
+    if key is None:
+        return zeros, None
+    sign_key, block_key = jax.random.split(key)
+    if scan.gamma == 0:
+        return zeros, block_key
+    sign = maps.sample_signs(sign_key, (batch,))
+    return jnp.where(k == 0, zeros, sign) if scan.starts else sign, block_key
+
+
+def _update(scan: Scan, n: Array, h: Array, sign: Array) -> tuple[Array, Array, Array]:
+    """γ, the pre-rounding value y in grid steps, and q = round(y)."""
+    gamma = _per_sample(sign, n).astype(scan.wide) * scan.wide.type(scan.gamma)
+    x = fixed_point.from_grid(n, scan.frac_bits, scan.wide)
+    y = fixed_point.scale(maps.pre_rounding(x, h.astype(scan.wide), gamma), scan.frac_bits)
+    return gamma, y, fixed_point.round_to_int(y)
+
+
+def _pinned_block(scan: Scan, wanted: Wanted, n, params, key, consts, sign):
+    """The update of a block, its derivative, the signs, and a value to fold into a checksum."""
+    x = fixed_point.from_grid(n, scan.frac_bits, scan.dtype)
+    params, x, key, consts, sign = lax.optimization_barrier((params, x, key, consts, sign))
+    if wanted is None:
+        return lax.optimization_barrier(scan.block(params, x, key, consts)), None, sign, None
+    h, vjp, touched = pinned_vjp(scan.block, wanted, params, x, key, consts)
+    # σ is never above 1, which no compiler knows: what is touched is read, and changes nothing.
+    return h, vjp, sign, jnp.where(sign > 1, touched, jnp.uint32(0))
+
+
+def checksum(n: Int32[Array, "batch *shape"]) -> UInt32[Array, "batch"]:
+    """A hash of each sample's integers, by value and position: the sum of one word per element.
+
+    The word is a bijective function of the element, so that a change of one element always
+    shows; changes of several go unseen with a probability of 2^-32.
+    """
+    word = n.astype(jnp.uint32)
+    for axis in range(1, n.ndim):
+        # The position enters axis by axis: a flat index would reshape, and a reshape may gather.
+        position = lax.broadcasted_iota(jnp.uint32, n.shape, axis)
+        word += position * jnp.uint32(0x9E3779B1 * 31**axis % 2**32)
+    word = (word ^ (word >> 16)) * jnp.uint32(0x7FEB352D)
+    word = (word ^ (word >> 15)) * jnp.uint32(0x846CA68B)
+    return jnp.sum(word ^ (word >> 16), axis=tuple(range(1, n.ndim)), dtype=jnp.uint32)
+
+
+def _per_sample(values: Array, like: Array) -> Array:
+    """``values`` of shape [batch], shaped to broadcast against ``like``, [batch, ...]."""
+    return lax.broadcast_in_dim(values, (like.shape[0],) + (1,) * (like.ndim - 1), (0,))
+
+
+def _all(condition: Bool[Array, "batch *shape"]) -> Bool[Array, "batch"]:
+    """Per sample, whether the condition holds everywhere."""
+    return jnp.all(condition, axis=tuple(range(1, condition.ndim)))
+
+
+def _starts_in_range(scan: Scan, inputs: Inputs) -> Bool[Array, "batch"]:
+    """Per sample, whether the grid holds the state that the scan is given."""
+    states = (inputs.x,) if scan.starts else (inputs.x_prev, inputs.x)
+    return functools.reduce(
+        jnp.logical_and, (_all(fixed_point.on_grid(x, scan.frac_bits)) for x in states)
+    )
+
+
+def _in_range(y: Array, n: Array) -> Bool[Array, "batch"]:
+    """Per sample, whether a pre-rounding value and a state are finite and within the limit."""
+    return _all(fixed_point.in_range(y) & (jnp.abs(n) < fixed_point.LIMIT))
+
+
+def _numbers(inputs: Inputs | _Saved) -> Int32[Array, "blocks"]:
+    return jnp.arange(inputs.params[0].shape[0])
+
+
+# ---------------------------------------------------------------------------------------------
+# Online back-propagation
+# ---------------------------------------------------------------------------------------------
+
+
+class _Saved(NamedTuple):
+    """All that the backward pass is given. With the number of blocks grow only the parameters,
+    the keys, the side bits, and the checksums (4 bytes per sample and block).
+    """
+
+    params: list[Array]
+    consts: list[Array]
+    keys: Key[Array, "blocks"]
+    n_prev: Int32[Array, "batch *shape"]
+    n: Int32[Array, "batch *shape"]
+    checksums_of_last: tuple[UInt32[Array, "batch"], UInt32[Array, "batch"]]
+    side: UInt[Array, "blocks batch *words"] | None
+    checksums: UInt32[Array, "blocks batch"]
+    wanted: Wanted
+
+
+def _online(scan: Scan) -> Callable[[Inputs], tuple[Array, Array]]:
+    """The scan as a function whose derivative is online back-propagation."""
+
+    @jax.custom_vjp
+    def run(inputs: Inputs):
+        return _forward(scan, None, inputs)[0]
+
+    def forward(inputs: Inputs):
+        flags = jax.tree.map(lambda leaf: leaf.perturbed, inputs, is_leaf=_is_primal)
+        wanted = Wanted(tuple(flags.params), tuple(flags.consts))
+        inputs = jax.tree.map(lambda leaf: leaf.value, inputs, is_leaf=_is_primal)
+        return _forward(scan, wanted, inputs)
+
+    def backward(saved: _Saved, cotangents):
+        return (_backward(scan, saved, cotangents),)
+
+    run.defvjp(forward, backward, symbolic_zeros=True)
+    return run
+
+
+def _is_primal(leaf) -> bool:
+    return hasattr(leaf, "perturbed")
+
+
+def _forward(scan: Scan, wanted: Wanted | None, inputs: Inputs):
+    """Up through the blocks; ``wanted=None`` where there will be no way back."""
+    batch = inputs.x.shape[0]
+
+    def step(carry, block_inputs):
+        n_prev, n, finite = carry
+        k, params, key = block_inputs
+        sign, key = _signs(scan, key, k, batch)
+        h, _, sign, alive = _pinned_block(scan, wanted, n, params, key, inputs.consts, sign)
+        _, y, q = _update(scan, n, h, sign)
+        n_next = maps.bdia_step(n_prev, q, _per_sample(sign, n), scan.m)
+        finite &= _in_range(y, n_next)
+        if wanted is None:
+            return (n, n_next, finite), None
+        side = maps.side_information(n_prev, scan.m, scan.tolerance_bits)
+        packed = side_bits.pack_bits(side, scan.bits) if scan.bits else None
+        return (n, n_next, finite), (packed, checksum(n_prev) + alive)
+
+    n_prev, n = (fixed_point.to_grid(x, scan.frac_bits) for x in (inputs.x_prev, inputs.x))
+    (n_prev, n, finite), kept = lax.scan(
+        step,
+        (n_prev, n, _starts_in_range(scan, inputs)),
+        (_numbers(inputs), inputs.params, inputs.keys),
+    )
+    output = tuple(
+        jnp.where(
+            _per_sample(finite, n), fixed_point.from_grid(n, scan.frac_bits, scan.wide), jnp.nan
+        )
+        for n in (n_prev, n)
+    )
+    if wanted is None:
+        return output, None
+    last = checksum(n_prev), checksum(n)
+    return output, _Saved(inputs.params, inputs.consts, inputs.keys, n_prev, n, last, *kept, wanted)
+
+
+def _backward(scan: Scan, saved: _Saved, cotangents) -> Inputs:
+    """Down through the blocks: the cotangents of the inputs."""
+    batch, features, wanted = saved.n.shape[0], saved.n.shape[-1], saved.wanted
+
+    def step(carry, block_inputs):
+        n_next, n, a_next, a, d_consts = carry
+        k, params, key, packed, expected = block_inputs
+        sign, key = _signs(scan, key, k, batch)
+        h, vjp, sign, alive = _pinned_block(scan, wanted, n, params, key, saved.consts, sign)
+        gamma, y, q = _update(scan, n, h, sign)
+        sigma = _per_sample(sign, n)
+        side = side_bits.unpack_bits(packed, scan.bits, features) if scan.bits else jnp.uint32(0)
+        q, error = _correct(scan, n_next, y, q, side, sigma)
+        n_prev = maps.bdia_inverse(n_next, q, side, sigma, scan.m)
+        # An Euler step cannot be taken back; there q itself is compared with what came of it.
+        intact = jnp.where(sign == 0, _all(q == n_next), checksum(n_prev) + alive == expected)
+        a_next = jnp.where(_per_sample(intact, n), a_next, jnp.nan)
+        d_params, d_x, d_consts_k = vjp((a_next + gamma * a_next).astype(h.dtype))
+        a += (a_next - gamma * a_next) + d_x.astype(scan.wide)
+        a_prev = gamma * a_next
+        d_consts = [total + d.astype(total.dtype) for total, d in zip(d_consts, d_consts_k)]
+        report = BackwardReport(
+            jnp.sum(~intact, dtype=jnp.float32),
+            jnp.sum(error != 0, dtype=jnp.float32),
+            jnp.max(jnp.abs(error)).astype(jnp.float32),
+        )
+        return (n, n_prev, a, a_prev, d_consts), (d_params, report)
+
+    a_prev, a = (
+        jnp.zeros(c.aval.shape, c.aval.dtype) if isinstance(c, SymbolicZero) else c
+        for c in cotangents
+    )
+    for n, expected in zip((saved.n_prev, saved.n), saved.checksums_of_last):
+        a = jnp.where(_per_sample(checksum(n) == expected, n), a, jnp.nan)
+    wanted_consts = select(wanted.consts, saved.consts)
+    d_consts = [jnp.zeros(c.shape, fixed_point.accumulator(c.dtype)) for c in wanted_consts]
+    (_, _, a, a_prev, d_consts), (d_params, report) = lax.scan(
+        step,
+        (saved.n, saved.n_prev, a, a_prev, d_consts),
+        (_numbers(saved), saved.params, saved.keys, saved.side, saved.checksums),
+        reverse=True,
+    )
+    d_consts = [d.astype(c.dtype) for d, c in zip(d_consts, wanted_consts)]
+    return Inputs(
+        merge(wanted.params, d_params, [None] * len(wanted.params)),
+        merge(wanted.consts, d_consts, [None] * len(wanted.consts)),
+        None, a_prev, a, report,
+    )  # fmt: skip
+
+
+def _correct(scan: Scan, n_next, y, q, side, sigma):
+    """``q`` as it was in the forward pass, and by how much the recomputed one was off."""
+    if not scan.tolerance_bits:
+        return q, jnp.zeros_like(q)
+    half = 2 ** (scan.tolerance_bits - 1)
+    error = jnp.where(
+        sigma == 0,
+        jnp.clip(q - n_next, -half, half),
+        maps.rounding_error(n_next, q, y - q, side, sigma, scan.m, scan.tolerance_bits),
+    )
+    return q - error, error
+
+
+# ---------------------------------------------------------------------------------------------
+# Plain automatic differentiation of the same forward pass
+# ---------------------------------------------------------------------------------------------
+
+
+def _stored(scan: Scan, inputs: Inputs) -> tuple[Array, Array]:
+    """The same network, differentiated by JAX, straight through the rounding.
+
+    Also the networks that cannot be taken back: γ = 0, a γ that is no power of two (all of the
+    sum is rounded then), and none of the grid.
+    """
+    batch = inputs.x.shape[0]
+    grid = scan.frac_bits is not None
+    integers = grid and (scan.gamma == 0 or math.frexp(scan.gamma)[0] == 0.5)
+
+    def step(carry, block_inputs):
+        x_prev, x, n_prev, n, finite = carry
+        k, params, key = block_inputs
+        sign, key = _signs(scan, key, k, batch)
+        seen = params, x.astype(scan.dtype), key, inputs.consts
+        if grid:
+            h = lax.optimization_barrier(scan.block(*lax.optimization_barrier(seen)))
+        else:
+            h = scan.block(*seen)
+        if scan.gamma == 0:
+            x_next = x + h
+        else:
+            gamma = _per_sample(sign, x).astype(scan.wide) * scan.wide.type(scan.gamma)
+            x_next = gamma * x_prev + maps.pre_rounding(x, h, gamma)
+        n_next = None
+        if integers:
+            _, y, q = _update(scan, n, h, sign)
+            n_next = maps.bdia_step(n_prev, q, _per_sample(sign, n), scan.m)
+            finite &= _in_range(y, n_next)
+            exact = fixed_point.from_grid(n_next, scan.frac_bits, scan.wide)
+            x_next = fixed_point.straight_through(exact, x_next)
+        elif grid:
+            finite &= _all(fixed_point.on_grid(x_next, scan.frac_bits))
+            x_next = fixed_point.quantize(x_next, scan.frac_bits)
+        return (x, x_next.astype(x.dtype), n, n_next, finite), None
+
+    x_prev, x, finite = inputs.x_prev, inputs.x, jnp.ones(batch, bool)
+    if grid:
+        finite = _starts_in_range(scan, inputs)
+        x_prev, x = (fixed_point.quantize(x, scan.frac_bits) for x in (x_prev, x))
+    n_prev = n = None
+    if integers:
+        n_prev, n = (fixed_point.to_grid(x, scan.frac_bits) for x in (inputs.x_prev, inputs.x))
+    (x_prev, x, _, _, finite), _ = lax.scan(
+        step,
+        (x_prev, x, n_prev, n, finite),
+        (_numbers(inputs), inputs.params, inputs.keys),
+    )
+    if not grid:
+        return x_prev, x
+    return tuple(jnp.where(_per_sample(finite, x), x, jnp.nan) for x in (x_prev, x))
