@@ -1,0 +1,48 @@
+"""Multi-head self-attention."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+
+class SelfAttention(nnx.Module):
+    """Multi-head self-attention over all positions, without a mask.
+
+    ``local=True`` is locality self-attention (Lee, Lee, Song, "Vision Transformer for
+    Small-Size Datasets", 2021): no position attends to itself, and the temperature of the
+    softmax is learned, from 1/sqrt(head_dim).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        head_dim: int,
+        *,
+        dropout: float = 0.0,
+        local: bool = False,
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        inner = heads * head_dim
+        self.heads, self.head_dim, self.local = heads, head_dim, local
+        self.qkv = nnx.Linear(width, 3 * inner, use_bias=False, dtype=dtype, rngs=rngs)
+        self.out = nnx.Linear(inner, width, dtype=dtype, rngs=rngs)
+        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+        self.log_temperature = nnx.Param(jnp.log(head_dim**-0.5)) if local else None
+
+    def __call__(self, x: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
+        """The attended values, projected to the width of ``x``; the softmax is in float32."""
+        batch, length, _ = x.shape
+        qkv = self.qkv(x).reshape(batch, length, 3, self.heads, self.head_dim)
+        q, k, v = (qkv[:, :, i] for i in range(3))
+        scale = jnp.exp(self.log_temperature[...]) if self.local else self.head_dim**-0.5
+        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * scale
+        if self.local:
+            logits = jnp.where(jnp.eye(length, dtype=bool), -jnp.inf, logits)
+        weights = self.dropout(jax.nn.softmax(logits).astype(v.dtype))
+        attended = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+        return self.out(attended.reshape(batch, length, -1))

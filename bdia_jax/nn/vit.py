@@ -1,0 +1,186 @@
+"""The vision transformer, and its variant for small images."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from bdia_jax.nn.attention import SelfAttention
+from bdia_jax.nn.blocks import TransformerBlock
+from bdia_jax.nn.stack import Method, ReversibleStack, check_method
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """A pre-norm vision transformer.
+
+    The defaults are those of the BDIA experiments on CIFAR: shifted-patch tokenization and
+    locality self-attention, for small images (Lee, Lee, Song 2021).
+    """
+
+    image_size: int = 32
+    """Height and width of the images in pixels."""
+    channels: int = 3
+    """Colour channels of the images."""
+    num_classes: int = 10
+    """Number of classes."""
+    patch_size: int = 4
+    """Height and width of a patch in pixels; divides image_size."""
+    width: int = 512
+    """Features of the residual stream."""
+    depth: int = 6
+    """Number of transformer blocks."""
+    heads: int = 8
+    """Attention heads."""
+    head_dim: int = 64
+    """Features per attention head."""
+    hidden: int = 512
+    """Features of the hidden layer of the feed-forward network."""
+    dropout: float = 0.1
+    """Probability of dropping, in the blocks and on the embedding."""
+    pool: Literal["cls", "mean"] = "cls"
+    """What is classified: a class token, or the mean over the patches."""
+    shifted_patches: bool = True
+    """Shifted-patch tokenization: patches of the image and of its four one-pixel shifts."""
+    local_attention: bool = True
+    """Locality self-attention: masked diagonal, learned temperature."""
+    method: Method = "bdia"
+    """How the blocks are trained."""
+    gamma: float = 0.5
+    """Magnitude of γ: 2^-m, or any in (0, 1] with bdia-stored."""
+    frac_bits: int | None = 9
+    """Fractional bits l of the fixed-point grid."""
+    tolerance_bits: int = 0
+    """Bits of side information beyond those of γ, for hardware that is not deterministic."""
+    quantize_standard: bool = False
+    """Whether the standard methods run on the grid, too."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the blocks compute in; parameters are float32."""
+
+    def __post_init__(self):
+        sizes = ("image_size", "channels", "num_classes", "patch_size", "width", "depth", "heads",
+                 "head_dim", "hidden")  # fmt: skip
+        for name in sizes:
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an int >= 1; got {value!r}")
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"patch_size must divide image_size = {self.image_size}; got {self.patch_size}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1); got {self.dropout}")
+        if self.pool not in ("cls", "mean"):
+            raise ValueError(f'pool must be "cls" or "mean"; got {self.pool!r}')
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
+        check_method(self.method)
+
+    @property
+    def patches(self) -> int:
+        """Patches per image."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+class ViT(nnx.Module):
+    """Images to logits. Randomness comes from the key of the call, and from nowhere else."""
+
+    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        c, dtype = config, DTYPES[config.dtype]
+        self.embedding = PatchEmbedding(c, rngs=rngs)
+        attention = functools.partial(
+            SelfAttention, c.width, c.heads, c.head_dim, dropout=c.dropout,
+            local=c.local_attention, dtype=dtype,
+        )  # fmt: skip
+
+        def make_block(rngs):
+            return TransformerBlock(
+                c.width, attention, hidden=c.hidden, dropout=c.dropout, dtype=dtype, rngs=rngs
+            )
+
+        self.blocks = ReversibleStack(
+            make_block, c.depth, method=c.method, gamma=c.gamma, frac_bits=c.frac_bits,
+            tolerance_bits=c.tolerance_bits, quantize_standard=c.quantize_standard, rngs=rngs,
+        )  # fmt: skip
+        self.norm = nnx.LayerNorm(c.width, epsilon=1e-5, rngs=rngs)
+        self.head = nnx.Linear(c.width, c.num_classes, rngs=rngs)
+
+    def __call__(
+        self, images: Float[Array, "batch height width channel"], *, key: Key[Array, ""] | None = None
+    ) -> Float[Array, "batch classes"]:
+        """Logits in float32.
+
+        Args:
+          images: normalized images.
+          key: PRNG key for dropout and γ; None in evaluation mode.
+        """
+        c = self.config
+        expected = (c.image_size, c.image_size, c.channels)
+        if images.ndim != 4 or images.shape[1:] != expected:
+            raise ValueError(f"images must have the shape [batch, {expected}]; got {images.shape}")
+        embed_key, block_key = (None, None) if key is None else jax.random.split(key)
+        x = self.embedding(images, key=embed_key)
+        x = self.blocks(x.astype(DTYPES[c.dtype]), key=block_key).astype(jnp.float32)
+        x = x[:, 0] if c.pool == "cls" else x.mean(axis=1)
+        return self.head(self.norm(x))
+
+
+class PatchEmbedding(nnx.Module):
+    """Patches, projected to the width of the stream; a class token; learned positions."""
+
+    def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
+        c = self.config = config
+        features = c.patch_size**2 * c.channels * (5 if c.shifted_patches else 1)
+        tokens = c.patches + (c.pool == "cls")
+        self.norm = nnx.LayerNorm(features, epsilon=1e-5, rngs=rngs) if c.shifted_patches else None
+        self.project = nnx.Linear(features, c.width, rngs=rngs)
+        init = nnx.initializers.normal(0.02)
+        self.positions = nnx.Param(init(rngs.params(), (tokens, c.width)))
+        self.token = nnx.Param(init(rngs.params(), (1, c.width))) if c.pool == "cls" else None
+        self.dropout = nnx.Dropout(c.dropout)
+
+    def __call__(
+        self, images: Float[Array, "batch height width channel"], *, key: Key[Array, ""] | None
+    ) -> Float[Array, "batch length width"]:
+        """The input of the first block, in float32."""
+        c = self.config
+        if c.shifted_patches:
+            images = shifted(images)
+            x = self.norm(patches(images, c.patch_size))
+        else:
+            x = patches(images, c.patch_size)
+        x = self.project(x)
+        if c.pool == "cls":
+            token = jnp.broadcast_to(self.token[...], (len(x), 1, c.width))
+            x = jnp.concatenate([token, x], axis=1)
+        return self.dropout(x + self.positions[...], rngs=key)
+
+
+def patches(
+    images: Float[Array, "batch height width channel"], size: int
+) -> Float[Array, "batch patch feature"]:
+    """Images cut into ``size`` × ``size`` patches, row by row; features are [row, column, channel]."""
+    batch, height, width, channels = images.shape
+    x = images.reshape(batch, height // size, size, width // size, size, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, size * size * channels)
+
+
+def shifted(
+    images: Float[Array, "batch height width channel"],
+) -> Float[Array, "batch height width 5*channel"]:
+    """An image and its four shifts by one pixel (zeros move in), stacked on the channels."""
+    height, width = images.shape[1:3]
+    padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    offsets = ((1, 1), (1, 2), (1, 0), (2, 1), (0, 1))
+    return jnp.concatenate(
+        [padded[:, i : i + height, j : j + width] for i, j in offsets], axis=-1
+    )
