@@ -6,6 +6,7 @@
 This module is the table of contents of the core, which imports neither Flax nor optax.
 """
 
+from bdia_jax.check import Reversibility, check_reversible
 from bdia_jax.fixed_point import from_grid, on_grid, quantize, straight_through, to_grid
 from bdia_jax.maps import (
     bdia_inverse,
@@ -22,8 +23,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackwardReport",
+    "Reversibility",
     "bdia_inverse",
     "bdia_step",
+    "check_reversible",
     "from_grid",
     "on_grid",
     "pack_bits",

@@ -26,6 +26,8 @@ class Scan(NamedTuple):
     online: bool
     starts: bool
     """Whether the first of these blocks is the first of the network, an Euler step."""
+    audit: bool = False
+    """Whether all states are kept, and compared with the reconstructed ones integer by integer."""
 
     @property
     def m(self) -> int:
@@ -200,7 +202,7 @@ def _check_key(key, gamma):
     if key is None:
         if gamma != 0:
             raise ValueError(
-                f"gamma={gamma} draws a sign per sample and block, and needs a PRNG key; got key=None"
+                f"gamma={gamma} draws a sign per sample and block, which needs a PRNG key; got None"
             )
         return None
     if not hasattr(key, "dtype"):

@@ -45,16 +45,16 @@ Block = Callable[..., Array]
 class BackwardReport(NamedTuple):
     """What the backward pass saw, per block: float32 of shape ``[blocks]`` each.
 
-    Make one with :meth:`zeros`, hand it to :func:`reversible_scan` as ``probe``, and
-    differentiate with respect to it: its "gradient" is the report.
+    Hand :meth:`zeros` to :func:`reversible_scan` as ``probe`` and differentiate with respect to
+    it: its "gradient" is the report.
     """
 
     mismatched: Float[Array, "blocks"]
-    """Samples whose reconstructed state differs from the one of the forward pass."""
+    """Samples whose reconstructed state is not that of the forward pass."""
     corrected: Float[Array, "blocks"]
-    """Roundings that came out differently, and were put right by the tolerance bits."""
+    """Roundings that came out otherwise, and were put right by the tolerance bits."""
     deviation: Float[Array, "blocks"]
-    """The largest difference, in grid steps, of a corrected rounding."""
+    """The largest correction, in grid steps."""
 
     @classmethod
     def zeros(cls, blocks: int) -> BackwardReport:
@@ -155,6 +155,8 @@ def reversible_scan_pair(
         block, stacked_params, state, start, key, consts, gamma, frac_bits, tolerance_bits,
         backprop, probe, compute_dtype,
     )  # fmt: skip
+    if probe is None:
+        inputs = inputs._replace(probe=BackwardReport.zeros(len(inputs.params[0])))
     return _online(scan)(inputs) if scan.online else _stored(scan, inputs)
 
 
@@ -243,8 +245,10 @@ def _numbers(inputs: Inputs | _Saved) -> Int32[Array, "blocks"]:
 
 
 class _Saved(NamedTuple):
-    """All that the backward pass is given. With the number of blocks grow only the parameters,
-    the keys, the side bits, and the checksums (4 bytes per sample and block).
+    """All that the backward pass is given.
+
+    What grows with the number of blocks: the parameters, which exist anyway; m + r bits per
+    element; and per block a key, and a checksum of 4 bytes per sample.
     """
 
     params: list[Array]
@@ -255,6 +259,8 @@ class _Saved(NamedTuple):
     checksums_of_last: tuple[UInt32[Array, "batch"], UInt32[Array, "batch"]]
     side: UInt[Array, "blocks batch *words"] | None
     checksums: UInt32[Array, "blocks batch"]
+    witness: tuple[Int32[Array, "blocks batch *shape"], Float[Array, "blocks batch *shape"]] | None
+    """All states and pre-rounding values, for an audit; otherwise None."""
     wanted: Wanted
 
 
@@ -296,9 +302,10 @@ def _forward(scan: Scan, wanted: Wanted | None, inputs: Inputs):
         finite &= _in_range(y, n_next)
         if wanted is None:
             return (n, n_next, finite), None
+        witness = (n_prev, y) if scan.audit else None
         side = maps.side_information(n_prev, scan.m, scan.tolerance_bits)
         packed = side_bits.pack_bits(side, scan.bits) if scan.bits else None
-        return (n, n_next, finite), (packed, checksum(n_prev) + alive)
+        return (n, n_next, finite), (packed, checksum(n_prev) + alive, witness)
 
     n_prev, n = (fixed_point.to_grid(x, scan.frac_bits) for x in (inputs.x_prev, inputs.x))
     (n_prev, n, finite), kept = lax.scan(
@@ -324,7 +331,7 @@ def _backward(scan: Scan, saved: _Saved, cotangents) -> Inputs:
 
     def step(carry, block_inputs):
         n_next, n, a_next, a, d_consts = carry
-        k, params, key, packed, expected = block_inputs
+        k, params, key, packed, expected, witness = block_inputs
         sign, key = _signs(scan, key, k, batch)
         h, vjp, sign, alive = _pinned_block(scan, wanted, n, params, key, saved.consts, sign)
         gamma, y, q = _update(scan, n, h, sign)
@@ -344,6 +351,15 @@ def _backward(scan: Scan, saved: _Saved, cotangents) -> Inputs:
             jnp.sum(error != 0, dtype=jnp.float32),
             jnp.max(jnp.abs(error)).astype(jnp.float32),
         )
+        if scan.audit:
+            true_prev, true_y = witness
+            wrong = jnp.where(sigma == 0, q != n_next, n_prev != true_prev)
+            report = report._replace(
+                mismatched=jnp.sum(wrong, dtype=jnp.float32),
+                deviation=jnp.max(jnp.abs(y - true_y)).astype(jnp.float32),
+            )
+            # On from the true state, so that every block is judged by itself.
+            n_prev = true_prev
         return (n, n_prev, a, a_prev, d_consts), (d_params, report)
 
     a_prev, a = (
@@ -357,7 +373,7 @@ def _backward(scan: Scan, saved: _Saved, cotangents) -> Inputs:
     (_, _, a, a_prev, d_consts), (d_params, report) = lax.scan(
         step,
         (saved.n, saved.n_prev, a, a_prev, d_consts),
-        (_numbers(saved), saved.params, saved.keys, saved.side, saved.checksums),
+        (_numbers(saved), saved.params, saved.keys, saved.side, saved.checksums, saved.witness),
         reverse=True,
     )
     d_consts = [d.astype(c.dtype) for d, c in zip(d_consts, wanted_consts)]

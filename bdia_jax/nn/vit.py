@@ -115,7 +115,10 @@ class ViT(nnx.Module):
         self.head = nnx.Linear(c.width, c.num_classes, rngs=rngs)
 
     def __call__(
-        self, images: Float[Array, "batch height width channel"], *, key: Key[Array, ""] | None = None
+        self,
+        images: Float[Array, "batch height width channel"],
+        *,
+        key: Key[Array, ""] | None = None,
     ) -> Float[Array, "batch classes"]:
         """Logits in float32.
 
@@ -168,7 +171,7 @@ class PatchEmbedding(nnx.Module):
 def patches(
     images: Float[Array, "batch height width channel"], size: int
 ) -> Float[Array, "batch patch feature"]:
-    """Images cut into ``size`` × ``size`` patches, row by row; features are [row, column, channel]."""
+    """Images cut into ``size`` × ``size`` patches, row by row; features: row, column, channel."""
     batch, height, width, channels = images.shape
     x = images.reshape(batch, height // size, size, width // size, size, channels)
     return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, -1, size * size * channels)
@@ -181,6 +184,4 @@ def shifted(
     height, width = images.shape[1:3]
     padded = jnp.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
     offsets = ((1, 1), (1, 2), (1, 0), (2, 1), (0, 1))
-    return jnp.concatenate(
-        [padded[:, i : i + height, j : j + width] for i, j in offsets], axis=-1
-    )
+    return jnp.concatenate([padded[:, i : i + height, j : j + width] for i, j in offsets], axis=-1)

@@ -1,0 +1,134 @@
+"""Is a block reversible on this machine? Ask before training."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key, PyTree
+
+from bdia_jax import _arguments, reversible
+
+
+@dataclasses.dataclass(frozen=True)
+class Reversibility:
+    """The outcome of :func:`check_reversible`."""
+
+    compared: int
+    """Integers reconstructed by the backward pass and compared with those of the forward pass."""
+    mismatched: int
+    """Of those, how many differ."""
+    corrected: int
+    """Roundings that the tolerance bits put right."""
+    deviation: float
+    """The largest difference of a recomputed pre-rounding value, in grid steps."""
+    finite: bool
+    """Whether all states were finite and in range."""
+    tolerance_bits: int
+    """The setting that this run suggests."""
+
+    @property
+    def exact(self) -> bool:
+        """Whether everything was reconstructed to the last bit."""
+        return self.finite and self.mismatched == 0
+
+    def __str__(self) -> str:
+        """One line for a log."""
+        verdict = "exact" if self.exact else "NOT EXACT" if self.finite else "NOT FINITE"
+        return (
+            f"{verdict}: {self.mismatched:,} of {self.compared:,} integers mismatched, "
+            f"{self.corrected:,} roundings corrected, recomputed values differ by at most "
+            f"{self.deviation:.3g} grid steps; use tolerance_bits={self.tolerance_bits}"
+        )
+
+
+def check_reversible(
+    block: reversible.Block,
+    stacked_params: PyTree[Array],
+    x: Float[Array, "batch *shape"],
+    *,
+    key: Key[Array, ""] | None = None,
+    consts: tuple[PyTree[Array], ...] = (),
+    gamma: float = 0.5,
+    frac_bits: int = 9,
+    tolerance_bits: int = 0,
+) -> Reversibility:
+    """Runs blocks forward and backward once, and compares every integer of every block.
+
+    Keeps all states: use a batch for which plain training would fit. Every block starts from the
+    true states, so that an error is counted where it arises, not again in the blocks below.
+
+    Args:
+      block, stacked_params, x, key, consts, gamma, frac_bits, tolerance_bits: what
+        :func:`bdia_jax.reversible_scan` will be given, with online back-propagation.
+
+    Returns:
+      Counts, the largest deviation, and the tolerance bits to use.
+
+    Raises:
+      ValueError: also for a block that is not a function of its arguments: one that gives
+        another program each time it is traced, because it draws from a global generator.
+    """
+    if gamma == 0:
+        raise ValueError("with gamma=0 nothing is taken back; got gamma=0, allowed is 2**-m")
+    (scan, inputs), (_, again) = (
+        _arguments.prepare(
+            block, stacked_params, (x, x), 0, key, consts, gamma, frac_bits, tolerance_bits,
+            "online", None, None,
+        )
+        for _ in range(2)
+    )  # fmt: skip
+    if not _same(inputs.consts, again.consts):
+        raise ValueError(
+            "block is not a function of its arguments: traced twice, it holds different constants. "
+            "Draw random numbers from key_k, the key that the block is given"
+        )
+    inputs = inputs._replace(probe=reversible.BackwardReport.zeros(len(inputs.params[0])))
+    scan = scan._replace(audit=True)
+
+    @jax.jit
+    def audit(inputs):
+        wanted = reversible.Wanted(
+            *(tuple(map(_is_float, leaves)) for leaves in (inputs.params, inputs.consts))
+        )
+        output, saved = reversible._forward(scan, wanted, inputs)
+        cotangents = tuple(jnp.ones(out.shape, out.dtype) for out in output)
+        report = reversible._backward(scan, saved, cotangents).probe
+        return report, jnp.all(jnp.isfinite(output[1]))
+
+    report, finite = jax.device_get(audit(inputs))
+    deviation = float(np.max(report.deviation))
+    return Reversibility(
+        compared=len(inputs.params[0]) * inputs.x.size,
+        mismatched=int(report.mismatched.astype(np.int64).sum()),
+        corrected=int(report.corrected.astype(np.int64).sum()),
+        deviation=deviation,
+        finite=bool(finite),
+        tolerance_bits=_needed(deviation),
+    )
+
+
+def _needed(deviation: float) -> int:
+    """The least r with ``deviation < 2^(r-1) - 1/2`` (r = 1: < 1/2; r = 0: none at all)."""
+    if deviation == 0:
+        return 0
+    return 1 if deviation < 0.5 else math.floor(math.log2(deviation + 0.5)) + 2
+
+
+def _is_float(leaf: Array) -> bool:
+    return jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def _same(a: list[Array], b: list[Array]) -> bool:
+    return len(a) == len(b) and all(
+        x.shape == y.shape and x.dtype == y.dtype and bool(jnp.all(_data(x) == _data(y)))
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def _data(leaf: Array) -> Array:
+    is_key = jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.random.key_data(leaf) if is_key else leaf
