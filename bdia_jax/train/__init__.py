@@ -1,0 +1,30 @@
+"""One training loop for every experiment."""
+
+from bdia_jax.train.checkpoints import CheckpointError
+from bdia_jax.train.loop import (
+    EXIT_TERMINATED,
+    InexactInverseError,
+    NonFiniteError,
+    Result,
+    TrainSettings,
+    train,
+)
+from bdia_jax.train.metrics import plot_curves, read_metrics, write_json
+from bdia_jax.train.optimizers import make_optimizer
+from bdia_jax.train.tasks import ImageClassification, Task
+
+__all__ = [
+    "EXIT_TERMINATED",
+    "CheckpointError",
+    "ImageClassification",
+    "InexactInverseError",
+    "NonFiniteError",
+    "Result",
+    "Task",
+    "TrainSettings",
+    "make_optimizer",
+    "plot_curves",
+    "read_metrics",
+    "train",
+    "write_json",
+]

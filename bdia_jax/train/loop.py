@@ -1,0 +1,557 @@
+"""The training loop: one jitted step, metrics, checkpoints, and a stop when numbers go wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import pathlib
+import signal
+import threading
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jaxtyping import Array, Int32, Key, PyTree, UInt32
+
+from bdia_jax.nn.stack import Probe
+from bdia_jax.train import mesh as meshes
+from bdia_jax.train import optimizers
+from bdia_jax.train.checkpoints import Checkpoints
+from bdia_jax.train.metrics import MetricsWriter, write_json
+from bdia_jax.train.tasks import Task
+
+log = logging.getLogger("bdia_jax")
+
+EXIT_TERMINATED = 143
+"""Exit status after SIGTERM (128 + 15): the state was saved, and the run can be resumed."""
+
+
+class InexactInverseError(RuntimeError):
+    """The backward pass did not reconstruct the states of the forward pass to the last bit."""
+
+
+class NonFiniteError(RuntimeError):
+    """The loss or the gradient was not finite."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """How to train."""
+
+    steps: int = 1000
+    """Optimizer steps in all."""
+    batch_size: int = 128
+    """Samples per step."""
+    accumulate: int = 1
+    """Micro-batches that a batch is computed in, one after the other; divides batch_size."""
+    optimizer: str = "adamw"
+    """adam, adamw, or sgd (momentum 0.9)."""
+    learning_rate: float = 1e-3
+    """Highest learning rate."""
+    schedule: str = "cosine"
+    """constant, or cosine: half a cosine to 0 at the last step."""
+    warmup_steps: int = 0
+    """Steps in which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """Weight decay of adamw."""
+    clip_norm: float | None = 1.0
+    """The gradient is scaled down to this global norm; None for no clipping."""
+    seed: int = 0
+    """Of order, augmentation, dropout and γ (the initialization has a seed of its own)."""
+    log_every: int = 50
+    """Steps between lines about training; errors are noticed at that rate, too."""
+    eval_every: int = 500
+    """Steps between evaluations; there is one at the end in any case."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; there is one at the end in any case."""
+    keep_last: int = 2
+    """Checkpoints kept, besides the best."""
+    stop_at: int | None = None
+    """Save and leave after this step, to be resumed later."""
+    mesh: str | None = None
+    """Devices, such as data=4,fsdp=2: batches over both, parameters over fsdp."""
+
+    def __post_init__(self):
+        for name in ("steps", "batch_size", "accumulate", "log_every", "eval_every",
+                     "checkpoint_every", "keep_last"):  # fmt: skip
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an int >= 1; got {value!r}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate must divide batch_size = {self.batch_size}; got {self.accumulate}"
+            )
+        if self.optimizer not in optimizers.OPTIMIZERS:
+            raise ValueError(
+                f"optimizer must be one of {', '.join(optimizers.OPTIMIZERS)}; "
+                f"got {self.optimizer!r}"
+            )
+        if self.schedule not in optimizers.SCHEDULES:
+            raise ValueError(
+                f"schedule must be one of {', '.join(optimizers.SCHEDULES)}; got {self.schedule!r}"
+            )
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be positive; got {self.learning_rate}")
+        if not 0 <= self.warmup_steps <= self.steps:
+            raise ValueError(
+                f"warmup_steps must lie in [0, steps = {self.steps}]; got {self.warmup_steps}"
+            )
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay must not be negative; got {self.weight_decay}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ValueError(f"clip_norm must be positive, or None; got {self.clip_norm}")
+        if self.stop_at is not None and self.stop_at < 1:
+            raise ValueError(f"stop_at must be >= 1, or None; got {self.stop_at}")
+
+
+# May differ between a run and its continuation: they change neither the parameters that come out
+# nor their order in time. (On another mesh sums are rounded otherwise: equal to float tolerance.)
+_HARMLESS = ("log_every", "eval_every", "checkpoint_every", "keep_last", "stop_at", "mesh")
+
+
+class State(NamedTuple):
+    """All that a step changes, and the key from which it draws; this is what is saved.
+
+    The position in the data is a function of the key and the step.
+    """
+
+    step: Int32[Array, ""]
+    params: nnx.State
+    opt_state: PyTree[Array]
+    key: UInt32[Array, "words"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What came of a run."""
+
+    step: int
+    """Steps taken, over all continuations."""
+    history: list[dict[str, Any]]
+    """The records written by this call, as in metrics.jsonl."""
+    seconds_per_step: float
+    """Median over the steps of this call, evaluation and compilation left out; NaN if too few."""
+    seconds: float
+    """Wall-clock time over all continuations."""
+
+    def last(self, split: str, metric: str) -> float:
+        """The last value of a metric."""
+        return next(r[metric] for r in reversed(self.history) if r["split"] == split)
+
+
+def train(
+    model: nnx.Module,
+    task: Task,
+    settings: TrainSettings,
+    folder: str | pathlib.Path,
+    *,
+    resume: bool = False,
+    about: dict[str, Any] | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    progress: bool | None = None,
+) -> Result:
+    """Trains ``model`` in place.
+
+    A run that is stopped, by ``stop_at``, a signal or a power cut, and resumed ends with the same
+    parameters, bit for bit, as one that was not.
+
+    Args:
+      model: ``task`` says how it is called. Its ``nnx.Param`` are trained.
+      task: data, loss and metrics.
+      settings: how to train.
+      folder: of the run: ``settings.json``, ``metrics.jsonl``, ``tensorboard``, ``checkpoints``.
+      resume: continue from the newest checkpoint in ``folder``, if there is one.
+      about: settings of the model and the data, saved, and compared when a run is resumed.
+      optimizer: instead of the one that ``settings`` names.
+      progress: whether to show a bar; None for: on a terminal.
+
+    Raises:
+      ValueError: for settings that do not fit, or a folder of another run.
+      FileExistsError: for a folder with a run in it, without ``resume``.
+      PermissionError: for a folder that cannot be written. These three before any compiling.
+      InexactInverseError, NonFiniteError: the parameters of the step before are kept.
+      CheckpointError: a checkpoint could not be written or read.
+      SystemExit: with :data:`EXIT_TERMINATED`, after SIGTERM, when all is saved.
+    """
+    mesh = meshes.parse_mesh(settings.mesh)
+    if mesh is not None and settings.batch_size // settings.accumulate % mesh.size:
+        raise ValueError(
+            f"the {mesh.size} devices of mesh {settings.mesh!r} must divide a micro-batch of "
+            f"{settings.batch_size // settings.accumulate} samples"
+        )
+    folder = pathlib.Path(folder).expanduser()
+    main = jax.process_index() == 0
+    _open_folder(folder, resume, _settings(settings, task, about), main)
+
+    schedule = optimizers.make_schedule(
+        settings.schedule, settings.learning_rate, settings.steps, settings.warmup_steps
+    )
+    if optimizer is None:
+        optimizer = optimizers.make_optimizer(
+            settings.optimizer, schedule,
+            weight_decay=settings.weight_decay, clip_norm=settings.clip_norm,
+        )  # fmt: skip
+    programs = _Programs(model, task, settings, optimizer, schedule, mesh)
+    checkpoints = Checkpoints(folder / "checkpoints", settings.keep_last, task.best)
+    state, step, spent = programs.initial_state(), 0, 0.0
+    if resume and (restored := checkpoints.restore(programs.abstract_state())) is not None:
+        step, state, told = restored
+        spent = told["seconds"]
+        log.info("resumed at step %d", step)
+    writer = MetricsWriter(folder, step, main)
+    run = _Run(programs, checkpoints, writer, state, step, spent, progress)
+    try:
+        with _Terminated() as terminated:
+            run.until(settings, terminated)
+    finally:
+        writer.close()
+    nnx.update(model, run.state.params)
+    if terminated:
+        raise SystemExit(EXIT_TERMINATED)
+    return Result(run.step, run.history, run.seconds_per_step(), run.seconds())
+
+
+# ---------------------------------------------------------------------------------------------
+# The compiled programs
+# ---------------------------------------------------------------------------------------------
+
+
+class _Programs:
+    """The training step and the evaluation step of a model, compiled once each."""
+
+    def __init__(self, model, task: Task, settings, optimizer, schedule, mesh):
+        model.eval()
+        self._eval_graph = nnx.split(model, nnx.Param, ...)[0]
+        model.train()
+        self._graph, self._params, probes, self._rest = nnx.split(model, nnx.Param, Probe, ...)
+        self._probes = probes
+        self._task, self._settings, self._optimizer = task, settings, optimizer
+        self._schedule, self._mesh = schedule, mesh
+        self.task, self.main = task, jax.process_index() == 0
+        self._arrays = self._place(task.arrays())
+        shardings = None
+        if mesh is not None:
+            shardings = meshes.state_shardings(mesh, self._shapes())
+        self._shardings = shardings
+        self.train_step = jax.jit(
+            self._train_step, donate_argnums=0,
+            out_shardings=None if mesh is None else (shardings, meshes.replicated(mesh)),
+        )  # fmt: skip
+        self.eval_step = jax.jit(self._eval_step)
+
+    def _place(self, tree, shardings=None):
+        """On the device: where ``shardings`` say, or on every one."""
+        if self._mesh is None:
+            return jax.device_put(tree)
+        return jax.device_put(
+            tree, meshes.replicated(self._mesh) if shardings is None else shardings
+        )
+
+    def _new_state(self, params) -> State:
+        key = jax.random.key_data(jax.random.key(self._settings.seed))
+        return State(jnp.int32(0), params, self._optimizer.init(params), key)
+
+    def _shapes(self) -> State:
+        return jax.eval_shape(self._new_state, self._params)
+
+    def initial_state(self) -> State:
+        """Copied, because steps overwrite it in place and the model keeps its own."""
+        state = self._new_state(jax.tree.map(jnp.copy, self._params))
+        return self._place(state, self._shardings)
+
+    def abstract_state(self) -> State:
+        """Shapes and shardings, to restore into."""
+        if self._mesh is None:
+            device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            shardings = jax.tree.map(lambda _: device, self._shapes())
+        else:
+            shardings = self._shardings
+        return jax.tree.map(
+            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+            self._shapes(), shardings,
+        )  # fmt: skip
+
+    def step(self, state: State) -> tuple[State, dict[str, Array]]:
+        """One optimizer step; ``state`` is used up."""
+        return self.train_step(state, self._arrays)
+
+    def evaluate(self, params: nnx.State) -> dict[str, float]:
+        """Means over the evaluation split."""
+        sums, count = {}, 0.0
+        outputs = [
+            self.eval_step(params, self._arrays, jnp.int32(i))
+            for i in range(self._task.eval_steps())
+        ]
+        for batch_sums, batch_count in jax.device_get(outputs):
+            count += float(batch_count)
+            for name, value in batch_sums.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+        return {name: value / count for name, value in sums.items()}
+
+    def _train_step(self, state: State, arrays) -> tuple[State, dict[str, Array]]:
+        settings = self._settings
+        key = jax.random.wrap_key_data(state.key)
+        data_key, model_key = jax.random.split(key)
+        batch = self._task.batch(arrays, data_key, state.step, settings.batch_size)
+
+        def loss(params, probes, part, key: Key[Array, ""]):
+            model = nnx.merge(self._graph, params, probes, self._rest)
+            return self._task.loss(model, part, key)
+
+        def part_gradient(total, part_and_key):
+            part, key = part_and_key
+            if self._mesh is not None:
+                part = jax.lax.with_sharding_constraint(part, meshes.batch_sharding(self._mesh))
+            (value, metrics), (grads, report) = jax.value_and_grad(
+                loss, argnums=(0, 1), has_aux=True
+            )(state.params, self._probes, part, key)
+            return jax.tree.map(jnp.add, total, grads), ({"loss": value, **metrics}, report)
+
+        parts = settings.accumulate
+        keys = jax.random.split(jax.random.fold_in(model_key, state.step), parts)
+        if parts == 1:
+            zeros = jax.tree.map(lambda p: 0, state.params)
+            grads, (metrics, report) = part_gradient(zeros, (batch, keys[0]))
+        else:
+            batch = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), batch)
+            zeros = jax.tree.map(jnp.zeros_like, state.params)
+            grads, (metrics, report) = jax.lax.scan(part_gradient, zeros, (batch, keys))
+            grads = jax.tree.map(lambda g: g / parts, grads)
+            metrics = jax.tree.map(lambda m: m.mean(), metrics)
+            report = jax.tree.map(lambda r: r.sum(axis=0), report)
+
+        updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
+        norm = optax.global_norm(grads)
+        fine = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+        # A step that went wrong changes nothing: what is saved afterwards is still good.
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(fine, new, old),
+            (optax.apply_updates(state.params, updates), opt_state),
+            (state.params, state.opt_state),
+        )
+        metrics |= {
+            "grad_norm": norm,
+            "learning_rate": jnp.float32(self._schedule(state.step)),
+            "reports": [variable.get_value() for _, variable in nnx.to_flat_state(report)],
+        }
+        return State(state.step + 1, params, opt_state, state.key), metrics
+
+    def _eval_step(self, params, arrays, i):
+        model = nnx.merge(self._eval_graph, params, nnx.merge_state(self._probes, self._rest))
+        return self._task.evaluate(model, arrays, i)
+
+
+# ---------------------------------------------------------------------------------------------
+# Running them
+# ---------------------------------------------------------------------------------------------
+
+
+class _Run:
+    """A run in progress."""
+
+    def __init__(self, programs: _Programs, checkpoints, writer, state, step, spent, progress):
+        self.programs, self.checkpoints, self.writer = programs, checkpoints, writer
+        self.state, self.step, self.progress = state, step, progress
+        self.history: list[dict[str, Any]] = []
+        self._pending: list[dict[str, Array]] = []
+        self._times: list[float] = []
+        self._began = time.monotonic() - spent
+        self._first = True
+        self._clock: float | None = None
+        self._metrics: dict[str, float] = {}
+
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
+
+    def seconds_per_step(self) -> float:
+        return float(np.median(self._times)) if self._times else float("nan")
+
+    def until(self, settings: TrainSettings, terminated: _Terminated) -> None:
+        """Steps, logs, evaluates and saves until the end, ``stop_at`` or SIGTERM."""
+        from tqdm import tqdm
+
+        end = min(settings.steps, settings.stop_at or settings.steps)
+        hidden = None if self.progress is None else not self.progress
+        saved = evaluated = self.step
+        with tqdm(total=settings.steps, initial=self.step, disable=hidden, unit="step") as bar:
+            while self.step < end and not terminated:
+                self.state, metrics = self.programs.step(self.state)
+                self._pending.append(metrics)
+                self.step += 1
+                bar.update()
+                last = self.step == end
+                # The first step's report tells whether the blocks are reversible here.
+                if self._first or last or self.step % settings.log_every == 0:
+                    bar.set_postfix(loss=f"{self._flush():.4f}")
+                if last or self.step % settings.eval_every == 0:
+                    self._evaluate()
+                    evaluated = self.step
+                if self.step % settings.checkpoint_every == 0:
+                    self._save()
+                    saved = self.step
+        if self.step > saved:
+            self._flush()
+            if evaluated < self.step:
+                self._evaluate()
+            self._save()
+        self.checkpoints.close()
+
+    def _flush(self) -> float:
+        """Looks at the steps since the last time, and writes a line about them."""
+        if not self._pending:
+            return float("nan")
+        steps = jax.device_get(self._pending)
+        now = time.monotonic()
+        first = self.step - len(steps) + 1
+        self._pending = []
+        for i, metrics in enumerate(steps):
+            _raise_if_wrong(first + i, metrics)
+        reports = [report for metrics in steps for report in metrics.pop("reports")]
+        if self._first:
+            log.info(_reversibility(reports))
+            self._first = False
+        elif self._clock is not None:
+            self._times.append((now - self._clock) / len(steps))
+        self._clock = time.monotonic()
+        means = {name: float(np.mean([m[name] for m in steps])) for name in steps[0]}
+        for name in ("mismatched", "corrected"):
+            means[name] = float(sum(getattr(report, name).sum() for report in reports))
+        self._write("train", means)
+        return means["loss"]
+
+    def _evaluate(self) -> None:
+        if self._pending:
+            self._flush()
+        self._metrics = self.programs.evaluate(self.state.params)
+        self._write("eval", self._metrics)
+        self._clock = None
+
+    def _save(self) -> None:
+        if self._pending:
+            self._flush()
+        if not self._metrics:
+            self._evaluate()
+        self.checkpoints.save(self.step, self.state, {"seconds": self.seconds()}, self._metrics)
+        self._clock = None
+
+    def _write(self, split: str, values: dict[str, float]) -> None:
+        record = {"step": self.step, "split": split, "seconds": round(self.seconds(), 3), **values}
+        self.history.append(record)
+        self.writer.write(record)
+
+
+def _raise_if_wrong(step: int, metrics: dict[str, Any]) -> None:
+    for report in metrics["reports"]:
+        if report.mismatched.any():
+            block = int(np.flatnonzero(report.mismatched)[-1])
+            raise InexactInverseError(
+                f"step {step}: in the backward pass, block {block} was not reconstructed to the "
+                f"last bit for {int(report.mismatched[block])} samples (and those below it are "
+                "lost with it). The gradients are NaN, and the step was not taken. The block was "
+                "computed differently the second time: set tolerance_bits=1 (or more; "
+                "bdia_jax.check_reversible on your block says how many), or make the hardware "
+                'deterministic (XLA_FLAGS="--xla_gpu_deterministic_ops=true")'
+            )
+    if not np.isfinite(metrics["loss"]):
+        raise NonFiniteError(
+            f"step {step}: the loss is {metrics['loss']}, and the step was not taken. Either it "
+            "diverged (lower the learning rate, clip the gradient), or a state left the range of "
+            "the grid, ±2**(30 - frac_bits) (lower frac_bits)"
+        )
+    if not np.isfinite(metrics["grad_norm"]):
+        raise NonFiniteError(
+            f"step {step}: the gradient is not finite, the loss is ({metrics['loss']:.4g}); the "
+            "step was not taken. All states were reconstructed exactly: the derivative of a block "
+            "overflows (lower the learning rate, or compute in bfloat16 or float32)"
+        )
+
+
+def _reversibility(reports) -> str:
+    states = sum(report.mismatched.size for report in reports)
+    if not states:
+        return "no reversible blocks"
+    mismatched = sum(report.mismatched.sum() for report in reports)
+    corrected = sum(report.corrected.sum() for report in reports)
+    return (
+        f"reversible blocks: {states}; in the first step {mismatched:.0f} states mismatched, "
+        f"{corrected:.0f} roundings corrected"
+    )
+
+
+class _Terminated:
+    """Whether SIGTERM came; while it is entered, the signal only sets it."""
+
+    def __init__(self):
+        self._came = False
+
+    def __bool__(self) -> bool:
+        return self._came
+
+    def __enter__(self) -> _Terminated:
+        # Handlers can be set in the main thread only; elsewhere the signal has its usual effect.
+        self._usable = threading.current_thread() is threading.main_thread()
+        if self._usable:
+            self._previous = signal.signal(signal.SIGTERM, self._handle)
+        return self
+
+    def _handle(self, *_) -> None:
+        log.warning("SIGTERM: saving, then leaving with status %d", EXIT_TERMINATED)
+        self._came = True
+
+    def __exit__(self, *_) -> None:
+        if self._usable:
+            signal.signal(signal.SIGTERM, self._previous)
+
+
+# ---------------------------------------------------------------------------------------------
+# The folder of a run
+# ---------------------------------------------------------------------------------------------
+
+
+def _settings(settings: TrainSettings, task: Task, about: dict[str, Any] | None) -> dict[str, Any]:
+    """As they come back from JSON, to compare with those of a saved run."""
+    everything = {"train": dataclasses.asdict(settings), "data": task.name, **(about or {})}
+    return json.loads(json.dumps(everything))
+
+
+def _open_folder(folder: pathlib.Path, resume: bool, settings: dict[str, Any], main: bool) -> None:
+    """Makes the folder, or checks that what is in it is this run."""
+    path = folder / "settings.json"
+    if path.exists():
+        if not resume:
+            raise FileExistsError(
+                f"there is a run in {folder}; continue it with resume=True (--resume), or give "
+                "another folder"
+            )
+        found = json.loads(path.read_text())
+        differences = [
+            f"{name}: {old!r} there, {new!r} now"
+            for name, old, new in _differences(found, settings)
+            if name not in {f"train.{harmless}" for harmless in _HARMLESS}
+        ]
+        if differences:
+            raise ValueError(f"the run in {folder} is another one: {'; '.join(differences)}")
+    elif folder.exists() and any(folder.iterdir()):
+        raise FileExistsError(f"{folder} is not empty, and holds no run; give another folder")
+    if main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(path, settings)
+        except OSError as error:
+            raise PermissionError(f"the folder of the run cannot be written: {error}") from error
+
+
+def _differences(old: Any, new: Any, name: str = ""):
+    """All leaves at which two trees of dicts differ: name, old and new value."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            yield from _differences(
+                old.get(key, "nothing"), new.get(key, "nothing"), f"{name}.{key}".lstrip(".")
+            )
+    elif old != new:
+        yield name, old, new

@@ -1,0 +1,127 @@
+"""Metrics: a line of JSON each, TensorBoard, and curves."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterable
+from typing import Any
+
+# Okabe and Ito's colours, distinguishable with any colour vision; black comes last.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes beside ``path``, then renames: there is never half a file."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """As :func:`write_json`, for text."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
+    """All lines of a ``metrics.jsonl`` (or of the one in a run's folder); [] if there is none.
+
+    A last line that a killed process left unfinished is passed over.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        path = path / "metrics.jsonl"
+    if not path.exists():
+        return []
+    records = []
+    for line in path.read_text().splitlines():
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
+
+
+class MetricsWriter:
+    """Appends to ``metrics.jsonl`` and to TensorBoard, from process 0 only."""
+
+    def __init__(self, folder: pathlib.Path, step: int, active: bool):
+        """Drops lines after ``step``, which a resumed run is going to write again."""
+        self.active = active
+        if not active:
+            return
+        from tensorboardX import SummaryWriter
+
+        path = folder / "metrics.jsonl"
+        kept = [record for record in read_metrics(path) if record["step"] <= step]
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self.file = open(path, "a")  # noqa: SIM115  (closed by close)
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """``record`` has "step", "split" and numbers."""
+        if not self.active:
+            return
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        for name, value in record.items():
+            if isinstance(value, float) and math.isfinite(value):
+                self.board.add_scalar(f"{record['split']}/{name}", value, record["step"])
+
+    def close(self) -> None:
+        """Flushes both."""
+        if self.active:
+            self.file.close()
+            self.board.close()
+
+
+def plot_curves(
+    runs: dict[str, pathlib.Path | list[dict[str, Any]]],
+    path: pathlib.Path,
+    *,
+    metric: str = "accuracy",
+    split: str = "eval",
+    x_axes: Iterable[str] = ("step", "seconds"),
+) -> None:
+    """Draws a metric of several runs, over steps and over seconds, into one PNG.
+
+    Args:
+      runs: a label, and a run's folder or its records, for each curve.
+      path: of the PNG.
+      metric, split, x_axes: names of fields of the records.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    x_axes = tuple(x_axes)
+    figure, axes = plt.subplots(
+        1, len(x_axes), figsize=(5.5 * len(x_axes), 4.2), sharey=True, squeeze=False
+    )
+    with_markers = "os^Dv<>p"
+    for i, (label, run) in enumerate(runs.items()):
+        records = run if isinstance(run, list) else read_metrics(run)
+        records = [r for r in records if r["split"] == split and metric in r]
+        for axis, x in zip(axes[0], x_axes, strict=True):
+            axis.plot(
+                [r[x] for r in records], [r[metric] for r in records], label=label, linewidth=2,
+                color=COLOURS[i % len(COLOURS)], marker=with_markers[i % len(with_markers)],
+                markersize=4,
+            )  # fmt: skip
+    for axis, x in zip(axes[0], x_axes, strict=True):
+        axis.set_xlabel(x, fontsize=13)
+        axis.tick_params(labelsize=11)
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel(f"{split} {metric}", fontsize=13)
+    axes[0, -1].legend(fontsize=11)
+    figure.tight_layout()
+    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

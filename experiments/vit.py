@@ -1,0 +1,88 @@
+"""Trains a vision transformer, reversibly or not, on images.
+
+    python experiments/vit.py --out runs/digits                                # a minute or two
+    python experiments/vit.py --data cifar10 --data-dir ~/tensorflow_datasets --out runs/cifar10
+    python experiments/vit.py ... --resume                                     # continue
+
+The model defaults to a small one that a CPU trains on digits; ``paper`` is the one of the BDIA
+experiments on CIFAR (6 blocks, width 512).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import pathlib
+import sys
+
+import tyro
+from flax import nnx
+
+from bdia_jax.data import load_images
+from bdia_jax.nn import ViT, ViTConfig
+from bdia_jax.train import ImageClassification, TrainSettings, plot_curves, train
+
+SMALL = ViTConfig(
+    image_size=8, channels=1, patch_size=2, width=64, heads=4, head_dim=16, hidden=128
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Trains a vision transformer, reversibly or not, on images."""
+
+    out: pathlib.Path
+    """Folder of the run: settings, metrics, checkpoints, curves."""
+    data: str = "digits"
+    """digits (embedded), or an image classification set of TensorFlow Datasets."""
+    data_dir: pathlib.Path | None = None
+    """Where prepared TFDS sets lie; by default TFDS's own folder."""
+    download: bool = False
+    """Download and prepare the data set if it is missing (needs TensorFlow)."""
+    augment: bool = True
+    """Augment the training images: digits move by a pixel, others are cropped and mirrored."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over all classes."""
+    init_seed: int = 0
+    """Seed of the initialization."""
+    resume: bool = False
+    """Continue the run in the folder, if there is one."""
+    model: ViTConfig = SMALL
+    """The network. Image size, channels and classes are those of the data."""
+    train: TrainSettings = dataclasses.field(default_factory=TrainSettings)
+    """How to train it."""
+
+
+def main(experiment: Experiment) -> float:
+    """Runs it; the last validation accuracy."""
+    e = experiment
+    data = load_images(e.data, e.data_dir, download=e.download)
+    size, _, channels = data.train_images.shape[1:]
+    config = dataclasses.replace(
+        e.model, image_size=size, channels=channels, num_classes=data.num_classes
+    )
+    model = ViT(config, rngs=nnx.Rngs(e.init_seed))
+    task = ImageClassification(data, augment=e.augment, label_smoothing=e.label_smoothing)
+    about = {
+        "model": dataclasses.asdict(config),
+        "init_seed": e.init_seed,
+        "augment": e.augment,
+        "label_smoothing": e.label_smoothing,
+    }
+    result = train(model, task, e.train, e.out, resume=e.resume, about=about)
+    plot_curves({config.method: e.out}, e.out / "accuracy.png")
+    accuracy = result.last("eval", "accuracy")
+    print(
+        f"{config.method}: validation accuracy {accuracy:.2%} after {result.step} steps, "
+        f"{result.seconds_per_step * 1e3:.1f} ms per step; see {e.out}"
+    )
+    return accuracy
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("absl").setLevel(logging.WARNING)
+    try:
+        main(tyro.cli(Experiment, description=__doc__))
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
