@@ -54,9 +54,38 @@ def pinned_vjp(block, wanted: Wanted, params: list, x: Array, key, consts: list)
 
     h, vjp = jax.vjp(run, select(wanted.params, params), x, select(wanted.consts, consts))
     residuals, rebuild = jax.tree.flatten(vjp)
-    h, residuals = lax.optimization_barrier((h, residuals))
+    h, residuals = barrier((h, residuals))
     alive = functools.reduce(operator.add, map(touch, residuals), jnp.uint32(0))
+    alive = reduce_to(varying(x), alive, lax.psum)
     return h, jax.tree.unflatten(rebuild, residuals), alive
+
+
+def barrier(tree):
+    """``lax.optimization_barrier``; under ``shard_map``, one per set of mesh axes.
+
+    One barrier for all would make every array vary over all axes over which any of them does:
+    replicated parameters would get the gradients of one device.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    groups = {}
+    for i, leaf in enumerate(leaves):
+        groups.setdefault(varying(leaf), []).append(i)
+    for group in groups.values():
+        for i, leaf in zip(group, lax.optimization_barrier([leaves[i] for i in group])):
+            leaves[i] = leaf
+    return jax.tree.unflatten(structure, leaves)
+
+
+def varying(array: Array) -> frozenset[str]:
+    """The mesh axes over which ``array`` is known to differ between devices (``shard_map``)."""
+    aval = jax.typeof(array)
+    return aval.vma if hasattr(aval, "vma") else aval.manual_axis_type.varying
+
+
+def reduce_to(axes: frozenset[str], array: Array, reduction) -> Array:
+    """``array``, reduced over the mesh axes over which it varies, but for ``axes``."""
+    others = tuple(sorted(varying(array) - axes))
+    return reduction(array, others) if others else array
 
 
 def touch(residual: Array) -> UInt32[Array, ""]:

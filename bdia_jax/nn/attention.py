@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -32,7 +34,7 @@ class SelfAttention(nnx.Module):
         self.qkv = nnx.Linear(width, 3 * inner, use_bias=False, dtype=dtype, rngs=rngs)
         self.out = nnx.Linear(inner, width, dtype=dtype, rngs=rngs)
         self.dropout = nnx.Dropout(dropout, rngs=rngs)
-        self.log_temperature = nnx.Param(jnp.log(head_dim**-0.5)) if local else None
+        self.log_temperature = nnx.Param(jnp.float32(math.log(head_dim**-0.5))) if local else None
 
     def __call__(self, x: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
         """The attended values, projected to the width of ``x``; the softmax is in float32."""

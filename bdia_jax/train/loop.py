@@ -260,8 +260,10 @@ class _Programs:
         return jax.eval_shape(self._new_state, self._params)
 
     def initial_state(self) -> State:
-        """Copied, because steps overwrite it in place and the model keeps its own."""
-        state = self._new_state(jax.tree.map(jnp.copy, self._params))
+        """The state before the first step."""
+        # Copied, because steps overwrite it in place and the model keeps its own; with a dtype
+        # of its own rather than a weak one, or the second step would be compiled anew.
+        state = self._new_state(jax.tree.map(lambda p: jnp.array(p, p.dtype), self._params))
         return self._place(state, self._shardings)
 
     def abstract_state(self) -> State:
