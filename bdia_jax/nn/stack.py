@@ -8,9 +8,10 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, PyTree
 
-from bdia_jax.reversible import BackwardReport, reversible_scan
+from bdia_jax.check import Reversibility, check_reversible
+from bdia_jax.reversible import BackwardReport, Block, reversible_scan
 
 Method = Literal["bdia", "bdia-stored", "standard", "standard-checkpoint"]
 METHODS: tuple[str, ...] = get_args(Method)
@@ -80,7 +81,7 @@ class ReversibleStack(nnx.Module):
         self.quantize_standard = quantize_standard
         self.residual = residual
         self.deterministic = False
-        self.blocks = nnx.vmap(make_block)(rngs.fork(split=depth))
+        self.blocks = nnx.vmap(make_block)(rngs.split(depth))
         self.probe = Probe(BackwardReport.zeros(depth))
         kept = nnx.state(self.blocks, nnx.BatchStat)
         if jax.tree.leaves(kept):
@@ -99,27 +100,23 @@ class ReversibleStack(nnx.Module):
           *consts: given to every block after ``x``; differentiable.
           key: PRNG key of this call, for γ and dropout. None in evaluation mode.
         """
-        graphdef, params, streams, rest = nnx.split(self.blocks, nnx.Param, nnx.RngState, ...)
-        random = bool(jax.tree.leaves(streams)) and not self.deterministic
-        if random and key is None:
+        block, stacked_params = self.functional()
+        if (
+            key is None
+            and not self.deterministic
+            and jax.tree.leaves(nnx.state(self, nnx.RngState))
+        ):
             raise ValueError(
                 "in training mode the blocks draw random numbers, and need one PRNG key per call: "
                 "stack(x, key=key); got key=None (model.eval() is the mode without)"
             )
-
-        def block(state, x, key, *consts):
-            params, rest = state
-            module = nnx.merge(graphdef, params, _seeded(streams, key), rest)
-            y = module(x, *consts)
-            return y - x if self.residual else y
-
         bdia = self.method.startswith("bdia")
         if self.method == "standard-checkpoint":
             # Inside a scan, XLA cannot merge the recomputation with the original.
             block = jax.checkpoint(block, prevent_cse=False)
         return reversible_scan(
             block,
-            (params, rest),
+            stacked_params,
             x,
             key=key,
             consts=consts,
@@ -129,6 +126,28 @@ class ReversibleStack(nnx.Module):
             backprop="online" if self.method == "bdia" else "stored",
             probe=self.probe.get_value(),
         )
+
+    def functional(self) -> tuple[Block, PyTree[Array]]:
+        """The blocks as :func:`bdia_jax.reversible_scan` takes them: a function, and parameters."""
+        graphdef, params, streams, rest = nnx.split(self.blocks, nnx.Param, nnx.RngState, ...)
+
+        def block(state, x, key, *consts):
+            params, rest = state
+            module = nnx.merge(graphdef, params, _seeded(streams, key), rest)
+            y = module(x, *consts)
+            return y - x if self.residual else y
+
+        return block, (params, rest)
+
+    def check_reversible(
+        self, x: Float[Array, "batch *shape"], *consts, key: Key[Array, ""]
+    ) -> Reversibility:
+        """:func:`bdia_jax.check_reversible` of these blocks, in their mode and settings."""
+        block, stacked_params = self.functional()
+        return check_reversible(
+            block, stacked_params, x, key=key, consts=consts, gamma=self.gamma,
+            frac_bits=self.frac_bits, tolerance_bits=self.tolerance_bits,
+        )  # fmt: skip
 
 
 def _seeded(streams: nnx.State, key: Key[Array, ""] | None) -> nnx.State:
