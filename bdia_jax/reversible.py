@@ -208,8 +208,7 @@ def checksum(n: Int32[Array, "batch *shape"]) -> UInt32[Array, "batch"]:
         position = lax.broadcasted_iota(jnp.uint32, n.shape, axis)
         word += position * jnp.uint32(0x9E3779B1 * 31**axis % 2**32)
     word = (word ^ (word >> 16)) * jnp.uint32(0x7FEB352D)
-    word = (word ^ (word >> 15)) * jnp.uint32(0x846CA68B)
-    return jnp.sum(word ^ (word >> 16), axis=tuple(range(1, n.ndim)), dtype=jnp.uint32)
+    return jnp.sum(word ^ (word >> 15), axis=tuple(range(1, n.ndim)), dtype=jnp.uint32)
 
 
 def _per_sample(values: Array, like: Array) -> Array:

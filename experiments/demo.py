@@ -36,8 +36,8 @@ LABELS = {
 }
 DEPTHS = (6, 12, 24, 48)
 MODEL = ViTConfig(
-    image_size=8, channels=1, patch_size=2, width=48, depth=12, heads=4, head_dim=12, hidden=96,
-    pool="mean",
+    image_size=8, channels=1, patch_size=4, width=48, depth=12, heads=4, head_dim=12, hidden=96,
+    pool="mean", dropout=0.0,
 )  # fmt: skip
 
 
@@ -47,7 +47,7 @@ class Demo:
 
     out: pathlib.Path = pathlib.Path("demo")
     """Folder for figures, the table and the runs; emptied first."""
-    steps: int = 450
+    steps: int = 1000
     """Optimizer steps of each run."""
     batch_size: int = 64
     """Samples per step."""
@@ -60,7 +60,7 @@ def main(demo: Demo) -> str:
     task = ImageClassification(load_images("digits"))
     settings = TrainSettings(
         steps=demo.steps, batch_size=demo.batch_size, learning_rate=2e-3, warmup_steps=30,
-        log_every=15, eval_every=45, checkpoint_every=demo.steps,
+        log_every=25, eval_every=100, checkpoint_every=demo.steps,
     )  # fmt: skip
     rows, models = [], {}
     peaks = {m: [peak(MODEL, m, depth, demo.batch_size) for depth in DEPTHS] for m in METHODS}
@@ -181,12 +181,12 @@ def figure(path: pathlib.Path, xlabel: str, ylabel: str):
 
     fig, axis = plt.subplots(figsize=(6.4, 4.6))
 
-    def save():
+    def save(legend):
         axis.set_xlabel(xlabel, fontsize=13)
         axis.set_ylabel(ylabel, fontsize=13)
         axis.tick_params(labelsize=11)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=11)
+        axis.legend(fontsize=11, loc=legend)
         fig.tight_layout()
         fig.savefig(path, dpi=120)
         plt.close(fig)
@@ -206,7 +206,9 @@ def plot_memory(peaks: dict[str, list[int]], path: pathlib.Path) -> None:
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.set_xticks(DEPTHS, [str(depth) for depth in DEPTHS])
-    save()
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("{x:g}")
+    save("upper left")
 
 
 def plot_reconstruction(errors: dict[str, np.ndarray], path: pathlib.Path) -> None:
@@ -220,7 +222,7 @@ def plot_reconstruction(errors: dict[str, np.ndarray], path: pathlib.Path) -> No
     axis.set_yscale("symlog", linthresh=1e-8)
     axis.set_ylim(bottom=-2e-9)
     axis.invert_xaxis()
-    save()
+    save("upper left")
 
 
 if __name__ == "__main__":
