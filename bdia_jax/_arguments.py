@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key
 
 from bdia_jax import fixed_point, maps
@@ -67,18 +68,21 @@ def prepare(
         )
     blocks = _check_params(stacked_params)
     x_prev, x = _check_state(state)
-    if isinstance(start, bool) or not isinstance(start, int) or start < 0:
+    if isinstance(start, bool) or not hasattr(start, "__index__") or start < 0:
         raise ValueError(f"start, the index of the first block, must be an int >= 0; got {start!r}")
     gamma, online = _check_gamma(gamma, frac_bits, backprop)
     if frac_bits is not None:
         fixed_point.check_frac_bits(frac_bits)
-    if online or tolerance_bits:
-        maps.check_tolerance_bits(tolerance_bits, maps.gamma_shift(gamma) if online else 0)
+    maps.check_tolerance_bits(tolerance_bits, maps.gamma_shift(gamma) if online else 0)
     if not isinstance(consts, tuple | list):
         raise TypeError(
             "consts must be a tuple with one entry per extra argument of the block, such as "
             f"consts=(mask,); got {type(consts).__name__}"
         )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(consts):
+        if not isinstance(leaf, jax.Array | np.ndarray | np.generic | float | int | complex):
+            name = "consts" + jax.tree_util.keystr(path)
+            raise TypeError(f"{name} must be an array or a number; got {type(leaf).__name__}")
     key = _check_key(key, gamma)
     _check_probe(probe, blocks)
     dtype = jnp.dtype(x.dtype if compute_dtype is None else compute_dtype)
@@ -182,7 +186,8 @@ def _check_gamma(gamma, frac_bits, backprop) -> tuple[float, bool]:
     """γ's magnitude, and whether the scan is taken back."""
     if backprop not in ("online", "stored"):
         raise ValueError(f'backprop must be "online" or "stored"; got {backprop!r}')
-    if isinstance(gamma, bool | jax.core.Tracer) or not hasattr(gamma, "__float__"):
+    is_number = hasattr(gamma, "__float__") and not getattr(gamma, "ndim", 0)
+    if isinstance(gamma, bool | jax.core.Tracer) or not is_number:
         raise TypeError(f"gamma must be a number (static, not traced); got {gamma!r}")
     gamma = float(gamma)
     if not 0 <= gamma <= 1 or math.isnan(gamma):
@@ -210,6 +215,12 @@ def _check_key(key, gamma):
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         if key.dtype != jnp.uint32:
             raise TypeError(f"key must be a PRNG key, as jax.random.key(0); got dtype {key.dtype}")
+        words = jax.random.key_data(jax.random.key(0)).shape
+        if key.shape != words:
+            raise ValueError(
+                f"a raw PRNG key must have the shape {words} of the default generator; "
+                f"got {key.shape}"
+            )
         key = jax.random.wrap_key_data(key)
     if key.ndim:
         raise ValueError(f"key must be one PRNG key; got an array of keys of shape {key.shape}")

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
+FLOATS = ("float16", "bfloat16", "float32", "float64")
 MIN_FRAC_BITS, MAX_FRAC_BITS = -16, 24
 
 # A sample whose state leaves (-LIMIT, LIMIT) is reported as NaN. Half of the int32 range, less
@@ -25,7 +26,7 @@ LIMIT = 2**30
 
 def check_frac_bits(frac_bits: int) -> int:
     """``frac_bits`` itself, or a ``TypeError`` / ``ValueError`` that says what is allowed."""
-    if isinstance(frac_bits, bool) or not hasattr(frac_bits, "__index__"):
+    if isinstance(frac_bits, bool | jax.core.Tracer) or not hasattr(frac_bits, "__index__"):
         raise TypeError(
             "frac_bits, the number of fractional bits, must be an integer "
             f"(static, not traced); got {frac_bits!r}"
@@ -40,8 +41,11 @@ def check_frac_bits(frac_bits: int) -> int:
 
 def accumulator(dtype: jnp.dtype) -> jnp.dtype:
     """The float type the update is computed in: float64 for float64, else float32."""
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise TypeError(f"expected a floating-point array, got dtype {jnp.dtype(dtype).name}")
+    if jnp.dtype(dtype).name not in FLOATS:
+        raise TypeError(
+            f"expected a floating-point array ({', '.join(FLOATS)}), got dtype "
+            f"{jnp.dtype(dtype).name}"
+        )
     return jnp.promote_types(dtype, jnp.float32)
 
 

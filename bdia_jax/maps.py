@@ -47,6 +47,8 @@ general m and the tolerance bits are this library's.
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int32, Key, UInt32
@@ -54,11 +56,15 @@ from jaxtyping import Array, Float, Int, Int32, Key, UInt32
 MAX_SIDE_BITS = 16
 
 
+def is_shift(gamma: float) -> bool:
+    """Whether ``gamma`` is ``2**-m`` with m in 0 … 16."""
+    return any(gamma == 2.0**-m for m in range(MAX_SIDE_BITS + 1))
+
+
 def gamma_shift(gamma: float) -> int:
     """``m`` for ``gamma = 2**-m``; a ``ValueError`` where there is none in 0 … 16."""
-    for m in range(MAX_SIDE_BITS + 1):
-        if gamma == 2.0**-m:
-            return m
+    if is_shift(gamma):
+        return -round(math.log2(gamma))
     raise ValueError(
         f"gamma must be a power of two, 2**-m with m in 0 … {MAX_SIDE_BITS}, to be undone exactly "
         f'(1, 0.5, 0.25, …); got {gamma!r}. Other magnitudes in (0, 1] need backprop="stored", '
@@ -68,8 +74,12 @@ def gamma_shift(gamma: float) -> int:
 
 def check_tolerance_bits(tolerance_bits: int, m: int) -> int:
     """``tolerance_bits`` itself, or an error that says what is allowed."""
-    if isinstance(tolerance_bits, bool) or not hasattr(tolerance_bits, "__index__"):
-        raise TypeError(f"tolerance_bits must be an integer; got {tolerance_bits!r}")
+    if isinstance(tolerance_bits, bool | jax.core.Tracer) or not hasattr(
+        tolerance_bits, "__index__"
+    ):
+        raise TypeError(
+            f"tolerance_bits must be an integer (static, not traced); got {tolerance_bits!r}"
+        )
     if not 0 <= tolerance_bits <= MAX_SIDE_BITS - m:
         raise ValueError(
             f"tolerance_bits must lie in [0, {MAX_SIDE_BITS - m}] for gamma = 2**-{m}; "

@@ -25,7 +25,6 @@ backward pass: that is what the checksum is for.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -137,7 +136,8 @@ def reversible_scan_pair(
 
     ``pair = reversible_scan_pair(f, head, (x, x), start=0, ...)`` followed by
     ``reversible_scan_pair(f, tail, pair, start=blocks_in_head, ...)`` is the whole stack: with
-    the same key, to the bit.
+    the same key, to the bit (of JAX's generators but ``unsafe_rbg``, which draws otherwise for
+    another number of blocks).
 
     Args:
       state: ``(x_{k-1}, x_k)``, of equal shape and dtype. Differentiable in both.
@@ -200,7 +200,8 @@ def checksum(n: Int32[Array, "batch *shape"]) -> UInt32[Array, "batch"]:
     """A hash of each sample's integers, by value and position: the sum of one word per element.
 
     The word is a bijective function of the element, so that a change of one element always
-    shows; changes of several go unseen with a probability of 2^-32.
+    shows. Changes of several may cancel, one time in 2^28 or more; they are met again one block
+    below, where what is reconstructed from them is compared in turn.
     """
     word = n.astype(jnp.uint32)
     for axis in range(1, n.ndim):
@@ -208,7 +209,8 @@ def checksum(n: Int32[Array, "batch *shape"]) -> UInt32[Array, "batch"]:
         position = lax.broadcasted_iota(jnp.uint32, n.shape, axis)
         word += position * jnp.uint32(0x9E3779B1 * 31**axis % 2**32)
     word = (word ^ (word >> 16)) * jnp.uint32(0x7FEB352D)
-    return jnp.sum(word ^ (word >> 15), axis=tuple(range(1, n.ndim)), dtype=jnp.uint32)
+    word = (word ^ (word >> 15)) * jnp.uint32(0x846CA68B)
+    return jnp.sum(word ^ (word >> 16), axis=tuple(range(1, n.ndim)), dtype=jnp.uint32)
 
 
 def _per_sample(values: Array, like: Array) -> Array:
@@ -368,7 +370,7 @@ def _backward(scan: Scan, saved: _Saved, cotangents) -> Inputs:
     for n, expected in zip((saved.n_prev, saved.n), saved.checksums_of_last):
         a = jnp.where(_per_sample(checksum(n) == expected, n), a, jnp.nan)
     wanted_consts = select(wanted.consts, saved.consts)
-    d_consts = [jnp.zeros(c.shape, fixed_point.accumulator(c.dtype)) for c in wanted_consts]
+    d_consts = [jnp.zeros(c.shape, jnp.promote_types(c.dtype, jnp.float32)) for c in wanted_consts]
     (_, _, a, a_prev, d_consts), (d_params, report) = lax.scan(
         step,
         (saved.n, saved.n_prev, a, a_prev, d_consts),
@@ -409,7 +411,7 @@ def _stored(scan: Scan, inputs: Inputs) -> tuple[Array, Array]:
     """
     batch = inputs.x.shape[0]
     grid = scan.frac_bits is not None
-    integers = grid and (scan.gamma == 0 or math.frexp(scan.gamma)[0] == 0.5)
+    integers = grid and (scan.gamma == 0 or maps.is_shift(scan.gamma))
 
     def step(carry, block_inputs):
         x_prev, x, n_prev, n, finite = carry

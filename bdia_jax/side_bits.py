@@ -17,10 +17,18 @@ from jaxtyping import Array, UInt, UInt32
 
 def _word(bits: int) -> tuple[jnp.dtype, int]:
     """The word type for ``bits`` per element, and how many elements it holds."""
-    if isinstance(bits, bool) or not isinstance(bits, int) or not 1 <= bits <= 32:
+    if isinstance(bits, bool) or not hasattr(bits, "__index__") or not 1 <= bits <= 32:
         raise ValueError(f"bits per element must be an int in 1 … 32; got {bits!r}")
     size = 8 if 8 % bits == 0 else 32
     return jnp.dtype(f"uint{size}"), size // bits
+
+
+def _check(array: Array, function: str) -> None:
+    if not (hasattr(array, "dtype") and jnp.issubdtype(array.dtype, jnp.unsignedinteger)):
+        given = getattr(array, "dtype", type(array).__name__)
+        raise TypeError(f"{function} takes unsigned integers; got {given}")
+    if array.ndim < 1:
+        raise ValueError(f"{function} takes arrays with a feature axis; got a scalar")
 
 
 def packed_width(features: int, bits: int) -> int:
@@ -38,10 +46,7 @@ def pack_bits(values: UInt32[Array, "... features"], bits: int) -> UInt[Array, "
     Returns:
       uint8 or uint32, ``ceil(features / elements per word)`` words per row.
     """
-    if not (hasattr(values, "dtype") and jnp.issubdtype(values.dtype, jnp.unsignedinteger)):
-        raise TypeError(f"pack_bits takes unsigned integers, got {getattr(values, 'dtype', None)}")
-    if values.ndim < 1:
-        raise ValueError("pack_bits takes arrays with a feature axis, got a scalar")
+    _check(values, "pack_bits")
     dtype, per_word = _word(bits)
     features, words = values.shape[-1], packed_width(values.shape[-1], bits)
     if per_word * words != features:
@@ -59,6 +64,7 @@ def unpack_bits(
     packed: UInt[Array, "... words"], bits: int, features: int
 ) -> UInt32[Array, "... features"]:
     """The inverse of :func:`pack_bits` for rows of ``features`` elements."""
+    _check(packed, "unpack_bits")
     dtype, per_word = _word(bits)
     if packed.dtype != dtype or packed.shape[-1] != packed_width(features, bits):
         raise ValueError(

@@ -2,7 +2,7 @@
 
 Which images a step sees, in which order, and how they are augmented, are functions of
 ``(key, step)`` alone. A resumed run therefore needs no state of a data pipeline, and continues
-bit for bit.
+bit for bit. All of them can be traced, and work on arrays whose batch axis is sharded.
 """
 
 from __future__ import annotations
@@ -11,41 +11,93 @@ import dataclasses
 import difflib
 import functools
 import importlib.util
+import os
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int32, Key, Num, UInt8
+from jaxtyping import Array, Float, Int, Int32, Key, Num, UInt8
+from tqdm import tqdm
 
 EMBEDDED = ("digits",)
 
+# Of characters, which mean something else, or nothing, in a mirror.
+_CHARACTERS = (
+    "binary_alpha_digits", "cmaterdb", "digits", "emnist", "kmnist", "mnist", "mnist_corrupted",
+    "omniglot", "svhn_cropped",
+)  # fmt: skip
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class ImageData:
-    """Images and labels of a training and an evaluation split, in host memory."""
+    """Images and labels of a training and an evaluation split, in host memory.
+
+    Raises:
+      ValueError: for splits that are empty, images that are not uint8 arrays of one and the same
+        shape, not a label per image, or labels outside ``[0, num_classes)``.
+    """
 
     name: str
     train_images: UInt8[np.ndarray, "train height width channel"]
-    train_labels: Int32[np.ndarray, "train"]
+    train_labels: Int[np.ndarray, "train"]
     eval_images: UInt8[np.ndarray, "eval height width channel"]
-    eval_labels: Int32[np.ndarray, "eval"]
+    eval_labels: Int[np.ndarray, "eval"]
     num_classes: int
+
+    def __post_init__(self):
+        if not len(self.train_labels) or not len(self.eval_labels):
+            raise ValueError(
+                f"both splits need samples; got {len(self.train_labels)} for training and "
+                f"{len(self.eval_labels)} for evaluation"
+            )
+        for split in ("train", "eval"):
+            images, labels = getattr(self, f"{split}_images"), getattr(self, f"{split}_labels")
+            if images.dtype != np.uint8 or images.ndim != 4:
+                raise ValueError(
+                    f"{split}_images must be uint8 [{split}, height, width, channel]; got "
+                    f"{images.dtype}{list(images.shape)}"
+                )
+            if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer):
+                raise ValueError(
+                    f"{split}_labels must be {len(images)} integers, one per image; got "
+                    f"{labels.dtype}{list(labels.shape)}"
+                )
+            if labels.min() < 0 or labels.max() >= self.num_classes:
+                raise ValueError(
+                    f"labels must lie in [0, {self.num_classes}), the classes; got {split}_labels "
+                    f"from {labels.min()} to {labels.max()}"
+                )
+        if self.train_images.shape[1:] != self.eval_images.shape[1:]:
+            raise ValueError(
+                "the images of both splits must be of one shape; got "
+                f"{self.train_images.shape[1:]} and {self.eval_images.shape[1:]}"
+            )
 
     @functools.cached_property
     def statistics(self) -> tuple[Float[np.ndarray, "channel"], Float[np.ndarray, "channel"]]:
-        """Mean and standard deviation per channel, over the training split."""
-        # Summed by value rather than by pixel: exact, and no float copy of the images.
-        counts = np.stack(
-            [
-                np.bincount(self.train_images[..., c].ravel(), minlength=256)
-                for c in range(self.train_images.shape[-1])
-            ]
-        )
-        share, values = counts / counts.sum(1, keepdims=True), np.arange(256)
-        mean = share @ values
-        variance = (share * (values - mean[:, None]) ** 2).sum(1)
-        return mean.astype(np.float32), np.sqrt(variance).astype(np.float32)
+        """Mean and standard deviation per channel, over the training split, in float32.
+
+        A channel that is constant has the deviation 1.
+        """
+        shape = self.train_images.shape[1:]
+        # Sums of integers are exact. Pixel by pixel first, a few images at a time: the copies are
+        # small, and the inner loops long.
+        total, squares = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        for start in range(0, len(self.train_images), 256):
+            values = self.train_images[start : start + 256]
+            total += values.sum(0, dtype=np.int64)
+            squares += np.square(values, dtype=np.uint16).sum(0, dtype=np.int64)
+        count = self.train_images.size // shape[-1]
+        mean, mean_square = (sums.sum((0, 1)) / count for sums in (total, squares))
+        std = np.sqrt(mean_square - mean**2)
+        return mean.astype(np.float32), np.where(std > 0, std, 1).astype(np.float32)
+
+
+# ---------------------------------------------------------------------------------------------
+# Loading
+# ---------------------------------------------------------------------------------------------
 
 
 def load_images(
@@ -55,25 +107,31 @@ def load_images(
 
     Args:
       name: ``"digits"`` (scikit-learn's 1,797 handwritten digits of 8 × 8 pixels, embedded: every
-        fifth image is for evaluation), or any image classification set of TensorFlow Datasets
-        with images of one size, such as ``"cifar10"`` or ``"cifar100"``. Its evaluation split is
-        ``test``, else ``validation``.
+        fifth image of a class is for evaluation), or any image classification set of TensorFlow
+        Datasets with images of one size, such as ``"cifar10"``, ``"emnist/letters"`` or
+        ``"cifar10:3.0.2"``. Its evaluation split is ``test``, else ``validation``.
       data_dir: where prepared TFDS sets lie (``<data_dir>/<name>/<version>``); by default TFDS's
         own folder, ``~/tensorflow_datasets`` or ``$TFDS_DATA_DIR``.
       download: prepare the set if it is not there. Only this needs TensorFlow; reading a prepared
         set does not.
 
     Raises:
-      ValueError: for an unknown name, or a set that is not image classification.
-      FileNotFoundError: for a set that has not been prepared.
-      ModuleNotFoundError: if preparing one lacks a package; before anything is downloaded.
+      ValueError: for an unknown name, or a set that is not image classification, or has images of
+        several sizes, or was prepared in a format that needs TensorFlow to be read.
+      FileNotFoundError, NotADirectoryError, PermissionError: for a ``data_dir`` that cannot be
+        read, or a set that has not been prepared. All of these, and the next, before anything is
+        downloaded or read.
+      ModuleNotFoundError: if preparing a set lacks a package.
+      RuntimeError: if preparing a set went wrong.
+      OSError: if a prepared set is damaged.
     """
     if name == "digits":
         return _digits()
-    builder = _tfds_builder(name, data_dir)
-    train, evaluation = _splits(builder)
+    builder = _tfds_builder(name, data_dir, may_be_missing=download)
+    _check_features(builder)
     if not builder.is_prepared():
-        _prepare(builder, download)
+        _prepare(builder, name, download)
+    train, evaluation = _splits(builder)
     return ImageData(
         name, *_read(builder, train), *_read(builder, evaluation),
         num_classes=builder.info.features["label"].num_classes,
@@ -87,32 +145,60 @@ def _digits() -> ImageData:
     # 0 … 16 in the source, 0 … 255 here like any image.
     images = np.round(digits.images[..., None] * (255 / 16)).astype(np.uint8)
     labels = digits.target.astype(np.int32)
-    held_out = np.arange(len(labels)) % 5 == 4
+    # Every fifth of each class: of the source's own order, that would be 12 to 28 % of a class.
+    held_out = np.zeros(len(labels), bool)
+    held_out[np.argsort(labels, kind="stable")[4::5]] = True
     return ImageData(
         "digits", images[~held_out], labels[~held_out], images[held_out], labels[held_out], 10
     )
 
 
-def _tfds_builder(name: str, data_dir):
+def _tfds_builder(name: str, data_dir, may_be_missing: bool = False):
+    """TFDS's description of a set, from its code, or else from the files of a prepared set."""
     import tensorflow_datasets as tfds
 
-    if data_dir is not None and not pathlib.Path(data_dir).expanduser().is_dir():
-        raise FileNotFoundError(f"data_dir must be an existing folder; got {str(data_dir)!r}")
+    if data_dir is not None:
+        data_dir = pathlib.Path(data_dir).expanduser()
+        _check_folder(data_dir, may_be_missing)
+    folder = data_dir or tfds.core.constants.DATA_DIR
     try:
-        # array_record can be read at random, and without TensorFlow.
-        return tfds.builder(name, data_dir=data_dir, file_format="array_record")
+        # Anything else, such as "huggingface:mnist", TFDS would look up in the internet.
+        if not (isinstance(name, str) and re.fullmatch(r"\w+(/[\w.+-]+)?(:[\d.*]+)?", name)):
+            raise tfds.core.registered.DatasetNotFoundError
+        return tfds.builder(name, data_dir=data_dir)
     except tfds.core.registered.DatasetNotFoundError:
         known = [*EMBEDDED, *tfds.list_builders(with_community_datasets=False)]
-        close = difflib.get_close_matches(name, known)
+        close = difflib.get_close_matches(str(name).lower(), known)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise ValueError(
-            f"unknown data set {name!r}: neither embedded ({', '.join(EMBEDDED)}) nor a name of "
-            f"TensorFlow Datasets{hint}"
+            f"unknown data set {name!r}: neither embedded ({', '.join(EMBEDDED)}), nor a name of "
+            "TensorFlow Datasets (name, name/config or name:version; tfds.list_builders() lists "
+            f"the names), nor prepared in {folder}{hint}"
         ) from None
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"TensorFlow Datasets cannot open {name!r} without a package: {error}"
+        ) from error
+    except Exception as error:
+        # A version or a configuration that there is not, or a file of a prepared set that is
+        # damaged: each has an exception type of its own.
+        raise ValueError(
+            f"TensorFlow Datasets cannot open {name!r} in {folder}: {error}"
+        ) from error
 
 
-def _splits(builder) -> tuple[str, str]:
-    """The names of the splits to train and to evaluate on, of a set that fits."""
+def _check_folder(folder: pathlib.Path, may_be_missing: bool) -> None:
+    if not folder.exists():
+        if may_be_missing:
+            return
+        raise FileNotFoundError(f"data_dir must be an existing folder; got {str(folder)!r}")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"data_dir must be a folder; got the file {str(folder)!r}")
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise PermissionError(f"data_dir must be readable; no permission to read {str(folder)!r}")
+
+
+def _check_features(builder) -> None:
     features = builder.info.features
     names = list(features.keys()) if hasattr(features, "keys") else []
     is_classification = {"image", "label"} <= {*names} and hasattr(features["label"], "num_classes")
@@ -121,14 +207,21 @@ def _splits(builder) -> tuple[str, str]:
             f"{builder.name} is not an image classification set: needed are the features 'image' "
             f"and 'label'; it has {names}"
         )
-    shape = features["image"].shape
+    shape, dtype = features["image"].shape, np.dtype(features["image"].np_dtype)
     if None in shape:
         raise ValueError(
             f"images of {builder.name} vary in size ({shape}), and cannot be stacked; allowed are "
             "sets with images of one size"
         )
-    if not builder.is_prepared():
-        return "train", "test"
+    if len(shape) != 3 or dtype != np.uint8:
+        raise ValueError(
+            f"images must be uint8 (height, width, channel); those of {builder.name} are "
+            f"{dtype} {shape}"
+        )
+
+
+def _splits(builder) -> tuple[str, str]:
+    """The names of the splits of a prepared set to train and to evaluate on."""
     found = list(builder.info.splits)
     evaluation = next((split for split in ("test", "validation") if split in found), None)
     if "train" not in found or evaluation is None:
@@ -138,10 +231,15 @@ def _splits(builder) -> tuple[str, str]:
     return "train", evaluation
 
 
-def _prepare(builder, download: bool) -> None:
+def _prepare(builder, name: str, download: bool) -> None:
     if not download:
+        others = sorted(
+            info.parent.name
+            for info in pathlib.Path(builder.data_dir).parent.glob("*/dataset_info.json")
+        )
+        hint = f" (there is version {' and '.join(others)}: ask for name:version)" if others else ""
         raise FileNotFoundError(
-            f"{builder.name} is not prepared: looked in {builder.data_dir}. Give the folder of "
+            f"{name} is not prepared: looked in {builder.data_dir}{hint}. Give the folder of "
             "prepared sets as data_dir, or ask for it to be downloaded with download=True"
         )
     missing = [
@@ -151,16 +249,53 @@ def _prepare(builder, download: bool) -> None:
     ]
     if missing:
         raise ModuleNotFoundError(
-            f"preparing {builder.name} for the first time needs {' and '.join(missing)}: "
+            f"{name} is not prepared (looked in {builder.data_dir}), and preparing it for the "
+            f"first time needs {' and '.join(missing)}: "
             'pip install "bdia_jax[prepare]" (reading a prepared set needs neither)'
         )
-    builder.download_and_prepare(file_format="array_record")
+    try:
+        # array_record can be read at random, and without TensorFlow.
+        builder.download_and_prepare(file_format="array_record")
+    except Exception as error:
+        # No connection, a wrong checksum, a full disk, files to be fetched by hand: each has an
+        # exception type of its own.
+        raise RuntimeError(
+            f"{name} could not be downloaded and prepared: {type(error).__name__}: {error}"
+        ) from error
 
 
-def _read(builder, split: str) -> tuple[np.ndarray, np.ndarray]:
-    examples = list(builder.as_data_source(split=split))
-    images = np.stack([example["image"] for example in examples])
-    return images, np.array([example["label"] for example in examples], np.int32)
+def _read(
+    builder, split: str
+) -> tuple[UInt8[np.ndarray, "split height width channel"], Int32[np.ndarray, "split"]]:
+    try:
+        source = builder.as_data_source(split=split)
+        images = np.empty((len(source), *builder.info.features["image"].shape), np.uint8)
+        labels = np.empty(len(source), np.int32)
+        about = f"{builder.name}, {split}"
+        with tqdm(total=len(source), desc=about, unit=" images", disable=None, leave=False) as bar:
+            # Many at a time: one by one takes more than twice as long.
+            for start in range(0, len(source), 1000):
+                some = range(start, min(start + 1000, len(source)))
+                for i, example in zip(some, source.__getitems__(list(some)), strict=True):
+                    if example["image"].shape != images.shape[1:]:
+                        raise ValueError(
+                            f"image {i} of {about} has the shape {example['image'].shape}; "
+                            f"its description says {images.shape[1:]}"
+                        )
+                    images[i], labels[i] = example["image"], example["label"]
+                bar.update(len(some))
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{builder.name} in {builder.data_dir} was prepared as "
+            f"{builder.info.file_format.value}, which needs TensorFlow to be read; needed is "
+            "array_record: prepare it again in another data_dir with download=True"
+        ) from error
+    except RuntimeError as error:
+        raise OSError(
+            f"{builder.name} in {builder.data_dir} is damaged: {error}. Delete that folder, and "
+            "prepare the set again"
+        ) from error
+    return images, labels
 
 
 # ---------------------------------------------------------------------------------------------
@@ -175,9 +310,15 @@ def batch_indices(
 
     An epoch has ``samples // batch_size`` steps, and leaves out what is left over (other samples
     each time).
+
+    Raises:
+      ValueError: for a ``batch_size`` that is no int in ``[1, samples]``.
     """
-    if not 1 <= batch_size <= samples:
-        raise ValueError(f"batch_size must lie in [1, {samples}], the samples; got {batch_size}")
+    whole = isinstance(batch_size, int) and not isinstance(batch_size, bool)
+    if not whole or not 1 <= batch_size <= samples:
+        raise ValueError(
+            f"batch_size must be an int in [1, {samples}], the samples; got {batch_size!r}"
+        )
     steps_per_epoch = samples // batch_size
     epoch, position = step // steps_per_epoch, step % steps_per_epoch
     order = jax.random.permutation(jax.random.fold_in(key, epoch), samples)
@@ -198,12 +339,16 @@ def random_crop(
 ) -> Num[Array, "batch height width channel"]:
     """Each image moved by up to ``padding`` pixels in both directions; zeros move in."""
     offsets = jax.random.randint(key, (len(images), 2), 0, 2 * padding + 1)
-    padded = jnp.pad(images, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-
-    def crop(image, offset):
-        return jax.lax.dynamic_slice(image, (offset[0], offset[1], 0), images.shape[1:])
-
-    return jax.vmap(crop)(padded, offsets)
+    for axis, offset in ((1, offsets[:, 0]), (2, offsets[:, 1])):
+        widths = [(0, 0)] * 4
+        widths[axis] = (padding, padding)
+        padded, size = jnp.pad(images, widths), images.shape[axis]
+        # Every offset in turn, chosen where it was drawn: a gather would be one line, but JAX
+        # refuses it for images that are sharded over explicit mesh axes.
+        for shift in range(2 * padding + 1):
+            moved = jax.lax.slice_in_dim(padded, shift, shift + size, axis=axis)
+            images = jnp.where(offset[:, None, None, None] == shift, moved, images)
+    return images
 
 
 def random_flip(
@@ -217,8 +362,11 @@ def random_flip(
 def augment(
     key: Key[Array, ""], images: Num[Array, "batch height width channel"], name: str
 ) -> Num[Array, "batch height width channel"]:
-    """As is customary, on raw images: digits move by a pixel, others are cropped and mirrored."""
+    """As is customary, on raw images: moved by up to an eighth of their size, and mirrored.
+
+    That is a pixel for digits, 4 for CIFAR. Sets of characters (by ``name``) are not mirrored.
+    """
     crop_key, flip_key = jax.random.split(key)
-    if name == "digits":
-        return random_crop(crop_key, images, 1)
-    return random_flip(flip_key, random_crop(crop_key, images, 4))
+    images = random_crop(crop_key, images, max(1, min(images.shape[1:3]) // 8))
+    characters = re.split("[/:]", name)[0] in _CHARACTERS
+    return images if characters else random_flip(flip_key, images)

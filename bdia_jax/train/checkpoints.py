@@ -1,21 +1,66 @@
-"""Checkpoints by orbax: the last few and the best, written beside and then renamed."""
+"""Checkpoints by orbax: the last few and the best, written beside and then renamed.
+
+orbax notices a checkpoint that was cut short, but neither a flipped bit in its data nor a dtype
+that differs (it casts). Each checkpoint therefore says which arrays it holds, and a checksum.
+"""
 
 from __future__ import annotations
 
 import logging
+import math
 import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree, UInt32
 from orbax.checkpoint import checkpoint_managers
+
+from bdia_jax.reversible import checksum
 
 log = logging.getLogger("bdia_jax")
 
 
 class CheckpointError(RuntimeError):
     """A checkpoint could not be written or read; the message says which, and what is left."""
+
+
+class OtherArraysError(ValueError):
+    """A checkpoint holds other arrays, by name, shape or dtype, than it is restored into."""
+
+
+def score(metric: str, metrics: dict[str, float]) -> float:
+    """The value of a metric, negated for a name with a leading "-": higher is better."""
+    name = metric.removeprefix("-")
+    return metrics[name] if name == metric else -metrics[name]
+
+
+def describe(tree: PyTree) -> dict[str, str]:
+    """Shape and dtype of every array by name, such as ``{"params.head.bias": "float32[10]"}``."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    names = (jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves)
+    return {
+        # What Flax calls the array in a variable says nothing here.
+        name.removesuffix(".value"): f"{leaf.dtype}{list(leaf.shape)}"
+        for name, (_, leaf) in zip(names, leaves, strict=True)
+    }
+
+
+@jax.jit
+def _fingerprint(tree: PyTree[Array]) -> UInt32[Array, ""]:
+    """A checksum of all bits, the same on any mesh: integers are summed, in no matter what order.
+
+    As in the guard of the backward pass, a change of one element always shows.
+    """
+    total = jnp.uint32(0)
+    for i, leaf in enumerate(jax.tree.leaves(tree)):
+        if leaf.dtype == bool:
+            leaf = leaf.astype(jnp.uint32)
+        bits = min(8 * leaf.dtype.itemsize, 32)
+        words = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{bits}")).astype(jnp.int32)
+        total += jnp.uint32(2 * i + 1) * checksum(words[None])[0]
+    return total
 
 
 class Checkpoints:
@@ -26,15 +71,23 @@ class Checkpoints:
     """
 
     def __init__(self, folder: pathlib.Path, keep_last: int, best: str):
+        """``best``: the metric to choose by, highest first; lowest first after a leading "-"."""
         self.folder = folder.resolve()
         policy = checkpoint_managers.preservation_policy
+
+        def rank(metrics: dict[str, float]) -> float:
+            return score(best, metrics) if metrics else -math.inf
+
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy.AnyPreservationPolicy(
                 [
                     policy.LatestN(keep_last),
-                    policy.BestN(get_metric_fn=lambda metrics: metrics[best], n=1),
+                    policy.BestN(get_metric_fn=rank, n=1, keep_checkpoints_without_metrics=False),
                 ]
             ),
+            # The policy alone decides what is kept; without best_fn no metrics would be saved,
+            # and a resumed run would not know its best.
+            best_fn=rank,
             step_prefix=None,
             cleanup_tmp_directories=True,
         )
@@ -47,9 +100,13 @@ class Checkpoints:
     def save(
         self, step: int, state: PyTree[jax.Array], about: dict[str, Any], metrics: dict[str, float]
     ) -> None:
-        """Starts to save; an error of the save before this one is raised here."""
+        """Starts to save; an error of the save before this one is raised here.
+
+        ``metrics`` are those of this very state; {} if it was not evaluated.
+        """
+        about = about | {"arrays": describe(state), "checksum": int(_fingerprint(state))}
         try:
-            self.manager.save(
+            saved = self.manager.save(
                 step,
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)
@@ -58,6 +115,10 @@ class Checkpoints:
             )
         except Exception as error:
             raise self._failed(error) from error
+        if not saved:
+            raise CheckpointError(
+                f"step {step} was not saved: {self.folder} holds {self.steps()} already"
+            )
 
     def wait(self) -> None:
         """Waits until everything is on disk."""
@@ -72,22 +133,30 @@ class Checkpoints:
         self.wait()
         self.manager.close()
 
+    def abandon(self) -> None:
+        """Closes after an error; a save under way is finished, and if it can't be, told so."""
+        try:
+            self.close()
+        except Exception as error:
+            log.warning("%s", error)
+
     def restore(self, abstract: PyTree) -> tuple[int, PyTree[jax.Array], dict[str, Any]] | None:
         """The newest checkpoint that can be read: step, state, what was said about it.
 
         One that can't is moved out of the way, into ``<folder>-unreadable``, with a warning.
         None if there is no checkpoint at all.
+
+        Raises:
+          ValueError: if a checkpoint is of other arrays than ``abstract``.
+          CheckpointError: if there are checkpoints, and none can be read.
         """
         failures = []
         for step in reversed(self.steps()):
             try:
-                restored = self.manager.restore(
-                    step,
-                    args=ocp.args.Composite(
-                        state=ocp.args.StandardRestore(abstract), about=ocp.args.JsonRestore()
-                    ),
-                )
+                state, about = self._read(step, abstract)
                 break
+            except OtherArraysError:
+                raise
             except Exception as error:
                 failures.append((step, error))
                 log.warning("checkpoint %d in %s can't be read: %s", step, self.folder, error)
@@ -101,7 +170,29 @@ class Checkpoints:
             return None
         for failed, _ in failures:
             self._put_aside(failed)
-        return step, restored["state"], restored["about"]
+        return step, state, about
+
+    def _read(self, step: int, abstract: PyTree) -> tuple[PyTree[jax.Array], dict[str, Any]]:
+        args = ocp.args
+        about = self.manager.restore(step, args=args.Composite(about=args.JsonRestore()))["about"]
+        found, expected = about["arrays"], describe(abstract)
+        differences = [
+            f"{name}: {found.get(name, 'nothing')} there, {expected.get(name, 'nothing')} now"
+            # The parameters before what the optimizer keeps about them.
+            for name in sorted({*found, *expected}, key=lambda n: (not n.startswith("params"), n))
+            if found.get(name) != expected.get(name)
+        ]
+        if differences:
+            more = f"; and {len(differences) - 8} more" if len(differences) > 8 else ""
+            raise OtherArraysError(
+                f"checkpoint {step} in {self.folder} is of another model or optimizer: "
+                f"{'; '.join(differences[:8])}{more}"
+            )
+        restore = args.Composite(state=args.StandardRestore(abstract))
+        state = self.manager.restore(step, args=restore)["state"]
+        if int(_fingerprint(state)) != about["checksum"]:
+            raise CheckpointError("its data is not what was saved (the checksum differs)")
+        return state, about
 
     def _put_aside(self, step: int) -> None:
         # A later save of this step would otherwise find the name taken. Nothing is deleted.

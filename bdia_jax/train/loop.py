@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import pathlib
 import signal
 import threading
@@ -16,19 +17,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
+from jax.experimental import multihost_utils
 from jaxtyping import Array, Int32, Key, PyTree, UInt32
 
 from bdia_jax.nn.stack import Probe
 from bdia_jax.train import mesh as meshes
 from bdia_jax.train import optimizers
-from bdia_jax.train.checkpoints import Checkpoints
+from bdia_jax.train.checkpoints import Checkpoints, score
 from bdia_jax.train.metrics import MetricsWriter, write_json
 from bdia_jax.train.tasks import Task
 
 log = logging.getLogger("bdia_jax")
 
 EXIT_TERMINATED = 143
-"""Exit status after SIGTERM (128 + 15): the state was saved, and the run can be resumed."""
+"""Exit status after SIGTERM (128 + 15): the state was saved, and the run can be resumed.
+
+For one process; several would have to agree on the step.
+"""
 
 
 class InexactInverseError(RuntimeError):
@@ -36,7 +41,7 @@ class InexactInverseError(RuntimeError):
 
 
 class NonFiniteError(RuntimeError):
-    """The loss or the gradient was not finite."""
+    """The loss, the gradient, or an evaluation was not finite."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,19 +63,20 @@ class TrainSettings:
     warmup_steps: int = 0
     """Steps in which the learning rate rises from 0."""
     weight_decay: float = 0.0
-    """Weight decay of adamw."""
+    """Weight decay; adamw only."""
     clip_norm: float | None = 1.0
     """The gradient is scaled down to this global norm; None for no clipping."""
     seed: int = 0
     """Of order, augmentation, dropout and γ (the initialization has a seed of its own)."""
     log_every: int = 50
-    """Steps between lines about training; errors are noticed at that rate, too."""
+    """Steps between lines about training; errors are noticed at that rate, too. (There is a line
+    at evaluations and checkpoints as well.)"""
     eval_every: int = 500
     """Steps between evaluations; there is one at the end in any case."""
     checkpoint_every: int = 500
     """Steps between checkpoints; there is one at the end in any case."""
     keep_last: int = 2
-    """Checkpoints kept, besides the best."""
+    """Checkpoints kept, besides the best of those at steps that were evaluated."""
     stop_at: int | None = None
     """Save and leave after this step, to be resumed later."""
     mesh: str | None = None
@@ -95,16 +101,29 @@ class TrainSettings:
             raise ValueError(
                 f"schedule must be one of {', '.join(optimizers.SCHEDULES)}; got {self.schedule!r}"
             )
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be positive; got {self.learning_rate}")
+        for name, allowed in (("learning_rate", "positive"), ("weight_decay", "0 or positive"),
+                              ("clip_norm", "positive, or None")):  # fmt: skip
+            value = getattr(self, name)
+            if name == "clip_norm" and value is None:
+                continue
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not math.isfinite(value) or value < 0:
+                raise ValueError(f"{name} must be finite and {allowed}; got {value!r}")
+            if value == 0 and name != "weight_decay":
+                raise ValueError(f"{name} must be {allowed}; got {value!r}")
+        for name in ("warmup_steps", "seed"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ValueError(f"{name} must be an int; got {value!r}")
         if not 0 <= self.warmup_steps <= self.steps:
             raise ValueError(
                 f"warmup_steps must lie in [0, steps = {self.steps}]; got {self.warmup_steps}"
             )
-        if self.weight_decay < 0:
-            raise ValueError(f"weight_decay must not be negative; got {self.weight_decay}")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise ValueError(f"clip_norm must be positive, or None; got {self.clip_norm}")
+        if self.weight_decay and self.optimizer != "adamw":
+            raise ValueError(
+                f"weight_decay is for optimizer='adamw'; got {self.weight_decay} with "
+                f"{self.optimizer!r}"
+            )
         if self.stop_at is not None and self.stop_at < 1:
             raise ValueError(f"stop_at must be >= 1, or None; got {self.stop_at}")
 
@@ -117,7 +136,8 @@ _HARMLESS = ("log_every", "eval_every", "checkpoint_every", "keep_last", "stop_a
 class State(NamedTuple):
     """All that a step changes, and the key from which it draws; this is what is saved.
 
-    The position in the data is a function of the key and the step.
+    The position in the data is a function of the key and the step. A step that goes wrong changes
+    nothing, ``step`` included: it is what every later one repeats, until the loop notices.
     """
 
     step: Int32[Array, ""]
@@ -133,15 +153,20 @@ class Result:
     step: int
     """Steps taken, over all continuations."""
     history: list[dict[str, Any]]
-    """The records written by this call, as in metrics.jsonl."""
+    """The records of the whole run, as in metrics.jsonl."""
+    best: float
+    """The best value of the metric that the task is judged by; NaN without an evaluation."""
     seconds_per_step: float
     """Median over the steps of this call, evaluation and compilation left out; NaN if too few."""
     seconds: float
     """Wall-clock time over all continuations."""
 
     def last(self, split: str, metric: str) -> float:
-        """The last value of a metric."""
-        return next(r[metric] for r in reversed(self.history) if r["split"] == split)
+        """The last value of a metric; KeyError if there is none."""
+        for record in reversed(self.history):
+            if record["split"] == split and metric in record:
+                return record[metric]
+        raise KeyError(f"no record of {split} {metric}")
 
 
 def train(
@@ -167,14 +192,17 @@ def train(
       folder: of the run: ``settings.json``, ``metrics.jsonl``, ``tensorboard``, ``checkpoints``.
       resume: continue from the newest checkpoint in ``folder``, if there is one.
       about: settings of the model and the data, saved, and compared when a run is resumed.
-      optimizer: instead of the one that ``settings`` names.
+      optimizer: instead of the one that ``settings`` names, with its schedule and clipping.
       progress: whether to show a bar; None for: on a terminal.
 
     Raises:
-      ValueError: for settings that do not fit, or a folder of another run.
+      ValueError: for settings that do not fit, or a folder of another run; on resuming, steps may
+        be more or fewer with a constant schedule, and how often something is done may change.
       FileExistsError: for a folder with a run in it, without ``resume``.
-      PermissionError: for a folder that cannot be written. These three before any compiling.
-      InexactInverseError, NonFiniteError: the parameters of the step before are kept.
+      NotADirectoryError, PermissionError: for a folder that cannot be written. All of these, and
+        any error of the model or the task in tracing, before anything is compiled or trained.
+      InexactInverseError, NonFiniteError: ``model`` has the parameters before the step that went
+        wrong; the last checkpoint is of an earlier one.
       CheckpointError: a checkpoint could not be written or read.
       SystemExit: with :data:`EXIT_TERMINATED`, after SIGTERM, when all is saved.
     """
@@ -186,34 +214,50 @@ def train(
         )
     folder = pathlib.Path(folder).expanduser()
     main = jax.process_index() == 0
-    _open_folder(folder, resume, _settings(settings, task, about), main)
+    described = _settings(settings, task, about, optimizer)
+    _check_folder(folder, resume, described, settings)
 
-    schedule = optimizers.make_schedule(
-        settings.schedule, settings.learning_rate, settings.steps, settings.warmup_steps
-    )
+    schedule = None
     if optimizer is None:
+        schedule = optimizers.make_schedule(
+            settings.schedule, settings.learning_rate, settings.steps, settings.warmup_steps
+        )
         optimizer = optimizers.make_optimizer(
             settings.optimizer, schedule,
             weight_decay=settings.weight_decay, clip_norm=settings.clip_norm,
         )  # fmt: skip
     programs = _Programs(model, task, settings, optimizer, schedule, mesh)
+    programs.trace()
+    _make_folder(folder, described, main)
     checkpoints = Checkpoints(folder / "checkpoints", settings.keep_last, task.best)
-    state, step, spent = programs.initial_state(), 0, 0.0
-    if resume and (restored := checkpoints.restore(programs.abstract_state())) is not None:
-        step, state, told = restored
-        spent = told["seconds"]
-        log.info("resumed at step %d", step)
-    writer = MetricsWriter(folder, step, main)
-    run = _Run(programs, checkpoints, writer, state, step, spent, progress)
+    writer, run = None, None
     try:
+        state, step, spent = programs.initial_state(), 0, 0.0
+        if resume and (restored := checkpoints.restore(programs.abstract_state())) is not None:
+            step, state, told = restored
+            spent = told["seconds"]
+            if step > settings.steps:
+                raise ValueError(
+                    f"the run in {folder} is at step {step}; got steps={settings.steps}"
+                )
+            log.info("resumed at step %d", step)
+        writer = MetricsWriter(folder, step, main)
+        run = _Run(programs, checkpoints, writer, state, step, spent, progress)
         with _Terminated() as terminated:
             run.until(settings, terminated)
+            checkpoints.close()
+    except BaseException as error:
+        if isinstance(error, (InexactInverseError, NonFiniteError)):
+            nnx.update(model, run.state.params)
+        checkpoints.abandon()
+        raise
     finally:
-        writer.close()
+        if writer is not None:
+            writer.close()
     nnx.update(model, run.state.params)
     if terminated:
         raise SystemExit(EXIT_TERMINATED)
-    return Result(run.step, run.history, run.seconds_per_step(), run.seconds())
+    return Result(run.step, run.history, run.best(), run.seconds_per_step(), run.seconds())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -232,7 +276,7 @@ class _Programs:
         self._probes = probes
         self._task, self._settings, self._optimizer = task, settings, optimizer
         self._schedule, self._mesh = schedule, mesh
-        self.task, self.main = task, jax.process_index() == 0
+        self.task = task
         self._arrays = self._place(task.arrays())
         shardings = None
         if mesh is not None:
@@ -265,6 +309,12 @@ class _Programs:
         # of its own rather than a weak one, or the second step would be compiled anew.
         state = self._new_state(jax.tree.map(lambda p: jnp.array(p, p.dtype), self._params))
         return self._place(state, self._shardings)
+
+    def trace(self) -> None:
+        """Traces both programs, so that what does not fit fails now; jit remembers the result."""
+        state = self.abstract_state()
+        self.train_step.eval_shape(state, self._arrays)
+        self.eval_step.eval_shape(state.params, self._arrays, jax.ShapeDtypeStruct((), jnp.int32))
 
     def abstract_state(self) -> State:
         """Shapes and shardings, to restore into."""
@@ -321,27 +371,34 @@ class _Programs:
             grads, (metrics, report) = part_gradient(zeros, (batch, keys[0]))
         else:
             batch = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), batch)
-            zeros = jax.tree.map(jnp.zeros_like, state.params)
+            # Summed in float32 (or wider), or the sum in bfloat16 would forget small parts.
+            zeros = jax.tree.map(
+                lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), state.params
+            )
             grads, (metrics, report) = jax.lax.scan(part_gradient, zeros, (batch, keys))
-            grads = jax.tree.map(lambda g: g / parts, grads)
+            grads = jax.tree.map(lambda g, p: (g / parts).astype(p.dtype), grads, state.params)
             metrics = jax.tree.map(lambda m: m.mean(), metrics)
             report = jax.tree.map(lambda r: r.sum(axis=0), report)
 
         updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
+        reports = {
+            ".".join(map(str, path)): variable.get_value()
+            for path, variable in nnx.to_flat_state(report)
+        }
         fine = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
-        # A step that went wrong changes nothing: what is saved afterwards is still good.
+        for stack in reports.values():
+            fine &= ~jnp.any(stack.mismatched != 0)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(fine, new, old),
             (optax.apply_updates(state.params, updates), opt_state),
             (state.params, state.opt_state),
         )
-        metrics |= {
-            "grad_norm": norm,
-            "learning_rate": jnp.float32(self._schedule(state.step)),
-            "reports": [variable.get_value() for _, variable in nnx.to_flat_state(report)],
-        }
-        return State(state.step + 1, params, opt_state, state.key), metrics
+        metrics |= {"grad_norm": norm, "reports": reports}
+        if self._schedule is not None:
+            metrics["learning_rate"] = jnp.float32(self._schedule(state.step))
+        step = state.step + fine.astype(jnp.int32)
+        return State(step, params, opt_state, state.key), metrics
 
     def _eval_step(self, params, arrays, i):
         model = nnx.merge(self._eval_graph, params, nnx.merge_state(self._probes, self._rest))
@@ -359,13 +416,17 @@ class _Run:
     def __init__(self, programs: _Programs, checkpoints, writer, state, step, spent, progress):
         self.programs, self.checkpoints, self.writer = programs, checkpoints, writer
         self.state, self.step, self.progress = state, step, progress
-        self.history: list[dict[str, Any]] = []
-        self._pending: list[dict[str, Array]] = []
+        self.history: list[dict[str, Any]] = [*writer.kept]
+        self._pending: list[dict[str, Any]] = []
+        """Metrics of steps not looked at yet, on the device."""
+        self._seen: list[dict[str, Any]] = []
+        """Metrics of steps looked at, but not written yet."""
         self._times: list[float] = []
+        self._clock: tuple[float, int] | None = None
+        """When, and at which step, the time of the steps to come began; None before the first."""
         self._began = time.monotonic() - spent
-        self._first = True
-        self._clock: float | None = None
         self._metrics: dict[str, float] = {}
+        """Of the evaluation at this very step, if there was one."""
 
     def seconds(self) -> float:
         return time.monotonic() - self._began
@@ -373,73 +434,93 @@ class _Run:
     def seconds_per_step(self) -> float:
         return float(np.median(self._times)) if self._times else float("nan")
 
+    def best(self) -> float:
+        metric = self.programs.task.best
+        name = metric.removeprefix("-")
+        records = [r for r in self.history if r["split"] == "eval"]
+        return max(records, key=lambda r: score(metric, r))[name] if records else float("nan")
+
     def until(self, settings: TrainSettings, terminated: _Terminated) -> None:
         """Steps, logs, evaluates and saves until the end, ``stop_at`` or SIGTERM."""
         from tqdm import tqdm
 
         end = min(settings.steps, settings.stop_at or settings.steps)
         hidden = None if self.progress is None else not self.progress
-        saved = evaluated = self.step
+        saved = self.step
         with tqdm(total=settings.steps, initial=self.step, disable=hidden, unit="step") as bar:
             while self.step < end and not terminated:
                 self.state, metrics = self.programs.step(self.state)
                 self._pending.append(metrics)
+                self._metrics = {}
                 self.step += 1
+                # At most one step ahead of the device, so that SIGTERM is answered in time.
+                if len(self._pending) > 1:
+                    jax.block_until_ready(self._pending[-2])
                 bar.update()
                 last = self.step == end
-                # The first step's report tells whether the blocks are reversible here.
-                if self._first or last or self.step % settings.log_every == 0:
-                    bar.set_postfix(loss=f"{self._flush():.4f}")
+                if self._clock is None:
+                    self._first()
+                if last or self.step % settings.log_every == 0:
+                    bar.set_postfix(loss=f"{self._log():.4f}")
                 if last or self.step % settings.eval_every == 0:
                     self._evaluate()
-                    evaluated = self.step
-                if self.step % settings.checkpoint_every == 0:
+                if last or self.step % settings.checkpoint_every == 0:
                     self._save()
                     saved = self.step
         if self.step > saved:
-            self._flush()
-            if evaluated < self.step:
-                self._evaluate()
+            # SIGTERM: there may be seconds left, which is too few for an evaluation.
             self._save()
-        self.checkpoints.close()
 
-    def _flush(self) -> float:
-        """Looks at the steps since the last time, and writes a line about them."""
-        if not self._pending:
-            return float("nan")
-        steps = jax.device_get(self._pending)
-        now = time.monotonic()
-        first = self.step - len(steps) + 1
-        self._pending = []
+    def _first(self) -> None:
+        """The first step's report tells whether the blocks are reversible here."""
+        self._look()
+        log.info(_reversibility(self._seen[0]["reports"].values()))
+        self._clock = time.monotonic(), self.step
+
+    def _look(self) -> None:
+        """Fetches the metrics of the steps since the last time; raises if one went wrong."""
+        steps, self._pending = jax.device_get(self._pending), []
         for i, metrics in enumerate(steps):
-            _raise_if_wrong(first + i, metrics)
-        reports = [report for metrics in steps for report in metrics.pop("reports")]
-        if self._first:
-            log.info(_reversibility(reports))
-            self._first = False
-        elif self._clock is not None:
-            self._times.append((now - self._clock) / len(steps))
-        self._clock = time.monotonic()
+            _raise_if_wrong(self.step - len(steps) + 1 + i, metrics)
+        self._seen += steps
+
+    def _log(self) -> float:
+        """Writes a line about the steps since the last one; their mean loss."""
+        self._look()
+        steps, self._seen = self._seen, []
+        if not steps:
+            return float("nan")
+        began, first = self._clock
+        if self.step > first:
+            self._times.append((time.monotonic() - began) / (self.step - first))
+        reports = [report for metrics in steps for report in metrics.pop("reports").values()]
         means = {name: float(np.mean([m[name] for m in steps])) for name in steps[0]}
         for name in ("mismatched", "corrected"):
             means[name] = float(sum(getattr(report, name).sum() for report in reports))
         self._write("train", means)
+        self._clock = time.monotonic(), self.step
         return means["loss"]
 
     def _evaluate(self) -> None:
-        if self._pending:
-            self._flush()
+        self._log()
         self._metrics = self.programs.evaluate(self.state.params)
+        for name in {"loss", self.programs.task.best.removeprefix("-")} & {*self._metrics}:
+            if not math.isfinite(self._metrics[name]):
+                raise NonFiniteError(
+                    f"step {self.step}: {name} is {self._metrics[name]} in evaluation, although "
+                    "the steps of training were finite. A state left the range of the grid, "
+                    "±2**(30 - frac_bits) (lower frac_bits), or the network diverges (lower the "
+                    "learning rate)"
+                )
         self._write("eval", self._metrics)
-        self._clock = None
+        self._clock = time.monotonic(), self.step
 
     def _save(self) -> None:
-        if self._pending:
-            self._flush()
-        if not self._metrics:
-            self._evaluate()
+        # Looks at all steps first: what went wrong must never be saved.
+        self._log()
+        self.writer.sync()
         self.checkpoints.save(self.step, self.state, {"seconds": self.seconds()}, self._metrics)
-        self._clock = None
+        self._clock = time.monotonic(), self.step
 
     def _write(self, split: str, values: dict[str, float]) -> None:
         record = {"step": self.step, "split": split, "seconds": round(self.seconds(), 3), **values}
@@ -448,13 +529,15 @@ class _Run:
 
 
 def _raise_if_wrong(step: int, metrics: dict[str, Any]) -> None:
-    for report in metrics["reports"]:
+    for stack, report in metrics["reports"].items():
         if report.mismatched.any():
-            block = int(np.flatnonzero(report.mismatched)[-1])
+            wrong = np.flatnonzero(report.mismatched)
             raise InexactInverseError(
-                f"step {step}: in the backward pass, block {block} was not reconstructed to the "
-                f"last bit for {int(report.mismatched[block])} samples (and those below it are "
-                "lost with it). The gradients are NaN, and the step was not taken. The block was "
+                f"step {step}: in the backward pass through {stack.removesuffix('.probe')}, the "
+                f"input of block {wrong[-1]} was not reconstructed to the last bit for "
+                f"{int(report.mismatched[wrong[-1]])} samples (mismatches in {len(wrong)} of "
+                f"{report.mismatched.size} blocks: an error is passed down). The gradients are "
+                "NaN, and the step was not taken. The block was "
                 "computed differently the second time: set tolerance_bits=1 (or more; "
                 "bdia_jax.check_reversible on your block says how many), or make the hardware "
                 'deterministic (XLA_FLAGS="--xla_gpu_deterministic_ops=true")'
@@ -515,35 +598,54 @@ class _Terminated:
 # ---------------------------------------------------------------------------------------------
 
 
-def _settings(settings: TrainSettings, task: Task, about: dict[str, Any] | None) -> dict[str, Any]:
+def _settings(settings: TrainSettings, task: Task, about, optimizer) -> dict[str, Any]:
     """As they come back from JSON, to compare with those of a saved run."""
-    everything = {"train": dataclasses.asdict(settings), "data": task.name, **(about or {})}
-    return json.loads(json.dumps(everything))
+    training = dataclasses.asdict(settings)
+    if optimizer is not None:
+        training["optimizer"] = "one given to train()"
+    everything = {"train": training, "data": task.name, **(about or {})}
+    return json.loads(json.dumps(everything, default=str))
 
 
-def _open_folder(folder: pathlib.Path, resume: bool, settings: dict[str, Any], main: bool) -> None:
-    """Makes the folder, or checks that what is in it is this run."""
+def _check_folder(
+    folder: pathlib.Path, resume: bool, described: dict[str, Any], settings: TrainSettings
+) -> None:
+    """Checks that the folder is empty, or what is in it is this run."""
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"the folder of the run must be a folder; {folder} is a file")
     path = folder / "settings.json"
-    if path.exists():
-        if not resume:
-            raise FileExistsError(
-                f"there is a run in {folder}; continue it with resume=True (--resume), or give "
-                "another folder"
-            )
+    if not path.exists():
+        # A process killed at its very start leaves a settings.json.tmp.
+        if folder.exists() and {p.name for p in folder.iterdir()} - {"settings.json.tmp"}:
+            raise FileExistsError(f"{folder} is not empty, and holds no run; give another folder")
+        return
+    if not resume:
+        raise FileExistsError(
+            f"there is a run in {folder}; continue it with resume=True (--resume), or give "
+            "another folder"
+        )
+    try:
         found = json.loads(path.read_text())
-        differences = [
-            f"{name}: {old!r} there, {new!r} now"
-            for name, old, new in _differences(found, settings)
-            if name not in {f"train.{harmless}" for harmless in _HARMLESS}
-        ]
-        if differences:
-            raise ValueError(f"the run in {folder} is another one: {'; '.join(differences)}")
-    elif folder.exists() and any(folder.iterdir()):
-        raise FileExistsError(f"{folder} is not empty, and holds no run; give another folder")
+    except ValueError as error:
+        raise ValueError(f"{path} can't be read, so this may be another run: {error}") from error
+    # With a constant schedule, the number of steps changes none of them.
+    harmless = {*_HARMLESS, *(["steps"] if settings.schedule == "constant" else [])}
+    differences = [
+        f"{name}: {old!r} there, {new!r} now"
+        for name, old, new in _differences(found, described)
+        if name not in {f"train.{h}" for h in harmless}
+    ]
+    if differences:
+        raise ValueError(f"the run in {folder} is another one: {'; '.join(differences)}")
+
+
+def _make_folder(folder: pathlib.Path, described: dict[str, Any], main: bool) -> None:
+    if jax.process_count() > 1:
+        # No process may find the folder that another one has just made.
+        multihost_utils.sync_global_devices("bdia_jax: folder checked")
     if main:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_json(path, settings)
+            write_json(folder / "settings.json", described)
         except OSError as error:
             raise PermissionError(f"the folder of the run cannot be written: {error}") from error
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
+import logging
 import math
 import os
 import pathlib
 from collections.abc import Iterable
 from typing import Any
+
+log = logging.getLogger("bdia_jax")
 
 # Okabe and Ito's colours, distinguishable with any colour vision; black comes last.
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")
@@ -54,31 +58,50 @@ class MetricsWriter:
     def __init__(self, folder: pathlib.Path, step: int, active: bool):
         """Drops lines after ``step``, which a resumed run is going to write again."""
         self.active = active
+        path = folder / "metrics.jsonl"
+        self.kept = [record for record in read_metrics(path) if record["step"] <= step]
         if not active:
             return
         from tensorboardX import SummaryWriter
 
-        path = folder / "metrics.jsonl"
-        kept = [record for record in read_metrics(path) if record["step"] <= step]
-        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
-        self.file = open(path, "a")  # noqa: SIM115  (closed by close)
+        write_text(path, "".join(json.dumps(record) + "\n" for record in self.kept))
+        # Unbuffered: what a full disk refused must not come back when the file is closed.
+        self.file = open(path, "ab", buffering=0)  # noqa: SIM115  (closed by close)
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
-        """``record`` has "step", "split" and numbers."""
+        """``record`` has "step", "split" and numbers; OSError if the disk is full."""
         if not self.active:
             return
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
+        line = json.dumps(record).encode() + b"\n"
+        try:
+            if self.file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"metrics could not be written ({error.strerror}); make room, and resume",
+                str(self.file.name),
+            ) from error
         for name, value in record.items():
             if isinstance(value, float) and math.isfinite(value):
                 self.board.add_scalar(f"{record['split']}/{name}", value, record["step"])
 
+    def sync(self) -> None:
+        """Brings the lines to the disk: a checkpoint must not be there without them."""
+        if self.active:
+            os.fsync(self.file.fileno())
+
     def close(self) -> None:
         """Flushes both."""
-        if self.active:
-            self.file.close()
+        if not self.active:
+            return
+        self.file.close()
+        try:
             self.board.close()
+        except OSError as error:
+            # A copy of metrics.jsonl: not worth hiding the error that the loop stopped with.
+            log.warning("TensorBoard's file could not be written: %s", error)
 
 
 def plot_curves(

@@ -20,7 +20,8 @@ class Task(Protocol):
     name: str
     """Of the data, for messages and settings."""
     best: str
-    """The evaluation metric that the best checkpoint is chosen by; higher is better."""
+    """The evaluation metric that the best checkpoint is chosen by: the highest, or the lowest
+    with a "-" before the name (``"-loss"``)."""
 
     def arrays(self) -> PyTree[np.ndarray]:
         """The data, to be put on the device once, and given to the other methods."""
@@ -61,6 +62,13 @@ class ImageClassification:
         """``augment`` chooses what is customary for the data set, or nothing."""
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1); got {label_smoothing}")
+        if not len(data.train_labels) or not len(data.eval_labels):
+            raise ValueError(
+                f"both splits need samples; got {len(data.train_labels)} for training and "
+                f"{len(data.eval_labels)} for evaluation"
+            )
+        if eval_batch < 1:
+            raise ValueError(f"eval_batch must be at least 1; got {eval_batch}")
         self.data, self.augment, self.label_smoothing = data, augment, label_smoothing
         self.name = data.name
         self.eval_batch = min(eval_batch, len(data.eval_labels))

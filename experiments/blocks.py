@@ -1,0 +1,89 @@
+"""Residual blocks in plain JAX, for measurements: attention, MLP, convolution.
+
+Each is ``block(params_k, x, key_k)`` and returns the update ``h_k(x)``. Parameters are float32
+and cast to the dtype of ``x``; normalization and softmax compute in float32, as layers do.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+HEAD_DIM = 32
+
+
+def mlp(
+    p: dict[str, Array], x: Float[Array, "batch *shape width"], key: Key[Array, ""], *,
+    dropout: float = 0.0,
+) -> Float[Array, "batch *shape width"]:  # fmt: skip
+    """Norm, linear, GELU, linear."""
+    y = jax.nn.gelu(_norm(x) @ _cast(p["up"], x))
+    return _dropped(y, key, dropout) @ _cast(p["down"], x)
+
+
+def attention(
+    p: dict[str, Array], x: Float[Array, "batch length width"], key: Key[Array, ""], *,
+    dropout: float = 0.0,
+) -> Float[Array, "batch length width"]:  # fmt: skip
+    """Pre-norm attention, then an MLP: ``a + mlp(x + a)`` with ``a = attention(norm(x))``."""
+    weights_key, out_key, mlp_key = jax.random.split(key, 3)
+    heads = (*x.shape[:2], -1, HEAD_DIM)
+    y = _norm(x)
+    q, k, v = ((y @ _cast(p[name], x)).reshape(heads) for name in ("query", "key", "value"))
+    logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32)
+    weights = jax.nn.softmax(logits * HEAD_DIM**-0.5).astype(x.dtype)
+    a = jnp.einsum("bhqk,bkhd->bqhd", _dropped(weights, weights_key, dropout), v)
+    a = _dropped(a.reshape(x.shape) @ _cast(p["out"], x), out_key, dropout)
+    return a + mlp(p, x + a, mlp_key, dropout=dropout)
+
+
+def convolution(
+    p: dict[str, Array], x: Float[Array, "batch height width channel"], key: Key[Array, ""], *,
+    dropout: float = 0.0,
+) -> Float[Array, "batch height width channel"]:  # fmt: skip
+    """Norm, 3×3 convolution, SiLU, 3×3 convolution."""
+    convolve = functools.partial(
+        jax.lax.conv_general_dilated, window_strides=(1, 1), padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
+    y = jax.nn.silu(convolve(_norm(x), _cast(p["up"], x)))
+    return convolve(_dropped(y, key, dropout), _cast(p["down"], x))
+
+
+BLOCKS = {"attention": attention, "mlp": mlp, "convolution": convolution}
+
+
+def stacked_params(
+    kind: str, key: Key[Array, ""], depth: int, width: int, hidden: int, *, gain: float = 1.0
+) -> dict[str, Array]:
+    """Weights of ``depth`` blocks, of variance 1/fan-in; ``gain`` scales the updates."""
+    window = (3, 3) if kind == "convolution" else ()
+    shapes = {"up": (*window, width, hidden), "down": (*window, hidden, width)}
+    if kind == "attention":
+        shapes |= {name: (width, width) for name in ("query", "key", "value", "out")}
+    params = {}
+    for i, (name, shape) in enumerate(shapes.items()):
+        fan_in = shape[-2] * 9 ** (kind == "convolution")
+        scale = fan_in**-0.5 * (gain if name in ("down", "out") else 1.0)
+        params[name] = scale * jax.random.normal(jax.random.fold_in(key, i), (depth, *shape))
+    return params
+
+
+def _norm(x):
+    wide = x.astype(jnp.float32)
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    variance = jnp.mean(centred**2, axis=-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(variance + 1e-5)).astype(x.dtype)
+
+
+def _dropped(x, key, rate):
+    if not rate:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+
+
+def _cast(leaf, x):
+    return leaf.astype(x.dtype)

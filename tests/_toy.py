@@ -1,0 +1,133 @@
+"""A task and a reversible model small enough to be compiled in a second or two; and a command.
+
+    python tests/_toy.py FOLDER '{"steps": 8}'
+
+trains it (or resumes), and prints a digest of the parameters and of the lines of metrics.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from bdia_jax.nn import ReversibleStack
+from bdia_jax.train import TrainSettings, read_metrics, train
+
+
+class Block(nnx.Module):
+    def __init__(self, width, dropout, rngs):
+        self.inner = nnx.Linear(width, width, rngs=rngs)
+        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+
+    def __call__(self, x):
+        return self.dropout(jnp.tanh(self.inner(x)))
+
+
+class Toy(nnx.Module):
+    def __init__(self, width=16, depth=3, method="bdia", dropout=0.1, block=Block, seed=0):
+        rngs = nnx.Rngs(seed)
+        self.embed = nnx.Linear(4, width, rngs=rngs)
+        self.stack = ReversibleStack(
+            lambda rngs: block(width, dropout, rngs), depth, method=method, rngs=rngs
+        )
+        self.head = nnx.Linear(width, 1, rngs=rngs)
+
+    def __call__(self, x, key=None):
+        return self.head(self.stack(self.embed(x), key=key))[..., 0]
+
+
+class Regression:
+    """The sum of four numbers; targets of step ``poison`` are NaN."""
+
+    name, best = "toy", "-loss"
+
+    def __init__(self, poison=None, evaluation_poison=False):
+        self.poison, self.evaluation_poison, self.traces = poison, evaluation_poison, 0
+
+    def arrays(self):
+        x = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
+        return {"x": x, "y": x.sum(1)}
+
+    def eval_steps(self):
+        return 2
+
+    def batch(self, arrays, key, step, size):
+        self.traces += 1
+        index = jax.random.randint(jax.random.fold_in(key, step), (size,), 0, 64)
+        y = arrays["y"][index]
+        if self.poison is not None:
+            y = jnp.where(step == self.poison, jnp.nan, y)
+        return arrays["x"][index], y
+
+    def loss(self, model, batch, key):
+        x, y = batch
+        error = model(x, key=key) - y
+        return jnp.mean(error**2), {"absolute": jnp.mean(jnp.abs(error))}
+
+    def evaluate(self, model, arrays, step):
+        x, y = (jax.lax.dynamic_slice_in_dim(arrays[name], 32 * step, 32) for name in "xy")
+        loss = jnp.sum((model(x) - y) ** 2)
+        return {"loss": loss * jnp.nan if self.evaluation_poison else loss}, jnp.float32(32)
+
+
+SETTINGS = {
+    "steps": 8, "batch_size": 8, "learning_rate": 1e-2, "log_every": 2, "eval_every": 4,
+    "checkpoint_every": 4,
+}  # fmt: skip
+
+
+def settings(**changes) -> TrainSettings:
+    return TrainSettings(**(SETTINGS | changes))
+
+
+def run(folder, *, model=None, task=None, resume=False, own_optimizer=None, about=None, **changes):
+    """Trains a toy; the result and the model."""
+    model = Toy() if model is None else model
+    task = Regression() if task is None else task
+    result = train(
+        model,
+        task,
+        settings(**changes),
+        folder,
+        resume=resume,
+        optimizer=own_optimizer,
+        about=about,
+    )
+    return result, model
+
+
+def parameters(model) -> dict[str, np.ndarray]:
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {".".join(map(str, path)): np.asarray(v.get_value()) for path, v in flat}
+
+
+def digest(model) -> str:
+    sha = hashlib.sha256()
+    for name, value in sorted(parameters(model).items()):
+        sha.update(name.encode() + value.tobytes())
+    return sha.hexdigest()
+
+
+def lines(folder) -> list[dict]:
+    """The metrics, but for the time."""
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in read_metrics(folder)]
+
+
+def main(folder: pathlib.Path, changes: dict) -> None:
+    width = changes.pop("width", 16)
+    _, model = run(folder, model=Toy(width), resume=True, **changes)
+    told = {"parameters": digest(model), "lines": lines(folder)}
+    (folder / "told.json").write_text(json.dumps(told))
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING)
+    main(pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]))

@@ -1,0 +1,119 @@
+"""Every integer of every block is reconstructed: types, blocks, precisions and depths.
+
+This is about the compiler, not about mathematics: the backward pass must recompute each block to
+the last bit (``bdia_jax._pinned``). All programs here are compiled as in training, as one.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from _blocks import BATCH, case, covering, names
+
+from bdia_jax import BackwardReport, check_reversible, reversible_scan
+
+
+def supported(row):
+    """JAX's own attention does not run in float16 on a CPU; one written with einsum does."""
+    return {
+        "dot_product_attention": row["dtype"] != "float16",
+        "attention": row["dtype"] == "float16",
+    }.get(row["kind"], True)
+
+
+ROWS = covering(
+    supported,
+    kind=["mlp", "conv", "dot_product_attention", "attention"],
+    dtype=["float32", "bfloat16", "float16"],
+    precision=[None, "bfloat16", "tensorfloat32", "float32"],
+    param_dtype=["float32", "bfloat16"],
+    frac_bits=[9, 5],
+    m=[1, 0, 2],
+)
+
+
+def in_compute_dtype(block):
+    """Parameters of whatever type are cast to that of ``x``, as layers do."""
+
+    def cast(params, x, key, *consts):
+        def to_dtype(leaf):
+            is_float = jnp.issubdtype(leaf.dtype, jnp.floating)
+            return leaf.astype(x.dtype) if is_float else leaf
+
+        return block(*jax.tree.map(to_dtype, (params, x)), key, *map(to_dtype, consts))
+
+    return cast
+
+
+def train_step(block, depth, frac_bits, m, tolerance_bits=0):
+    """Loss, gradients and the report of the backward pass, in one program."""
+
+    @jax.jit
+    def step(params, x, shift, mask, key):
+        def loss(probe, params, x, shift):
+            y = reversible_scan(
+                block, params, x, key=key, consts=(shift, mask), gamma=2.0**-m,
+                frac_bits=frac_bits, tolerance_bits=tolerance_bits, probe=probe,
+            )  # fmt: skip
+            return jnp.mean(jnp.sin(y.astype(jnp.float32)))
+
+        gradients = jax.grad(loss, (0, 1, 2, 3))
+        report, *others = gradients(BackwardReport.zeros(depth), params, x, shift)
+        return report, others
+
+    return step
+
+
+def assert_exact(step, arguments, depth, seeds=3):
+    for seed in range(seeds):
+        report, gradients = step(*arguments, jax.random.key(seed))
+        chex.assert_trees_all_equal(report, BackwardReport.zeros(depth))
+        chex.assert_tree_all_finite(gradients)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=names(ROWS))
+def test_nothing_is_mismatched(row):
+    depth = 6
+    with jax.default_matmul_precision(row["precision"]):
+        block, params, x, consts = case(
+            row["kind"], depth, dropout=0.1, dtype=row["dtype"], param_dtype=row["param_dtype"]
+        )
+        step = train_step(in_compute_dtype(block), depth, row["frac_bits"], row["m"])
+        assert_exact(step, (params, x, *consts), depth)
+
+
+@pytest.mark.parametrize(
+    ("kind", "depth"), [("mlp", 1), ("mlp", 2), ("mlp", 48), ("dot_product_attention", 48)]
+)
+def test_nothing_is_mismatched_at_any_depth(kind, depth):
+    block, params, x, consts = case(kind, depth, dtype="bfloat16", param_dtype="float32")
+    assert_exact(train_step(in_compute_dtype(block), depth, 9, 1), (params, x, *consts), depth)
+
+
+@pytest.mark.parametrize("kind", ["dot_product_attention", "conv"])
+def test_the_audit_finds_nothing(kind):
+    """Integer by integer, against the states of the forward pass themselves."""
+    block, params, x, consts = case(kind, 6, dropout=0.1, dtype="bfloat16")
+    found = check_reversible(block, params, x, key=jax.random.key(0), consts=consts)
+    assert found.compared == 6 * x.size
+    assert (found.mismatched, found.corrected, found.deviation) == (0, 0, 0.0)
+    assert found.exact
+    assert found.tolerance_bits == 0
+
+
+def test_the_audit_finds_what_is_not_reversible():
+    """A block whose value depends on how often it ran: the audit must not call it exact."""
+    state = np.random.default_rng(0)
+
+    def noise(shape):
+        return state.normal(size=shape).astype(np.float32)
+
+    def block(w, x, key):
+        return w * jax.pure_callback(lambda: noise(x.shape), jax.typeof(x)) + jnp.tanh(x)
+
+    found = check_reversible(block, jnp.ones(3), jnp.ones((BATCH, 8)), key=jax.random.key(0))
+    assert not found.exact
+    assert found.mismatched > 0.9 * found.compared
+    assert found.deviation > 1
+    assert found.tolerance_bits > 1

@@ -1,0 +1,210 @@
+"""The Flax side: the stack over any block, and the vision transformer."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from bdia_jax.nn import METHODS, Probe, ReversibleStack, ViT, ViTConfig
+from bdia_jax.nn.vit import patches, shifted
+
+KEY = jax.random.key(0)
+SMALL = ViTConfig(
+    image_size=8, channels=1, patch_size=4, width=16, depth=3, heads=2, head_dim=8, hidden=24
+)
+
+
+class Block(nnx.Module):
+    """A user's own block, with dropout and a vector that all blocks are given."""
+
+    def __init__(self, rngs, rate=0.2):
+        self.norm = nnx.LayerNorm(6, rngs=rngs)
+        self.linear = nnx.Linear(6, 6, rngs=rngs)
+        self.dropout = nnx.Dropout(rate, rngs=rngs)
+
+    def __call__(self, x, shift=0.0):
+        return self.dropout(jnp.tanh(self.linear(self.norm(x)) + shift))
+
+
+class Whole(Block):
+    """The same block, written as x + h(x)."""
+
+    def __call__(self, x, shift=0.0):
+        return x + super().__call__(x, shift)
+
+
+def gradients(model, *arguments, key=KEY):
+    """Output, and gradients by parameters and probes, in training mode."""
+    model.train()
+    graph, params, probes, rest = nnx.split(model, nnx.Param, Probe, ...)
+
+    @jax.jit
+    def run(params, probes):
+        def loss(params, probes):
+            y = nnx.merge(graph, params, probes, rest)(*arguments, key=key)
+            return jnp.sum(jnp.sin(y)), y
+
+        (_, y), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(params, probes)
+        return y, *grads
+
+    return run(params, probes)
+
+
+def assert_close(a, b, tolerance):
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, atol=tolerance * float(jnp.abs(y).max() + 1e-30))
+
+
+X = jax.random.normal(jax.random.key(5), (4, 6))
+
+
+def test_online_and_stored_stacks_agree_and_dropout_follows_the_key():
+    outputs = {}
+    for method in ("bdia", "bdia-stored"):
+        stack = ReversibleStack(Block, 4, method=method, rngs=nnx.Rngs(0))
+        outputs[method] = gradients(stack, X)
+        again, other = gradients(stack, X), gradients(stack, X, key=jax.random.key(1))
+        np.testing.assert_array_equal(outputs[method][0], again[0])
+        assert not np.array_equal(outputs[method][0], other[0])
+    (y, grads, probes), (y_stored, grads_stored, _) = outputs.values()
+    np.testing.assert_array_equal(y, y_stored)
+    assert_close(grads, grads_stored, 1e-5)
+    assert all(not leaf.any() for leaf in jax.tree.leaves(probes))
+
+
+def test_dropout_masks_differ_between_blocks():
+    stack = ReversibleStack(
+        lambda rngs: Block(rngs, rate=0.5), 2, method="standard", rngs=nnx.Rngs(0)
+    )
+    block, (params, rest) = stack.functional()
+    first = jax.tree.map(lambda p: p[0], (params, rest))
+    keys = jax.random.split(KEY, 2)
+    a, b = (block(first, X, key) == 0 for key in keys)
+    assert not np.array_equal(a, b)
+
+
+def test_a_whole_residual_block_gives_the_same_network():
+    ours = gradients(ReversibleStack(Block, 3, rngs=nnx.Rngs(0)), X)
+    whole = gradients(ReversibleStack(Whole, 3, residual=True, rngs=nnx.Rngs(0)), X)
+    # x + h - x differs from h by rounding, which may move a state by a grid step.
+    np.testing.assert_allclose(ours[0], whole[0], atol=4 * 2.0**-9)
+
+
+def test_constants_reach_every_block_and_get_a_gradient():
+    stack = ReversibleStack(Block, 3, rngs=nnx.Rngs(0))
+    stored = ReversibleStack(Block, 3, method="bdia-stored", rngs=nnx.Rngs(0))
+    shift = jnp.linspace(-1, 1, 6)
+    grads = [
+        jax.grad(lambda shift, stack=stack: jnp.sum(stack(X, shift, key=KEY)))(shift)
+        for stack in (stack, stored)
+    ]
+    assert jnp.abs(grads[0]).min() > 0
+    assert_close(*grads, 1e-5)
+
+
+def test_evaluation_is_the_standard_network():
+    stack = ReversibleStack(Block, 5, rngs=nnx.Rngs(0))
+    stack.eval()
+    x = X
+    for k in range(5):
+        block = jax.tree.map(lambda p, k=k: p[k], nnx.state(stack.blocks))
+        module = nnx.merge(nnx.graphdef(stack.blocks), block)
+        x = x + module(x)
+    # On the grid: half a grid step per block, which later blocks may amplify a little.
+    np.testing.assert_allclose(stack(X), x, atol=5 * 2.0**-9)
+    stack.frac_bits = None
+    np.testing.assert_allclose(stack(X), x, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_all_methods_share_parameters_and_reverse_exactly(dtype):
+    images = jax.random.normal(KEY, (4, 8, 8, 1))
+    trained = ViT(dataclasses.replace(SMALL, dtype=dtype), rngs=nnx.Rngs(0))
+    state = nnx.state(trained, nnx.Param)
+    outputs, logits = {}, {}
+    for method in METHODS:
+        model = ViT(dataclasses.replace(SMALL, dtype=dtype, method=method), rngs=nnx.Rngs(1))
+        nnx.update(model, state)
+        outputs[method] = gradients(model, images)
+        model.eval()
+        logits[method] = model(images)
+    tolerance = {"float32": 1e-5, "bfloat16": 5e-2}[dtype]
+    for a, b in (("bdia", "bdia-stored"), ("standard", "standard-checkpoint")):
+        assert_close(outputs[a][:2], outputs[b][:2], tolerance)
+        np.testing.assert_array_equal(logits[a], logits[b])
+    assert not np.allclose(outputs["bdia"][0], outputs["standard"][0], atol=1e-3)
+    assert all(not leaf.any() for leaf in jax.tree.leaves(outputs["bdia"][2]))
+    finite = jax.tree.map(lambda g: bool(jnp.isfinite(g).all()), outputs["bdia"][1])
+    assert all(jax.tree.leaves(finite))
+
+
+@pytest.mark.parametrize(
+    "options", [{"pool": "mean", "shifted_patches": False}, {"local_attention": False}]
+)
+def test_options_of_the_vit(options):
+    model = ViT(dataclasses.replace(SMALL, **options), rngs=nnx.Rngs(0))
+    y, grads, _ = gradients(model, jax.random.normal(KEY, (2, 8, 8, 1)))
+    assert y.shape == (2, 10)
+    assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(grads))
+
+
+def test_patches_and_shifts_are_what_loops_say():
+    x = np.random.default_rng(0).normal(size=(2, 4, 6, 3)).astype(np.float32)
+    cut = patches(jnp.asarray(x), 2)
+    for row in range(2):
+        for column in range(3):
+            window = x[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+            np.testing.assert_array_equal(cut[:, 3 * row + column], window.reshape(2, -1))
+    stacked = np.asarray(shifted(jnp.asarray(x)))
+    np.testing.assert_array_equal(stacked[..., :3], x)
+    # Each shift moves the image by one pixel, and zeros in.
+    left, right, up, down = (stacked[..., 3 * i : 3 * i + 3] for i in range(1, 5))
+    np.testing.assert_array_equal(left[:, :, :-1], x[:, :, 1:])
+    np.testing.assert_array_equal(right[:, :, 1:], x[:, :, :-1])
+    np.testing.assert_array_equal(up[:, :-1], x[:, 1:])
+    np.testing.assert_array_equal(down[:, 1:], x[:, :-1])
+    assert not left[:, :, -1].any()
+    assert not down[:, 0].any()
+
+
+def test_local_attention_does_not_attend_to_itself():
+    from bdia_jax.nn import SelfAttention
+
+    attention = SelfAttention(8, 2, 4, local=True, rngs=nnx.Rngs(0))
+    x = jax.random.normal(KEY, (1, 5, 8))
+    # The value of a position reaches all outputs but its own; logits are blind to values.
+    attention.qkv.kernel[...] = attention.qkv.kernel[...].at[:, :16].set(0)
+    jacobian = jax.jacobian(lambda x: attention(x)[0])(x)[:, :, 0]
+    reached = jnp.abs(jacobian).max(axis=(1, 3)) > 1e-6
+    np.testing.assert_array_equal(reached, ~np.eye(5, dtype=bool))
+
+
+class Normalized(nnx.Module):
+    def __init__(self, rngs):
+        self.norm = nnx.BatchNorm(6, rngs=rngs)
+
+    def __call__(self, x):
+        return self.norm(x)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: ReversibleStack(Block, 0, rngs=nnx.Rngs(0)), "depth.*>= 1; got 0"),
+        (lambda: ReversibleStack(Block, 2, method="bda", rngs=nnx.Rngs(0)), "one of bdia.*'bda'"),
+        (lambda: ReversibleStack(Normalized, 2, rngs=nnx.Rngs(0)), "batch statistics.*norm"),
+        (lambda: ReversibleStack(Block, 2, rngs=nnx.Rngs(0))(X), "key=key.*got key=None"),
+        (lambda: ViTConfig(patch_size=5), "divide image_size = 32; got 5"),
+        (lambda: ViTConfig(width=0), "width must be an int >= 1; got 0"),
+        (lambda: ViTConfig(dropout=1.0), r"\[0, 1\); got 1.0"),
+        (lambda: ViTConfig(dtype="float8"), "float32, bfloat16, float16; got 'float8'"),
+        (lambda: ViTConfig(pool="max"), "cls.*mean.*got 'max'"),
+        (lambda: ViT(SMALL, rngs=nnx.Rngs(0))(jnp.zeros((2, 9, 8, 1)), key=KEY), r"8, 8, 1.*9"),
+    ],
+)
+def test_bad_input(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
