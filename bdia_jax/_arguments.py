@@ -216,7 +216,7 @@ def _check_key(key, gamma):
         if key.dtype != jnp.uint32:
             raise TypeError(f"key must be a PRNG key, as jax.random.key(0); got dtype {key.dtype}")
         words = jax.random.key_data(jax.random.key(0)).shape
-        if key.shape != words:
+        if key.shape[-1:] != words:
             raise ValueError(
                 f"a raw PRNG key must have the shape {words} of the default generator; "
                 f"got {key.shape}"
