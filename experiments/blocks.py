@@ -28,7 +28,7 @@ def attention(
     p: dict[str, Array], x: Float[Array, "batch length width"], key: Key[Array, ""], *,
     dropout: float = 0.0,
 ) -> Float[Array, "batch length width"]:  # fmt: skip
-    """Pre-norm attention, then an MLP: ``a + mlp(x + a)`` with ``a = attention(norm(x))``."""
+    """The pre-norm transformer block: the update of attention, then of the MLP."""
     weights_key, out_key, mlp_key = jax.random.split(key, 3)
     heads = (*x.shape[:2], -1, HEAD_DIM)
     y = _norm(x)
