@@ -1,7 +1,6 @@
-"""Images, continued: sets prepared by TFDS, whole and damaged; bad input; batches on a mesh.
+"""Images: sets prepared by TFDS, whole and damaged; bad input; batches as pure functions.
 
-What ``test_data.py`` leaves out. No test here but the download needs TensorFlow: sets of ready PNG
-files can be prepared without it.
+No test here but the download needs TensorFlow: sets of ready PNG files can be prepared without it.
 """
 
 import collections
@@ -12,6 +11,7 @@ import importlib.util
 import io
 import itertools
 import json
+import pathlib
 import shutil
 import sys
 import tarfile
@@ -454,3 +454,31 @@ def test_cifar10_is_downloaded_extracted_prepared_and_read(cifar10_server, tmp_p
     again = data.load_images("cifar10", tmp_path / "new", download=True)
     np.testing.assert_array_equal(again.train_images, loaded.train_images)
     assert cifar10_server.requests == asked, "downloaded twice"
+
+
+def test_real_cifar10():
+    folder = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data" / "tfds"
+    if not (folder / "cifar10").is_dir():
+        pytest.skip("no prepared CIFAR-10 beside the repository")
+    builder = image_data._tfds_builder("cifar10", folder)
+    assert image_data._splits(builder) == ("train", "test")
+    pictures, labels = image_data._read(builder, "test[:200]")
+    assert pictures.shape == (200, 32, 32, 3)
+    assert {*labels} == {*range(10)}
+
+
+@pytest.mark.parametrize(("batch", "samples"), [(10, 50), (7, 50), (50, 50)])
+def test_an_epoch_shows_every_sample_once(batch, samples):
+    steps = samples // batch
+    order = jax.jit(lambda step: data.batch_indices(KEY, step, batch, samples))
+    epochs = [np.concatenate([order(e * steps + i) for i in range(steps)]) for e in range(3)]
+    for epoch in epochs:
+        assert len({*epoch.tolist()}) == steps * batch
+    assert not np.array_equal(epochs[0], epochs[1])
+
+
+def test_normalized_images_have_mean_0_and_deviation_1():
+    digits = data.load_images("digits")
+    x = data.normalize(jnp.asarray(digits.train_images), *digits.statistics)
+    np.testing.assert_allclose(x.mean(), 0, atol=1e-5)
+    np.testing.assert_allclose(x.std(), 1, rtol=1e-5)
