@@ -97,7 +97,7 @@ def check_reversible(
             *(tuple(map(_is_float, leaves)) for leaves in (inputs.params, inputs.consts))
         )
         output, saved = reversible._forward(scan, wanted, inputs)
-        cotangents = tuple(jnp.ones(out.shape, out.dtype) for out in output)
+        cotangents = tuple(map(jnp.ones_like, output))
         report = reversible._backward(scan, saved, cotangents).probe
         return report, jnp.all(jnp.isfinite(output[1]))
 

@@ -36,7 +36,7 @@ from jaxtyping import Array, Bool, Float, Int32, Key, PyTree, UInt, UInt32
 
 from bdia_jax import fixed_point, maps, side_bits
 from bdia_jax._arguments import Inputs, Scan, prepare
-from bdia_jax._pinned import Wanted, merge, pinned_vjp, select
+from bdia_jax._pinned import Wanted, barrier, merge, pinned_vjp, reduce_to, select
 
 Block = Callable[..., Array]
 
@@ -188,9 +188,11 @@ def _update(scan: Scan, n: Array, h: Array, sign: Array) -> tuple[Array, Array, 
 def _pinned_block(scan: Scan, wanted: Wanted, n, params, key, consts, sign):
     """The update of a block, its derivative, the signs, and a value to fold into a checksum."""
     x = fixed_point.from_grid(n, scan.frac_bits, scan.dtype)
-    params, x, key, consts, sign = lax.optimization_barrier((params, x, key, consts, sign))
+    # Sharded like the batch: over explicit mesh axes, a selection wants that of its condition.
+    sign += jnp.sum(jnp.zeros_like(n), axis=tuple(range(1, n.ndim)), dtype=sign.dtype)
+    params, x, key, consts, sign = barrier((params, x, key, consts, sign))
     if wanted is None:
-        return lax.optimization_barrier(scan.block(params, x, key, consts)), None, sign, None
+        return barrier(scan.block(params, x, key, consts)), None, sign, None
     h, vjp, touched = pinned_vjp(scan.block, wanted, params, x, key, consts)
     # σ is never above 1, which no compiler knows: what is touched is read, and changes nothing.
     return h, vjp, sign, jnp.where(sign > 1, touched, jnp.uint32(0))
@@ -216,6 +218,14 @@ def checksum(n: Int32[Array, "batch *shape"]) -> UInt32[Array, "batch"]:
 def _per_sample(values: Array, like: Array) -> Array:
     """``values`` of shape [batch], shaped to broadcast against ``like``, [batch, ...]."""
     return lax.broadcast_in_dim(values, (like.shape[0],) + (1,) * (like.ndim - 1), (0,))
+
+
+def _nan_unless(good: Bool[Array, "batch"], x: Float[Array, "batch *shape"]) -> Array:
+    """``x``, and NaN in the samples that are not good.
+
+    A sum, because over explicit mesh axes a selection wants the condition sharded like ``x``.
+    """
+    return x + _per_sample(jnp.where(good, 0, jnp.nan).astype(x.dtype), x)
 
 
 def _all(condition: Bool[Array, "batch *shape"]) -> Bool[Array, "batch"]:
@@ -315,9 +325,7 @@ def _forward(scan: Scan, wanted: Wanted | None, inputs: Inputs):
         (_numbers(inputs), inputs.params, inputs.keys),
     )
     output = tuple(
-        jnp.where(
-            _per_sample(finite, n), fixed_point.from_grid(n, scan.frac_bits, scan.wide), jnp.nan
-        )
+        _nan_unless(finite, fixed_point.from_grid(n, scan.frac_bits, scan.wide))
         for n in (n_prev, n)
     )
     if wanted is None:
@@ -342,7 +350,7 @@ def _backward(scan: Scan, saved: _Saved, cotangents) -> Inputs:
         n_prev = maps.bdia_inverse(n_next, q, side, sigma, scan.m)
         # An Euler step cannot be taken back; there q itself is compared with what came of it.
         intact = jnp.where(sign == 0, _all(q == n_next), checksum(n_prev) + alive == expected)
-        a_next = jnp.where(_per_sample(intact, n), a_next, jnp.nan)
+        a_next = _nan_unless(intact, a_next)
         d_params, d_x, d_consts_k = vjp((a_next + gamma * a_next).astype(h.dtype))
         a += (a_next - gamma * a_next) + d_x.astype(scan.wide)
         a_prev = gamma * a_next
@@ -364,13 +372,13 @@ def _backward(scan: Scan, saved: _Saved, cotangents) -> Inputs:
         return (n, n_prev, a, a_prev, d_consts), (d_params, report)
 
     a_prev, a = (
-        jnp.zeros(c.aval.shape, c.aval.dtype) if isinstance(c, SymbolicZero) else c
-        for c in cotangents
+        jnp.zeros_like(n, c.aval.dtype) if isinstance(c, SymbolicZero) else c
+        for n, c in zip((saved.n_prev, saved.n), cotangents)
     )
     for n, expected in zip((saved.n_prev, saved.n), saved.checksums_of_last):
-        a = jnp.where(_per_sample(checksum(n) == expected, n), a, jnp.nan)
+        a = _nan_unless(checksum(n) == expected, a)
     wanted_consts = select(wanted.consts, saved.consts)
-    d_consts = [jnp.zeros(c.shape, jnp.promote_types(c.dtype, jnp.float32)) for c in wanted_consts]
+    d_consts = [jnp.zeros_like(c, jnp.promote_types(c.dtype, jnp.float32)) for c in wanted_consts]
     (_, _, a, a_prev, d_consts), (d_params, report) = lax.scan(
         step,
         (saved.n, saved.n_prev, a, a_prev, d_consts),
@@ -378,6 +386,11 @@ def _backward(scan: Scan, saved: _Saved, cotangents) -> Inputs:
         reverse=True,
     )
     d_consts = [d.astype(c.dtype) for d, c in zip(d_consts, wanted_consts)]
+    # Under shard_map every device saw its samples alone; the report is on all of them.
+    reductions = (lax.psum, lax.psum, lax.pmax)
+    report = BackwardReport(
+        *(reduce_to(frozenset(), counts, r) for counts, r in zip(report, reductions))
+    )
     return Inputs(
         merge(wanted.params, d_params, [None] * len(wanted.params)),
         merge(wanted.consts, d_consts, [None] * len(wanted.consts)),
@@ -418,10 +431,7 @@ def _stored(scan: Scan, inputs: Inputs) -> tuple[Array, Array]:
         k, params, key = block_inputs
         sign, key = _signs(scan, key, k, batch)
         seen = params, x.astype(scan.dtype), key, inputs.consts
-        if grid:
-            h = lax.optimization_barrier(scan.block(*lax.optimization_barrier(seen)))
-        else:
-            h = scan.block(*seen)
+        h = barrier(scan.block(*barrier(seen))) if grid else scan.block(*seen)
         if scan.gamma == 0:
             x_next = x + h
         else:
@@ -453,4 +463,4 @@ def _stored(scan: Scan, inputs: Inputs) -> tuple[Array, Array]:
     )
     if not grid:
         return x_prev, x
-    return tuple(jnp.where(_per_sample(finite, x), x, jnp.nan) for x in (x_prev, x))
+    return tuple(_nan_unless(finite, x) for x in (x_prev, x))
