@@ -25,6 +25,8 @@ class Scan(NamedTuple):
     frac_bits: int | None
     tolerance_bits: int
     online: bool
+    random_signs: bool
+    """Whether γ is ±, drawn per sample and block, or + throughout."""
     starts: bool
     """Whether the first of these blocks is the first of the network, an Euler step."""
     audit: bool = False
@@ -58,8 +60,8 @@ class Inputs(NamedTuple):
 
 
 def prepare(
-    block, stacked_params, state, start, key, consts, gamma, frac_bits, tolerance_bits, backprop,
-    probe, compute_dtype,
+    block, stacked_params, state, start, key, consts, gamma, signs, frac_bits, tolerance_bits,
+    backprop, probe, compute_dtype,
 ) -> tuple[Scan, Inputs]:  # fmt: skip
     """Checks all arguments of a scan; every error names what was given and what is allowed."""
     if not callable(block):
@@ -71,6 +73,9 @@ def prepare(
     if isinstance(start, bool) or not hasattr(start, "__index__") or start < 0:
         raise ValueError(f"start, the index of the first block, must be an int >= 0; got {start!r}")
     gamma, online = _check_gamma(gamma, frac_bits, backprop)
+    if signs not in ("random", "positive"):
+        raise ValueError(f'signs must be "random" or "positive"; got {signs!r}')
+    random_signs = signs == "random" and gamma != 0
     if frac_bits is not None:
         fixed_point.check_frac_bits(frac_bits)
     maps.check_tolerance_bits(tolerance_bits, maps.gamma_shift(gamma) if online else 0)
@@ -83,7 +88,7 @@ def prepare(
         if not isinstance(leaf, jax.Array | np.ndarray | np.generic | float | int | complex):
             name = "consts" + jax.tree_util.keystr(path)
             raise TypeError(f"{name} must be an array or a number; got {type(leaf).__name__}")
-    key = _check_key(key, gamma)
+    key = _check_key(key, gamma if random_signs else 0)
     _check_probe(probe, blocks)
     dtype = jnp.dtype(x.dtype if compute_dtype is None else compute_dtype)
     fixed_point.accumulator(dtype)
@@ -93,7 +98,8 @@ def prepare(
     if key is not None:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, start + jnp.arange(blocks))
     pure_block, captured = _close(block, stacked_params, x, dtype, keys, consts)
-    scan = Scan(pure_block, dtype, gamma, frac_bits, tolerance_bits, online, start == 0)
+    scan = Scan(pure_block, dtype, gamma, frac_bits, tolerance_bits, online,
+                random_signs, start == 0)  # fmt: skip
     inputs = Inputs(
         [jnp.asarray(p) for p in jax.tree.leaves(stacked_params)],
         [jnp.asarray(c) for c in jax.tree.leaves(consts)] + captured,

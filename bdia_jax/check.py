@@ -53,6 +53,7 @@ def check_reversible(
     key: Key[Array, ""] | None = None,
     consts: tuple[PyTree[Array], ...] = (),
     gamma: float = 0.5,
+    signs: str = "random",
     frac_bits: int = 9,
     tolerance_bits: int = 0,
 ) -> Reversibility:
@@ -62,7 +63,7 @@ def check_reversible(
     true states, so that an error is counted where it arises, not again in the blocks below.
 
     Args:
-      block, stacked_params, x, key, consts, gamma, frac_bits, tolerance_bits: what
+      block, stacked_params, x, key, consts, gamma, signs, frac_bits, tolerance_bits: what
         :func:`bdia_jax.reversible_scan` will be given, with online back-propagation.
 
     Returns:
@@ -76,7 +77,7 @@ def check_reversible(
         raise ValueError("with gamma=0 nothing is taken back; got gamma=0, allowed is 2**-m")
     (scan, inputs), (_, again) = (
         _arguments.prepare(
-            block, stacked_params, (x, x), 0, key, consts, gamma, frac_bits, tolerance_bits,
+            block, stacked_params, (x, x), 0, key, consts, gamma, signs, frac_bits, tolerance_bits,
             "online", None, None,
         )
         for _ in range(2)

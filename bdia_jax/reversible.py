@@ -68,6 +68,7 @@ def reversible_scan(
     key: Key[Array, ""] | None = None,
     consts: tuple[PyTree[Array], ...] = (),
     gamma: float = 0.5,
+    signs: str = "random",
     frac_bits: int | None = 9,
     tolerance_bits: int = 0,
     backprop: str = "online",
@@ -89,6 +90,10 @@ def reversible_scan(
         memory).
       gamma: magnitude of γ. ``2**-m`` for online back-propagation (the paper: 0.5), any in
         (0, 1] for ``"stored"``; 0 is the network as inference runs it.
+      signs: ``"random"``: γ is + or -, drawn per sample and block; ``"positive"``: always +, which
+        needs no key. With ``gamma=1`` that is the reversible mid-point network,
+        ``x_{k+1} = x_{k-1} + 2 h_k(x_k)``: another network than the standard one, in inference
+        as in training, and without side information.
       frac_bits: number of fractional bits l of the grid, spacing ``2**-l``; None for no grid
         at all (``backprop="stored"`` or ``gamma=0``).
       tolerance_bits: r more bits of side information, which make the reconstruction exact
@@ -113,7 +118,8 @@ def reversible_scan(
     """
     return reversible_scan_pair(
         block, stacked_params, (x, x), start=0, key=key, consts=consts, gamma=gamma,
-        frac_bits=frac_bits, tolerance_bits=tolerance_bits, backprop=backprop, probe=probe,
+        signs=signs, frac_bits=frac_bits, tolerance_bits=tolerance_bits, backprop=backprop,
+        probe=probe,
     )[1].astype(x.dtype)  # fmt: skip
 
 
@@ -126,6 +132,7 @@ def reversible_scan_pair(
     key: Key[Array, ""] | None = None,
     consts: tuple[PyTree[Array], ...] = (),
     gamma: float = 0.5,
+    signs: str = "random",
     frac_bits: int | None = 9,
     tolerance_bits: int = 0,
     backprop: str = "online",
@@ -144,16 +151,16 @@ def reversible_scan_pair(
       start: index of the first of these blocks in the whole stack. Block 0 is an Euler step and
         ignores ``x_{-1}``.
       compute_dtype: what the blocks see; by default the dtype of the state.
-      block, stacked_params, key, consts, gamma, frac_bits, tolerance_bits, backprop, probe: as
-        in :func:`reversible_scan`.
+      block, stacked_params, key, consts, gamma, signs, frac_bits, tolerance_bits, backprop, probe:
+        as in :func:`reversible_scan`.
 
     Returns:
       ``(x_{k-1}, x_k)`` after these blocks, float32 (float64 for a float64 state): wide enough
       to hold the integers of the grid up to 2**24.
     """
     scan, inputs = prepare(
-        block, stacked_params, state, start, key, consts, gamma, frac_bits, tolerance_bits,
-        backprop, probe, compute_dtype,
+        block, stacked_params, state, start, key, consts, gamma, signs, frac_bits,
+        tolerance_bits, backprop, probe, compute_dtype,
     )  # fmt: skip
     if probe is None:
         inputs = inputs._replace(probe=BackwardReport.zeros(len(inputs.params[0])))
@@ -167,14 +174,13 @@ def reversible_scan_pair(
 
 def _signs(scan: Scan, key, k, batch: int) -> tuple[Int32[Array, "batch"], Key[Array, ""] | None]:
     """σ of block k for every sample, 0 for an Euler step; and the key left for the block."""
-    zeros = jnp.zeros(batch, jnp.int32)
-    if key is None:
-        return zeros, None
-    sign_key, block_key = jax.random.split(key)
-    if scan.gamma == 0:
-        return zeros, block_key
-    sign = maps.sample_signs(sign_key, (batch,))
-    return jnp.where(k == 0, zeros, sign) if scan.starts else sign, block_key
+    sign_key, block_key = (None, None) if key is None else jax.random.split(key)
+    sign = jnp.full(batch, int(scan.gamma != 0), jnp.int32)
+    if scan.random_signs:
+        sign = maps.sample_signs(sign_key, (batch,))
+    if scan.starts:
+        sign = jnp.where(k == 0, 0, sign)
+    return sign, block_key
 
 
 def _update(scan: Scan, n: Array, h: Array, sign: Array) -> tuple[Array, Array, Array]:
