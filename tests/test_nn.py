@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from bdia_jax.nn import METHODS, Probe, ReversibleStack, ViT, ViTConfig
+from bdia_jax.nn import Probe, ReversibleStack, ViT, ViTConfig
 from bdia_jax.nn.vit import patches, shifted
 
 KEY = jax.random.key(0)
@@ -110,8 +110,8 @@ def test_evaluation_is_the_standard_network():
     stack.eval()
     x = X
     for k in range(5):
-        block = jax.tree.map(lambda p, k=k: p[k], nnx.state(stack.blocks))
-        module = nnx.merge(nnx.graphdef(stack.blocks), block)
+        block = jax.tree.map(lambda p, k=k: p[k], nnx.state(stack.stacked))
+        module = nnx.merge(nnx.graphdef(stack.stacked), block)
         x = x + module(x)
     # On the grid: half a grid step per block, which later blocks may amplify a little.
     np.testing.assert_allclose(stack(X), x, atol=5 * 2.0**-9)
@@ -125,7 +125,7 @@ def test_all_methods_share_parameters_and_reverse_exactly(dtype):
     trained = ViT(dataclasses.replace(SMALL, dtype=dtype), rngs=nnx.Rngs(0))
     state = nnx.state(trained, nnx.Param)
     outputs, logits = {}, {}
-    for method in METHODS:
+    for method in ("bdia", "bdia-stored", "standard", "standard-checkpoint"):
         model = ViT(dataclasses.replace(SMALL, dtype=dtype, method=method), rngs=nnx.Rngs(1))
         nnx.update(model, state)
         outputs[method] = gradients(model, images)
@@ -142,7 +142,7 @@ def test_all_methods_share_parameters_and_reverse_exactly(dtype):
 
 
 @pytest.mark.parametrize(
-    "options", [{"pool": "mean", "shifted_patches": False}, {"local_attention": False}]
+    "options", [{"pool": "mean", "shifted_patches": False}, {"attention": "full"}]
 )
 def test_options_of_the_vit(options):
     model = ViT(dataclasses.replace(SMALL, **options), rngs=nnx.Rngs(0))

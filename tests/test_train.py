@@ -250,7 +250,7 @@ def no_compiling(monkeypatch):
         ({"steps": True}, "got True"),
         ({"batch_size": -1}, "batch_size"),
         ({"accumulate": 3}, "accumulate must divide batch_size = 8; got 3"),
-        ({"optimizer": "adan"}, "optimizer must be one of adam, adamw, sgd.*'adan'"),
+        ({"optimizer": "adan"}, "optimizer must be one of adam, adamw, set-adam, sgd.*'adan'"),
         ({"schedule": "linear"}, "schedule must be one of constant, cosine; got 'linear'"),
         ({"learning_rate": 0.0}, "learning_rate must be positive; got 0.0"),
         ({"learning_rate": float("nan")}, "learning_rate must be finite"),
@@ -337,7 +337,7 @@ def test_another_run(whole, changes, message, no_compiling):
         ),
         (
             lambda: _toy.Toy(depth=2),
-            r"optimizer: params.stack.blocks.inner.bias: float32\[3, 16\] there, float32\[2, 1",
+            r"optimizer: params.stack.stacked.inner.bias: float32\[3, 16\] there, float32\[2, 1",
         ),
         (lambda: _half(_toy.Toy()), r"float32\[16\] there, bfloat16\[16\] now"),
     ],
@@ -486,7 +486,7 @@ def test_a_mesh_gives_the_losses_of_one_device(mesh, whole, tmp_path):
         # Measured: 6e-8. One rounding that falls to the other side of the grid is 1e-4.
         np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-4)
         assert ours.get("mismatched", 0) == 0
-    kernel = model.stack.blocks.inner.kernel.get_value()
+    kernel = model.stack.stacked.inner.kernel.get_value()
     shards = 1 if "fsdp" not in mesh else int(mesh[-1])
     assert len(kernel.sharding.device_set) == 8
     assert kernel.addressable_shards[0].data.shape in {

@@ -53,5 +53,15 @@ class TransformerBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
         """The update ``h(x)``."""
-        a = self.dropout(self.attention(self.attention_norm(x)))
-        return a + self.ffn(self.ffn_norm(x + a))
+        a = self.attend(x)
+        return a + self.feed_forward(x + a)
+
+    def attend(self, x: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
+        """The first half: ``attn(norm(x))``."""
+        return self.dropout(self.attention(self.attention_norm(x)))
+
+    def feed_forward(
+        self, x: Float[Array, "batch length width"]
+    ) -> Float[Array, "batch length width"]:
+        """The second half: ``ffn(norm(x))``."""
+        return self.ffn(self.ffn_norm(x))

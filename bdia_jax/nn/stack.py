@@ -1,4 +1,4 @@
-"""A stack of residual blocks as a Flax module, run by :func:`bdia_jax.reversible_scan`."""
+"""Stacks of residual blocks as Flax modules, run by scans that can be taken back."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key, PyTree
 
+from bdia_jax import coupling
 from bdia_jax.check import Reversibility, check_reversible
 from bdia_jax.reversible import BackwardReport, Block, reversible_scan
 
-Method = Literal["bdia", "bdia-stored", "standard", "standard-checkpoint"]
+Method = Literal[
+    "bdia", "bdia-stored", "standard", "standard-checkpoint", "midpoint", "midpoint-stored"
+]
 METHODS: tuple[str, ...] = get_args(Method)
+CoupledMethod = Literal["coupled", "coupled-stored"]
 
 
-def check_method(method: str) -> str:
+def check_method(method: str, methods: tuple[str, ...] = METHODS) -> str:
     """``method`` itself, or a ``ValueError`` that lists the methods."""
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
+    if method not in methods:
+        raise ValueError(f"method must be one of {', '.join(methods)}; got {method!r}")
     return method
 
 
@@ -28,7 +32,46 @@ class Probe(nnx.Variable):
     """Holds zeros; the "gradient" by it is the :class:`bdia_jax.BackwardReport` of a stack."""
 
 
-class ReversibleStack(nnx.Module):
+class StackedBlocks(nnx.Module):
+    """``depth`` blocks of one kind, with stacked parameters; what runs them is a subclass.
+
+    They are the module ``stacked``, every array of which has a leading block axis.
+    """
+
+    def __init__(self, make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs):
+        if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
+            raise ValueError(f"depth, the number of blocks, must be an int >= 1; got {depth!r}")
+        self.depth = depth
+        self.deterministic = False
+        self.stacked = nnx.vmap(make_block)(rngs.split(depth))
+        kept = nnx.state(self.stacked, nnx.BatchStat)
+        if jax.tree.leaves(kept):
+            raise ValueError(
+                "blocks must be pure functions, and cannot keep batch statistics: use layer, group "
+                f"or RMS normalization; got {', '.join(map(_name, nnx.to_flat_state(kept)))}"
+            )
+
+    def _pure(self, call: Callable[..., Array]) -> tuple[Block, PyTree[Array]]:
+        """``call(block, x, *consts)`` as a function of a block's arrays; and those, stacked."""
+        graphdef, params, streams, rest = nnx.split(self.stacked, nnx.Param, nnx.RngState, ...)
+
+        def function(state, x, key, *consts):
+            params, rest = state
+            return call(nnx.merge(graphdef, params, _seeded(streams, key), rest), x, *consts)
+
+        return function, (params, rest)
+
+    def _check_key(self, key) -> None:
+        if key is None and not self.deterministic:
+            if not jax.tree.leaves(nnx.state(self.stacked, nnx.RngState)):
+                return
+            raise ValueError(
+                "in training mode the blocks draw random numbers, and need one PRNG key per call: "
+                "stack(x, key=key); got key=None (model.eval() is the mode without)"
+            )
+
+
+class ReversibleStack(StackedBlocks):
     """``depth`` residual blocks in a row, with stacked parameters.
 
     A block is any Flax module that maps ``x`` (and whatever else the stack is called with) to
@@ -45,6 +88,10 @@ class ReversibleStack(nnx.Module):
     - ``"standard-checkpoint"``: the same, each block under ``jax.checkpoint``.
 
     In evaluation mode (``model.eval()``) the BDIA methods have γ = 0: ``x + h(x)`` on the grid.
+
+    Two more are another network, with the same parameters: ``"midpoint"`` (online
+    back-propagation) and ``"midpoint-stored"``, the reversible mid-point network
+    ``x_{k+1} = x_{k-1} + 2 h_k(x_k)`` on the grid, in training and in evaluation.
     """
 
     def __init__(
@@ -71,24 +118,14 @@ class ReversibleStack(nnx.Module):
           residual: whether a block returns ``x + h(x)`` rather than ``h(x)``.
           rngs: for the initialization; each block draws its own.
         """
-        if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
-            raise ValueError(f"depth, the number of blocks, must be an int >= 1; got {depth!r}")
-        self.depth = depth
+        super().__init__(make_block, depth, rngs)
         self.method = check_method(method)
         self.gamma = gamma
         self.frac_bits = frac_bits
         self.tolerance_bits = tolerance_bits
         self.quantize_standard = quantize_standard
         self.residual = residual
-        self.deterministic = False
-        self.blocks = nnx.vmap(make_block)(rngs.split(depth))
         self.probe = Probe(BackwardReport.zeros(depth))
-        kept = nnx.state(self.blocks, nnx.BatchStat)
-        if jax.tree.leaves(kept):
-            raise ValueError(
-                "blocks must be pure functions, and cannot keep batch statistics: use layer, group "
-                f"or RMS normalization; got {', '.join(map(_name, nnx.to_flat_state(kept)))}"
-            )
 
     def __call__(
         self, x: Float[Array, "batch *shape"], *consts, key: Key[Array, ""] | None = None
@@ -100,54 +137,110 @@ class ReversibleStack(nnx.Module):
           *consts: given to every block after ``x``; differentiable.
           key: PRNG key of this call, for γ and dropout. None in evaluation mode.
         """
+        self._check_key(key)
         block, stacked_params = self.functional()
-        if (
-            key is None
-            and not self.deterministic
-            and jax.tree.leaves(nnx.state(self, nnx.RngState))
-        ):
-            raise ValueError(
-                "in training mode the blocks draw random numbers, and need one PRNG key per call: "
-                "stack(x, key=key); got key=None (model.eval() is the mode without)"
-            )
-        bdia = self.method.startswith("bdia")
+        standard = self.method.startswith("standard")
         if self.method == "standard-checkpoint":
             # Inside a scan, XLA cannot merge the recomputation with the original.
             block = jax.checkpoint(block, prevent_cse=False)
+        gamma, signs = self._gamma_and_signs()
         return reversible_scan(
             block,
             stacked_params,
             x,
             key=key,
             consts=consts,
-            gamma=self.gamma if bdia and not self.deterministic else 0.0,
-            frac_bits=self.frac_bits if bdia or self.quantize_standard else None,
+            gamma=gamma,
+            signs=signs,
+            frac_bits=self.frac_bits if not standard or self.quantize_standard else None,
             tolerance_bits=self.tolerance_bits,
-            backprop="online" if self.method == "bdia" else "stored",
+            backprop="online" if self.method in ("bdia", "midpoint") else "stored",
             probe=self.probe.get_value(),
         )
 
+    def _gamma_and_signs(self) -> tuple[float, str]:
+        if self.method.startswith("midpoint"):
+            return 1.0, "positive"
+        bdia = self.method.startswith("bdia") and not self.deterministic
+        return self.gamma if bdia else 0.0, "random"
+
     def functional(self) -> tuple[Block, PyTree[Array]]:
         """The blocks as :func:`bdia_jax.reversible_scan` takes them: a function, and parameters."""
-        graphdef, params, streams, rest = nnx.split(self.blocks, nnx.Param, nnx.RngState, ...)
 
-        def block(state, x, key, *consts):
-            params, rest = state
-            module = nnx.merge(graphdef, params, _seeded(streams, key), rest)
-            y = module(x, *consts)
+        def update(block, x, *consts):
+            y = block(x, *consts)
             return y - x if self.residual else y
 
-        return block, (params, rest)
+        return self._pure(update)
 
     def check_reversible(
         self, x: Float[Array, "batch *shape"], *consts, key: Key[Array, ""]
     ) -> Reversibility:
         """:func:`bdia_jax.check_reversible` of these blocks, in their mode and settings."""
         block, stacked_params = self.functional()
+        gamma, signs = self.gamma, "random"
+        if self.method.startswith("midpoint"):
+            gamma, signs = self._gamma_and_signs()
         return check_reversible(
-            block, stacked_params, x, key=key, consts=consts, gamma=self.gamma,
+            block, stacked_params, x, key=key, consts=consts, gamma=gamma, signs=signs,
             frac_bits=self.frac_bits, tolerance_bits=self.tolerance_bits,
         )  # fmt: skip
+
+
+class CoupledStack(StackedBlocks):
+    """Blocks in which two streams are updated in turns (RevNet, Rev-ViT), taken back in floats.
+
+    A block is a module with two methods, ``attend(x)`` and ``feed_forward(x)``, as
+    :class:`bdia_jax.nn.TransformerBlock`. Both streams start as ``x``; what is returned is both,
+    side by side: another architecture than the standard one, twice as wide at its end.
+    """
+
+    def __init__(
+        self,
+        make_block: Callable[[nnx.Rngs], nnx.Module],
+        depth: int,
+        *,
+        method: CoupledMethod = "coupled",
+        dtype: jnp.dtype = jnp.float32,
+        rngs: nnx.Rngs,
+    ):
+        """``dtype`` is what the blocks see; the streams are float32. Otherwise as above."""
+        super().__init__(make_block, depth, rngs)
+        self.method = check_method(method, get_args(CoupledMethod))
+        self.dtype = dtype
+
+    def __call__(
+        self, x: Float[Array, "batch *shape"], *, key: Key[Array, ""] | None = None
+    ) -> Float[Array, "batch *shape_but_doubled"]:
+        """Runs the blocks; the streams, in float32, one after the other on the last axis."""
+        self._check_key(key)
+        pair = coupling.coupled_scan(
+            *self.functional(), self._start(x), key=key,
+            backprop="online" if self.method == "coupled" else "stored",
+        )  # fmt: skip
+        return jnp.concatenate(pair, axis=-1)
+
+    def functional(self) -> tuple[coupling.Half, coupling.Half, PyTree[Array]]:
+        """Both halves and the stacked parameters, as :func:`bdia_jax.coupling.coupled_scan`."""
+        attend, params = self._pure(lambda block, x: block.attend(x.astype(self.dtype)))
+        feed_forward, _ = self._pure(lambda block, x: block.feed_forward(x.astype(self.dtype)))
+        return attend, feed_forward, params
+
+    def reconstruction_errors(
+        self, x: Float[Array, "batch *shape"], *, key: Key[Array, ""] | None = None
+    ) -> Float[Array, "blocks"]:
+        """:func:`bdia_jax.coupling.reconstruction_errors` of these blocks."""
+        return jax.jit(coupling.reconstruction_errors, static_argnums=(0, 1))(
+            *self.functional(), self._start(x), key=key
+        )
+
+    def _start(self, x):
+        return (x.astype(jnp.float32),) * 2
+
+
+def is_stacked(path: tuple) -> bool:
+    """Whether the leaf at a path of a model's state has a leading block axis."""
+    return any(getattr(entry, "key", None) == "stacked" for entry in path)
 
 
 def _seeded(streams: nnx.State, key: Key[Array, ""] | None) -> nnx.State:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from bdia_jax.nn.attention import SelfAttention
+from bdia_jax.nn.attention import LinearAttention, SelfAttention
 from bdia_jax.nn.blocks import TransformerBlock
-from bdia_jax.nn.stack import Method, ReversibleStack, check_method
+from bdia_jax.nn.stack import CoupledMethod, CoupledStack, Method, ReversibleStack, check_method
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
@@ -50,10 +50,14 @@ class ViTConfig:
     """What is classified: a class token, or the mean over the patches."""
     shifted_patches: bool = True
     """Shifted-patch tokenization: patches of the image and of its four one-pixel shifts."""
-    local_attention: bool = True
-    """Locality self-attention: masked diagonal, learned temperature."""
-    method: Method = "bdia"
-    """How the blocks are trained."""
+    attention: Literal["local", "full", "linear"] = "local"
+    """local: masked diagonal, learned temperature; full: the usual one; linear: to a few learned
+    mixtures of positions (Linformer)."""
+    projection: int = 16
+    """Number of mixtures of linear attention."""
+    method: Method | CoupledMethod = "bdia"
+    """How the blocks are trained. Two are other networks: midpoint (x_{k-1} + 2 h(x_k)), and
+    coupled (RevViT: attention and feed-forward network update two streams in turns)."""
     gamma: float = 0.5
     """Magnitude of γ: 2^-m, or any in (0, 1] with bdia-stored."""
     frac_bits: int | None = 9
@@ -67,7 +71,7 @@ class ViTConfig:
 
     def __post_init__(self):
         sizes = ("image_size", "channels", "num_classes", "patch_size", "width", "depth", "heads",
-                 "head_dim", "hidden")  # fmt: skip
+                 "head_dim", "hidden", "projection")  # fmt: skip
         for name in sizes:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -80,14 +84,26 @@ class ViTConfig:
             raise ValueError(f"dropout must lie in [0, 1); got {self.dropout}")
         if self.pool not in ("cls", "mean"):
             raise ValueError(f'pool must be "cls" or "mean"; got {self.pool!r}')
+        if self.attention not in ("local", "full", "linear"):
+            raise ValueError(f"attention must be local, full or linear; got {self.attention!r}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
-        check_method(self.method)
+        check_method(self.method, (*get_args(Method), *get_args(CoupledMethod)))
 
     @property
     def patches(self) -> int:
         """Patches per image."""
         return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def length(self) -> int:
+        """Positions of the residual stream."""
+        return self.patches + (self.pool == "cls")
+
+    @property
+    def coupled(self) -> bool:
+        """Whether there are two streams."""
+        return self.method in get_args(CoupledMethod)
 
 
 class ViT(nnx.Module):
@@ -98,21 +114,24 @@ class ViT(nnx.Module):
         c, dtype = config, DTYPES[config.dtype]
         self.embedding = PatchEmbedding(c, rngs=rngs)
         attention = functools.partial(
-            SelfAttention, c.width, c.heads, c.head_dim, dropout=c.dropout,
-            local=c.local_attention, dtype=dtype,
-        )  # fmt: skip
+            _attention(c), c.width, c.heads, c.head_dim, dropout=c.dropout, dtype=dtype
+        )
 
         def make_block(rngs):
             return TransformerBlock(
                 c.width, attention, hidden=c.hidden, dropout=c.dropout, dtype=dtype, rngs=rngs
             )
 
-        self.blocks = ReversibleStack(
-            make_block, c.depth, method=c.method, gamma=c.gamma, frac_bits=c.frac_bits,
-            tolerance_bits=c.tolerance_bits, quantize_standard=c.quantize_standard, rngs=rngs,
-        )  # fmt: skip
-        self.norm = nnx.LayerNorm(c.width, epsilon=1e-5, rngs=rngs)
-        self.head = nnx.Linear(c.width, c.num_classes, rngs=rngs)
+        if c.coupled:
+            self.blocks = CoupledStack(make_block, c.depth, method=c.method, dtype=dtype, rngs=rngs)
+        else:
+            self.blocks = ReversibleStack(
+                make_block, c.depth, method=c.method, gamma=c.gamma, frac_bits=c.frac_bits,
+                tolerance_bits=c.tolerance_bits, quantize_standard=c.quantize_standard, rngs=rngs,
+            )  # fmt: skip
+        width = c.width * (2 if c.coupled else 1)
+        self.norm = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
+        self.head = nnx.Linear(width, c.num_classes, rngs=rngs)
 
     def __call__(
         self,
@@ -137,17 +156,23 @@ class ViT(nnx.Module):
         return self.head(self.norm(x))
 
 
+def _attention(c: ViTConfig):
+    """The class of a configuration's attention, with what is special to it."""
+    if c.attention == "linear":
+        return functools.partial(LinearAttention, length=c.length, projection=c.projection)
+    return functools.partial(SelfAttention, local=c.attention == "local")
+
+
 class PatchEmbedding(nnx.Module):
     """Patches, projected to the width of the stream; a class token; learned positions."""
 
     def __init__(self, config: ViTConfig, *, rngs: nnx.Rngs):
         c = self.config = config
         features = c.patch_size**2 * c.channels * (5 if c.shifted_patches else 1)
-        tokens = c.patches + (c.pool == "cls")
         self.norm = nnx.LayerNorm(features, epsilon=1e-5, rngs=rngs) if c.shifted_patches else None
         self.project = nnx.Linear(features, c.width, rngs=rngs)
         init = nnx.initializers.normal(0.02)
-        self.positions = nnx.Param(init(rngs.params(), (tokens, c.width)))
+        self.positions = nnx.Param(init(rngs.params(), (c.length, c.width)))
         self.token = nnx.Param(init(rngs.params(), (1, c.width))) if c.pool == "cls" else None
         self.dropout = nnx.Dropout(c.dropout)
 

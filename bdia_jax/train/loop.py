@@ -55,7 +55,7 @@ class TrainSettings:
     accumulate: int = 1
     """Micro-batches that a batch is computed in, one after the other; divides batch_size."""
     optimizer: str = "adamw"
-    """adam, adamw, or sgd (momentum 0.9)."""
+    """adam, adamw, set-adam, or sgd (momentum 0.9)."""
     learning_rate: float = 1e-3
     """Highest learning rate."""
     schedule: str = "cosine"

@@ -6,9 +6,13 @@ from collections.abc import Callable
 
 import optax
 
+from bdia_jax.nn.stack import is_stacked
+from bdia_jax.optim import set_adam
+
 OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adam": lambda rate, decay: optax.adam(rate),
     "adamw": lambda rate, decay: optax.adamw(rate, weight_decay=decay),
+    "set-adam": lambda rate, decay: set_adam(rate, is_stacked=is_stacked),
     "sgd": lambda rate, decay: optax.sgd(rate, momentum=0.9),
 }
 SCHEDULES = ("constant", "cosine")

@@ -1,0 +1,162 @@
+"""A residual network for small images: several reversible stacks, with ordinary layers between."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from bdia_jax.nn.stack import Method, ReversibleStack, check_method
+from bdia_jax.nn.vit import DTYPES
+
+
+@dataclasses.dataclass(frozen=True)
+class ResNetConfig:
+    """A pre-activation residual network (He, Zhang, Ren, Sun 2016) for images of 32 × 32 pixels.
+
+    Group normalization, because a block must be a pure function: statistics of the batch would
+    tie the samples together, in which γ is drawn one by one, and running averages of them would be
+    updated twice by a block that is computed twice.
+    """
+
+    image_size: int = 32
+    """Height and width of the images in pixels."""
+    channels: int = 3
+    """Colour channels of the images."""
+    num_classes: int = 10
+    """Number of classes."""
+    widths: tuple[int, ...] = (64, 128, 256)
+    """Channels of each stage; from one stage to the next, height and width are halved."""
+    depth: int = 5
+    """Residual blocks per stage."""
+    groups: int = 8
+    """Groups of the normalization; divides every width."""
+    dropout: float = 0.0
+    """Probability of dropping, between the two convolutions of a block."""
+    method: Method = "bdia"
+    """How the blocks are trained."""
+    gamma: float = 0.5
+    """Magnitude of γ: 2^-m, or any in (0, 1] with bdia-stored."""
+    frac_bits: int | None = 9
+    """Fractional bits l of the fixed-point grid."""
+    tolerance_bits: int = 0
+    """Bits of side information beyond those of γ, for hardware that is not deterministic."""
+    quantize_standard: bool = False
+    """Whether the standard methods run on the grid, too."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the blocks compute in; parameters are float32."""
+
+    def __post_init__(self):
+        if not self.widths:
+            raise ValueError("widths must name at least one stage; got none")
+        sizes = {name: getattr(self, name) for name in
+                 ("image_size", "channels", "num_classes", "depth", "groups")}  # fmt: skip
+        sizes |= {f"widths[{i}]": width for i, width in enumerate(self.widths)}
+        for name, value in sizes.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an int >= 1; got {value!r}")
+        if any(width % self.groups for width in self.widths):
+            raise ValueError(f"groups must divide the widths {self.widths}; got {self.groups}")
+        if self.image_size % 2 ** (len(self.widths) - 1):
+            raise ValueError(
+                f"image_size must be divisible by {2 ** (len(self.widths) - 1)}, for "
+                f"{len(self.widths)} stages; got {self.image_size}"
+            )
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1); got {self.dropout}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
+        check_method(self.method)
+
+
+class ResidualConv(nnx.Module):
+    """The update of a pre-activation block: twice group norm, ReLU, 3 × 3 convolution."""
+
+    def __init__(
+        self, width: int, groups: int, *, dropout: float, dtype: jnp.dtype, rngs: nnx.Rngs
+    ):
+        layers = {"dtype": dtype, "rngs": rngs}
+        self.norm1, self.norm2 = (nnx.GroupNorm(width, groups, **layers) for _ in range(2))
+        self.conv1, self.conv2 = (
+            nnx.Conv(width, width, (3, 3), use_bias=False, **layers) for _ in range(2)
+        )
+        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "batch height width channel"]
+    ) -> Float[Array, "batch height width channel"]:
+        """The update ``h(x)``."""
+        h = self.conv1(jax.nn.relu(self.norm1(x)))
+        return self.conv2(self.dropout(jax.nn.relu(self.norm2(h))))
+
+
+class Downsample(nnx.Module):
+    """Half the height and width, another number of channels: group norm, ReLU, convolution."""
+
+    def __init__(self, width_in: int, width: int, groups: int, *, dtype, rngs: nnx.Rngs):
+        self.norm = nnx.GroupNorm(width_in, groups, dtype=dtype, rngs=rngs)
+        self.conv = nnx.Conv(
+            width_in, width, (3, 3), strides=2, use_bias=False, dtype=dtype, rngs=rngs
+        )
+
+    def __call__(self, x):
+        """No residual path: what changes the width is no block."""
+        return self.conv(jax.nn.relu(self.norm(x)))
+
+
+class ResNet(nnx.Module):
+    """Images to logits. Each stage is a reversible stack, each change of width checkpointed."""
+
+    def __init__(self, config: ResNetConfig, *, rngs: nnx.Rngs):
+        c, dtype = config, DTYPES[config.dtype]
+        self.config = c
+        self.stem = nnx.Conv(c.channels, c.widths[0], (3, 3), use_bias=False, rngs=rngs)
+        self.downs = nnx.List(
+            [Downsample(a, b, c.groups, dtype=dtype, rngs=rngs)
+             for a, b in zip(c.widths, c.widths[1:])]
+        )  # fmt: skip
+        self.stages = nnx.List(
+            [
+                ReversibleStack(
+                    functools.partial(_make_block, c, width), c.depth, method=c.method,
+                    gamma=c.gamma, frac_bits=c.frac_bits, tolerance_bits=c.tolerance_bits,
+                    quantize_standard=c.quantize_standard, rngs=rngs,
+                )
+                for width in c.widths
+            ]
+        )  # fmt: skip
+        self.norm = nnx.GroupNorm(c.widths[-1], c.groups, rngs=rngs)
+        self.head = nnx.Linear(c.widths[-1], c.num_classes, rngs=rngs)
+
+    def __call__(
+        self,
+        images: Float[Array, "batch height width channel"],
+        *,
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "batch classes"]:
+        """Logits in float32.
+
+        Args:
+          images: normalized images.
+          key: PRNG key for dropout and γ; None in evaluation mode.
+        """
+        c = self.config
+        expected = (c.image_size, c.image_size, c.channels)
+        if images.ndim != 4 or images.shape[1:] != expected:
+            raise ValueError(f"images must have the shape [batch, {expected}]; got {images.shape}")
+        x = self.stem(images).astype(DTYPES[c.dtype])
+        for i, stage in enumerate(self.stages):
+            if i:
+                x = nnx.remat(Downsample.__call__)(self.downs[i - 1], x)
+            x = stage(x, key=None if key is None else jax.random.fold_in(key, i))
+        x = jax.nn.relu(self.norm(x.astype(jnp.float32)))
+        return self.head(x.mean(axis=(1, 2)))
+
+
+def _make_block(c: ResNetConfig, width: int, rngs: nnx.Rngs) -> ResidualConv:
+    return ResidualConv(width, c.groups, dropout=c.dropout, dtype=DTYPES[c.dtype], rngs=rngs)
