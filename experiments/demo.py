@@ -59,7 +59,8 @@ def main(demo: Demo) -> str:
     shutil.rmtree(runs, ignore_errors=True)
     task = ImageClassification(load_images("digits"))
     settings = TrainSettings(
-        steps=demo.steps, batch_size=demo.batch_size, learning_rate=2e-3, warmup_steps=30,
+        steps=demo.steps, batch_size=demo.batch_size, learning_rate=2e-3,
+        warmup_steps=min(30, demo.steps),
         log_every=25, eval_every=100, checkpoint_every=demo.steps,
     )  # fmt: skip
     rows, models = [], {}

@@ -15,7 +15,6 @@ import functools
 import json
 import os
 import pathlib
-import re
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from xml.etree import ElementTree
 
 import jax
 import jax.numpy as jnp
+import results
 import tyro
 from flax import nnx
 from tqdm import tqdm
@@ -78,9 +78,12 @@ PARTS: dict[str, Suite | Audits] = {
         ("test_faults.py",),
         environment=(("BDIA_JAX_KILLS", "20"),),
     ),
-    "bad-input": Suite("Bad input: a sensible error that says what is allowed",
-                       ("test_bad_input.py",)),
-}  # fmt: skip
+    "bad-input": Suite(
+        "Bad input: a sensible error that says what is allowed",
+        ("test_bad_input.py", "test_docs.py"),
+        "bad_input or command_line",
+    ),
+}
 
 DETERMINISTIC = {"": "", "deterministic": "--xla_gpu_deterministic_ops=true"}
 """XLA's flags by the name of a variant."""
@@ -114,8 +117,7 @@ class Reliability:
 def main(reliability: Reliability) -> str:
     """Runs the parts asked for, adds them to the table of this device; the table."""
     device = jax.devices()[0].device_kind
-    name = "reliability-" + re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-    path = reliability.out / f"{name}.json"
+    path = reliability.out / f"reliability-{results.device_slug()}.json"
     table = json.loads(path.read_text()) if path.exists() else {"parts": {}}
     table |= {"device": device, "jax": jax.__version__}
     for part in tqdm(reliability.only or PARTS, desc="parts"):

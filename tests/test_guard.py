@@ -57,8 +57,8 @@ def passes(block=smooth_block, m=1, tolerance_bits=0, frac_bits=9, audit=False):
     params = {"offset": jnp.zeros((BLOCKS, BATCH, WIDTH)), "w": draw(BLOCKS, WIDTH, WIDTH) / 3}
     x = draw(BATCH, WIDTH) * 2
     scan, inputs = prepare(
-        block, params, (x, x), 0, jax.random.key(3), (draw(WIDTH) / 5,), 2.0**-m, frac_bits,
-        tolerance_bits, "online", None, None,
+        block, params, (x, x), 0, jax.random.key(3), (draw(WIDTH) / 5,), 2.0**-m, "random",
+        frac_bits, tolerance_bits, "online", None, None,
     )  # fmt: skip
     scan = scan._replace(audit=audit)
     inputs = inputs._replace(probe=BackwardReport.zeros(BLOCKS))
@@ -122,9 +122,10 @@ IDS = ["m=1", "m=2-r=1", "m=0-r=2", "relu"]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=IDS)
-def test_every_flipped_bit_is_caught_or_changes_nothing(settings):
+def test_every_flipped_bit_is_caught_or_changes_nothing(settings, record_property):
     """250 random bits for each of four settings, 1,000 in all."""
     p = passes(**settings)
+    record_property("cases", 250)
     rng = np.random.default_rng(1)
     clean, report = p.gradients(p.saved)
     chex.assert_tree_all_finite(clean)

@@ -1,0 +1,121 @@
+"""The experiments, at a size that takes seconds: what they count, write and draw."""
+
+import dataclasses
+import itertools
+import json
+import pathlib
+import sys
+from xml.etree import ElementTree
+
+import jax
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "experiments"))
+
+import demo
+import exactness
+import memory_and_time
+import reliability
+import vit
+
+from bdia_jax.nn import ViTConfig
+from bdia_jax.train import TrainSettings
+
+SMALL = ViTConfig(
+    image_size=8, channels=1, patch_size=4, width=8, depth=2, heads=2, head_dim=4, hidden=8,
+    pool="mean", dropout=0.0,
+)  # fmt: skip
+
+
+def is_png(path):
+    return path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_pair_of_settings_meets_in_a_case_of_exactness():
+    cases = exactness.covering(exactness.FACTORS)
+    for (a, in_a), (b, in_b) in itertools.combinations(exactness.FACTORS.items(), 2):
+        met = {(case[a], case[b]) for case in cases}
+        assert met == set(itertools.product(in_a, in_b))
+    assert len(cases) < 30
+
+
+def test_a_case_of_exactness():
+    row = {"dtype": "bfloat16", "dropout": 0.1, "m": 1, "frac_bits": 9, "depth": 2,
+           "block": "attention"}  # fmt: skip
+    found = exactness.measure(exactness.block_case(row, 10_000, seed=0), jax.random.key(0))
+    assert found["compared"] >= 10_000
+    assert found["finite"]
+    assert found["mismatched"] == found["samples_mismatched_in_gradient"] == 0
+    assert 0 <= found["naive_mismatched"] <= found["compared"]
+    assert len(exactness.line(found)) >= len(exactness.COLUMNS) - 1
+
+
+def test_memory_and_time(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(memory_and_time, "DTYPES", ("float32",))
+    settings = memory_and_time.MemoryAndTime(
+        depths=(2, 4), memory_shape=(2, 8, 32), widths=(32,), expansions=(1,), batch=2, length=8,
+        blocks=2, rounds=2, out=tmp_path,
+    )  # fmt: skip
+    found = memory_and_time.main(settings)
+    slopes = {row["method"]: row["bytes_per_element_and_block"] for row in found["memory"]}
+    assert slopes["bdia"] < slopes["bdia-r1"] < slopes["checkpoint"] < slopes["plain"]
+    for row in found["time"]:
+        assert row["wall_seconds"] > 0
+        assert len(row["rounds"]) == 2
+    (path,) = tmp_path.glob("*.json")
+    assert json.loads(path.read_text())["time"] == found["time"]
+    assert is_png(path.with_suffix(".png"))
+    assert "checkpointed blocks" in capsys.readouterr().out
+
+
+def test_demo(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "MODEL", SMALL)
+    monkeypatch.setattr(demo, "DEPTHS", (2, 3))
+    table = demo.main(demo.Demo(out=tmp_path, steps=3, batch_size=8))
+    assert (tmp_path / "table.md").read_text().strip() == table
+    for label in demo.LABELS.values():
+        assert label in table
+    # One of the two blocks is taken back: 8 samples of 4 patches of 8 features, 3 steps.
+    assert "0 of 768" in table
+    assert "exact: 0 of" in table
+    for figure in ("accuracy", "memory", "inverse"):
+        assert is_png(tmp_path / f"{figure}.png")
+
+
+def test_vit_resumes(tmp_path, capsys):
+    settings = TrainSettings(steps=4, batch_size=8, stop_at=2, log_every=2)
+    experiment = vit.Experiment(out=tmp_path / "run", model=SMALL, train=settings)
+    vit.main(experiment)
+    settings = dataclasses.replace(settings, stop_at=None)
+    accuracy = vit.main(dataclasses.replace(experiment, train=settings, resume=True))
+    assert 0 <= accuracy <= 1
+    assert "after 4 steps" in capsys.readouterr().out
+    assert is_png(tmp_path / "run" / "accuracy.png")
+
+
+def test_reliability_counts_cases_and_what_was_skipped_or_failed():
+    report = """<testsuites><testsuite>
+      <testcase classname="tests.test_a" name="many">
+        <properties>
+          <property name="cases" value="20"/><property name="mode" value="x"/>
+        </properties>
+      </testcase>
+      <testcase classname="tests.test_a" name="bad"><failure message="no"/></testcase>
+      <testcase classname="tests.test_a" name="absent"><skipped message="no torch"/></testcase>
+    </testsuite></testsuites>"""
+    found = reliability.count(ElementTree.ElementTree(ElementTree.fromstring(report)))
+    assert (found["tests"], found["tried"], found["passed"]) == (2, 21, 20)
+    assert found["notes"] == ["failed: test_a::bad", "skipped: test_a::absent: no torch"]
+    assert found["recorded"] == {"test_a::many": {"mode": "x"}}
+
+
+@pytest.mark.parametrize("part", ["blocks", "precision"])
+def test_reliability_audits(part):
+    settings = reliability.Reliability(depth=2, width=32, length=4, batch=2)
+    case = list(reliability.cases(part))[-1]
+    row = reliability.audit(case, settings)
+    assert row["exact"]
+    assert row["mismatched"] == 0
+    found = {"title": "Audits", "tried": 1, "passed": 1, "notes": [], "audits": [row]}
+    text = reliability.markdown({"device": "a device", "jax": "0", "parts": {part: found}})
+    assert f"| {row['block']} | " in text
