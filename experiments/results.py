@@ -25,13 +25,16 @@ def device_slug() -> str:
 def write(experiment: str, settings: Any, found: dict[str, Any], folder: pathlib.Path | None):
     """Writes ``found``, what it was run on and with which settings; returns the file's path."""
     path = (folder or FOLDER) / f"{experiment}-{device_slug()}.json"
-    about = {
+    asked = {name: value for name, value in dataclasses.asdict(settings).items() if name != "out"}
+    metrics.write_json(path, machine() | {"settings": asked} | found)
+    return path
+
+
+def machine() -> dict[str, Any]:
+    """What something is run on."""
+    return {
         "device": jax.devices()[0].device_kind,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "jax": jax.__version__,
         "python": platform.python_version(),
-        "settings": {name: value for name, value in dataclasses.asdict(settings).items()
-                     if name != "out"},
-    }  # fmt: skip
-    metrics.write_json(path, about | found)
-    return path
+    }
