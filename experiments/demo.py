@@ -11,7 +11,6 @@ error over the blocks.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import operator
 import pathlib
@@ -20,13 +19,14 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import results
 import tyro
 from flax import nnx
 
 from bdia_jax import maps, memory
 from bdia_jax.data import load_images
-from bdia_jax.nn import Probe, ViT, ViTConfig
-from bdia_jax.train import ImageClassification, TrainSettings, metrics, train
+from bdia_jax.nn import ViT, ViTConfig
+from bdia_jax.train import ImageClassification, TrainSettings, figures, metrics, train
 
 METHODS = ("bdia", "standard", "standard-checkpoint")
 LABELS = {
@@ -64,7 +64,13 @@ def main(demo: Demo) -> str:
         log_every=25, eval_every=100, checkpoint_every=demo.steps,
     )  # fmt: skip
     rows, models = [], {}
-    peaks = {m: [peak(MODEL, m, depth, demo.batch_size) for depth in DEPTHS] for m in METHODS}
+    peaks = {
+        method: [
+            peak(dataclasses.replace(MODEL, method=method, depth=depth), demo.batch_size)
+            for depth in DEPTHS
+        ]
+        for method in METHODS
+    }
     for method in METHODS:
         model = ViT(dataclasses.replace(MODEL, method=method), rngs=nnx.Rngs(0))
         result = train(model, task, settings, runs / method)
@@ -86,30 +92,32 @@ def main(demo: Demo) -> str:
         )
     x, key = stream(models["bdia"], task)
     audit = models["bdia"].blocks.check_reversible(x, key=key)
-    table = markdown(
+    table = results.markdown(
         ["", "validation accuracy", "peak temporaries", "bytes per activation and block",
          "time per step", "integers mismatched, of those reconstructed"],
         rows,
     )  # fmt: skip
     table += f"\n\nAudit of the trained BDIA-ViT, integer by integer: {audit}"
     metrics.write_text(demo.out / "table.md", table + "\n")
-    metrics.plot_curves({LABELS[m]: runs / m for m in METHODS}, demo.out / "accuracy.png")
+    figures.plot_curves({LABELS[m]: runs / m for m in METHODS}, demo.out / "accuracy.png")
     plot_memory(peaks, demo.out / "memory.png")
     plot_reconstruction(reconstruction_errors(models["bdia"], task), demo.out / "inverse.png")
     print(f"\n{table}\n\nFigures: {demo.out}/accuracy.png, memory.png, inverse.png")
     return table
 
 
-def peak(config: ViTConfig, method: str, depth: int, batch: int) -> int:
-    """Peak temporaries, in bytes, of the gradient of a ViT."""
-    model = ViT(dataclasses.replace(config, method=method, depth=depth), rngs=nnx.Rngs(0))
-    graph, params, probes, rest = nnx.split(model, nnx.Param, Probe, ...)
+def peak(config: ViTConfig, batch: int) -> int:
+    """Peak temporaries, in bytes, of the gradient of a ViT; nothing is allocated."""
+    model = nnx.eval_shape(lambda: ViT(config, rngs=nnx.Rngs(0)))
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
 
-    def loss(params, images, key):
-        return nnx.merge(graph, params, probes, rest)(images, key=key).sum()
+    def loss(params, rest, images, key):
+        return nnx.merge(graph, params, rest)(images, key=key).sum()
 
-    images = jnp.zeros((batch, config.image_size, config.image_size, config.channels))
-    return memory.temporaries(jax.grad(loss), params, images, jax.random.key(0))
+    shape = (batch, config.image_size, config.image_size, config.channels)
+    images = jax.ShapeDtypeStruct(shape, jnp.float32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    return memory.temporaries(jax.grad(loss), params, rest, images, key)
 
 
 def stream(model: ViT, task: ImageClassification) -> tuple[jax.Array, jax.Array]:
@@ -124,7 +132,7 @@ def reconstruction_errors(model: ViT, task: ImageClassification) -> dict[str, np
     """Largest error of each state, reconstructed from the last two, by three inverses."""
     block, stacked = model.blocks.functional()
     x, key = stream(model, task)
-    depth, l = MODEL.depth, MODEL.frac_bits  # noqa: E741
+    depth, l = model.config.depth, model.config.frac_bits  # noqa: E741
     keys = jax.random.split(key, depth)
     sign = jax.random.bernoulli(key, 0.5, (depth, len(x), 1, 1)) * 2 - 1
     gamma = 0.5 * sign.at[0].set(0)
@@ -163,67 +171,36 @@ def reconstruction_errors(model: ViT, task: ImageClassification) -> dict[str, np
     }
 
 
-def markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table, its columns aligned."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-
-    def line(cells):
-        return "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"
-
-    return "\n".join([line(header), line(["-" * w for w in widths]), *map(line, rows)])
-
-
-def figure(path: pathlib.Path, xlabel: str, ylabel: str):
-    """A figure with one pair of axes, and the function that labels and saves it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    fig, axis = plt.subplots(figsize=(6.4, 4.6))
-
-    def save(legend):
-        axis.set_xlabel(xlabel, fontsize=13)
-        axis.set_ylabel(ylabel, fontsize=13)
-        axis.tick_params(labelsize=11)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=11, loc=legend)
-        fig.tight_layout()
-        fig.savefig(path, dpi=120)
-        plt.close(fig)
-
-    return axis, save
-
-
-STYLE = functools.partial(dict, linewidth=2, markersize=6)
-
-
 def plot_memory(peaks: dict[str, list[int]], path: pathlib.Path) -> None:
     """Peak temporaries over depth."""
-    axis, save = figure(path, "blocks", "peak temporaries in MB")
-    for method, colour, marker in zip(METHODS, metrics.COLOURS, "os^"):
-        megabytes = [p / 1e6 for p in peaks[method]]
-        axis.plot(DEPTHS, megabytes, **STYLE(color=colour, marker=marker, label=LABELS[method]))
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
-    axis.set_xticks(DEPTHS, [str(depth) for depth in DEPTHS])
-    axis.yaxis.set_major_formatter("{x:g}")
-    axis.yaxis.set_minor_formatter("{x:g}")
-    save("upper left")
+    with figures.figure(path) as (axis,):
+        for i, method in enumerate(METHODS):
+            axis.plot(
+                DEPTHS, [p / 1e6 for p in peaks[method]], label=LABELS[method], **figures.style(i)
+            )
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xticks(DEPTHS, [str(depth) for depth in DEPTHS])
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter("{x:g}")
+        axis.set_xlabel("blocks")
+        axis.set_ylabel("peak temporaries in MB")
+        axis.legend()
 
 
 def plot_reconstruction(errors: dict[str, np.ndarray], path: pathlib.Path) -> None:
     """Error over the blocks; what is exactly 0 lies on the floor of the logarithmic scale."""
-    axis, save = figure(path, "block whose input is reconstructed", "largest absolute error")
-    for (label, error), colour, marker in zip(errors.items(), metrics.COLOURS, "s^o"):
-        blocks = np.arange(1, len(error) + 1)
-        if not error.any():
-            label += ": 0 everywhere"
-        axis.plot(blocks, error, **STYLE(color=colour, marker=marker, label=label))
-    axis.set_yscale("symlog", linthresh=1e-8)
-    axis.set_ylim(bottom=-2e-9)
-    axis.invert_xaxis()
-    save("upper left")
+    with figures.figure(path) as (axis,):
+        for i, (label, error) in enumerate(errors.items()):
+            if not error.any():
+                label += ": 0 everywhere"
+            axis.plot(np.arange(1, len(error) + 1), error, label=label, **figures.style(i))
+        axis.set_yscale("symlog", linthresh=1e-8)
+        axis.set_ylim(bottom=-2e-9)
+        axis.invert_xaxis()
+        axis.set_xlabel("block whose input is reconstructed")
+        axis.set_ylabel("largest absolute error")
+        axis.legend(loc="upper left")
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ import tyro
 from blocks import attention, stacked_params
 
 from bdia_jax import memory, reversible_scan
-from bdia_jax.train import metrics
+from bdia_jax.train import figures
 
 METHODS = {
     "plain": "plain",
@@ -237,41 +237,30 @@ def time_line(row: dict[str, Any]) -> str:
 
 def plot_memory(e: MemoryAndTime, rows: list[dict[str, Any]], path: pathlib.Path) -> None:
     """Peak temporaries over depth."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    import matplotlib.ticker
-
-    fig, axes = plt.subplots(1, 2, figsize=(11, 5), sharey=True)
-    for axis, dtype in zip(axes, DTYPES):
-        for method, colour, marker in zip(METHODS, metrics.COLOURS, "os^D"):
-            (row,) = (r for r in rows if (r["method"], r["dtype"]) == (method, dtype))
-            slope = row["bytes_per_element_and_block"]
-            axis.plot(
-                e.depths, [peak / 1e6 for peak in row["temporaries"]], color=colour, marker=marker,
-                label=f"{METHODS[method]}: {slope:.3g}", linewidth=2.5,
-                # The two of BDIA nearly coincide.
-                markersize=13 if method == "bdia" else 8, linestyle="-:"[method == "bdia-r1"],
-            )  # fmt: skip
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
-        axis.set_xticks(e.depths, [str(depth) for depth in e.depths])
-        axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("")
-        axis.tick_params(labelsize=14, labelleft=True)
-        axis.set_xlabel("blocks", fontsize=16)
-        axis.set_title(dtype, fontsize=16)
-        axis.grid(alpha=0.3)
-        axis.legend(fontsize=13, title="bytes per element and block", title_fontsize=13)
-    axes[0].set_ylabel("peak temporaries in MB", fontsize=16)
-    # Room for the legends above the highest curve.
-    low, high = axes[0].get_ylim()
-    axes[0].set_ylim(low, high * (high / low) ** 0.5)
-    fig.tight_layout()
-    fig.savefig(path, dpi=120)
-    plt.close(fig)
+    with figures.figure(path, len(DTYPES)) as axes:
+        for axis, dtype in zip(axes, DTYPES):
+            for i, method in enumerate(METHODS):
+                (row,) = (r for r in rows if (r["method"], r["dtype"]) == (method, dtype))
+                slope = row["bytes_per_element_and_block"]
+                axis.plot(
+                    e.depths, [peak / 1e6 for peak in row["temporaries"]], **figures.style(i),
+                    label=f"{METHODS[method]}: {slope:.3g}",
+                    # The two of BDIA nearly coincide.
+                    markersize=13 if method == "bdia" else 8, linestyle="-:"[method == "bdia-r1"],
+                )  # fmt: skip
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.set_xticks(e.depths, [str(depth) for depth in e.depths])
+            axis.yaxis.set_major_formatter("{x:g}")
+            axis.yaxis.set_minor_formatter("")
+            axis.tick_params(labelleft=True)
+            axis.set_xlabel("blocks")
+            axis.set_title(dtype)
+            axis.legend(title="bytes per element and block")
+        axes[0].set_ylabel("peak temporaries in MB")
+        # Room for the legends above the highest curve.
+        low, high = axes[0].get_ylim()
+        axes[0].set_ylim(low, high * (high / low) ** 0.5)
 
 
 def main(e: MemoryAndTime) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Where experiments put what they measured: one JSON file per experiment and device."""
+"""How experiments keep what they measured: a JSON file per experiment and device; tables."""
 
 from __future__ import annotations
 
@@ -38,3 +38,13 @@ def machine() -> dict[str, Any]:
         "jax": jax.__version__,
         "python": platform.python_version(),
     }
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table, its columns aligned."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells):
+        return "| " + " | ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)) + " |"
+
+    return "\n".join([line(header), line(["-" * w for w in widths]), *map(line, rows)])

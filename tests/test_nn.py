@@ -7,8 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from bdia_jax.nn import Probe, ReversibleStack, ViT, ViTConfig
+from bdia_jax.nn import Dropout, Probe, ReversibleStack, ViT, ViTConfig
+from bdia_jax.nn.dropout import keep_mask
 from bdia_jax.nn.vit import patches, shifted
 
 KEY = jax.random.key(0)
@@ -208,3 +211,46 @@ class Normalized(nnx.Module):
 def test_bad_input(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize(("rate", "kept"), [(0.1, 0.9), (0.25, 0.75), (1 - 2**-20, 2**-16)])
+def test_dropout_keeps_the_mean(rate, kept):
+    shape = (400, 625)  # An odd last axis: neighbours share a random word.
+    dropout = Dropout(rate, rngs=nnx.Rngs(0))
+    y = np.asarray(dropout(jnp.ones(shape)))
+    count = y.size
+    share = np.count_nonzero(y) / count
+    # Five standard deviations of the share of kept elements, and of the mean.
+    slack = 5 * np.sqrt(kept * (1 - kept) / count)
+    assert abs(share - kept) < slack + 2**-16
+    assert abs(y.mean() - 1) < slack / kept
+    assert len(np.unique(y)) <= 2
+    # Words are 32 random bits: neither half tells anything of the other.
+    even, odd = y[:, 0:-1:2] != 0, y[:, 1::2] != 0
+    assert abs((even & odd).mean() - kept**2) < 2 * slack
+    assert (dropout(jnp.ones(shape)) != y).any()
+    dropout.eval()
+    assert (dropout(jnp.ones(shape)) == 1).all()
+
+
+def test_dropout_by_key_and_without_randomness():
+    dropout, x = Dropout(0.5), jnp.ones((4, 6), jnp.bfloat16)
+    first = dropout(x, rngs=jax.random.key(1))
+    assert first.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(first, dropout(x, rngs=jax.random.key(1)))
+    with pytest.raises(ValueError, match="rngs"):
+        dropout(x)
+    with pytest.raises(ValueError, match=r"\[0, 1\)"):
+        keep_mask(jax.random.key(0), 1.0, x)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_dropout_is_drawn_where_the_elements_are(kind):
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)
+    x = jax.device_put(jnp.ones((8, 3, 32)), NamedSharding(mesh, P("data", None, "model")))
+    with jax.set_mesh(mesh):
+        run = jax.jit(lambda key, x: Dropout(0.5)(x, rngs=key))
+        compiled = run.lower(jax.random.key(0), x).compile().as_text()
+        y = run(jax.random.key(0), x)
+    assert not [op for op in ("all-gather", "all-to-all", "permute", "reduce(") if op in compiled]
+    np.testing.assert_array_equal(y, Dropout(0.5)(jnp.ones(x.shape), rngs=jax.random.key(0)))

@@ -2,6 +2,7 @@
 
 from bdia_jax.nn.attention import LinearAttention, SelfAttention
 from bdia_jax.nn.blocks import FeedForward, TransformerBlock
+from bdia_jax.nn.dropout import Dropout
 from bdia_jax.nn.resnet import ResNet, ResNetConfig
 from bdia_jax.nn.stack import METHODS, CoupledStack, Probe, ReversibleStack
 from bdia_jax.nn.vit import ViT, ViTConfig
@@ -9,6 +10,7 @@ from bdia_jax.nn.vit import ViT, ViTConfig
 __all__ = [
     "METHODS",
     "CoupledStack",
+    "Dropout",
     "FeedForward",
     "LinearAttention",
     "Probe",

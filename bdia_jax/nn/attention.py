@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from bdia_jax.nn.dropout import Dropout
+
 
 class SelfAttention(nnx.Module):
     """Multi-head self-attention over all positions, without a mask.
@@ -33,7 +35,7 @@ class SelfAttention(nnx.Module):
         self.heads, self.head_dim, self.local = heads, head_dim, local
         self.qkv = nnx.Linear(width, 3 * inner, use_bias=False, dtype=dtype, rngs=rngs)
         self.out = nnx.Linear(inner, width, dtype=dtype, rngs=rngs)
-        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+        self.dropout = Dropout(dropout, rngs=rngs)
         self.log_temperature = nnx.Param(jnp.float32(math.log(head_dim**-0.5))) if local else None
 
     def __call__(self, x: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
@@ -74,7 +76,7 @@ class LinearAttention(nnx.Module):
         self.heads, self.head_dim = heads, head_dim
         self.qkv = nnx.Linear(width, 3 * inner, use_bias=False, dtype=dtype, rngs=rngs)
         self.out = nnx.Linear(inner, width, dtype=dtype, rngs=rngs)
-        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+        self.dropout = Dropout(dropout, rngs=rngs)
         self.dtype = dtype
         init = nnx.initializers.normal(length**-0.5)
         self.mix_keys, self.mix_values = (

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from bdia_jax.nn.dropout import Dropout
+
 
 class FeedForward(nnx.Module):
     """Linear, GELU, linear, with dropout after both."""
@@ -24,7 +26,7 @@ class FeedForward(nnx.Module):
     ):
         self.up = nnx.Linear(width, hidden, dtype=dtype, rngs=rngs)
         self.down = nnx.Linear(hidden, width, dtype=dtype, rngs=rngs)
-        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+        self.dropout = Dropout(dropout, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         """Applied to every position alike."""
@@ -49,7 +51,7 @@ class TransformerBlock(nnx.Module):
         self.attention = attention(rngs=rngs)
         self.ffn_norm = nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
         self.ffn = FeedForward(width, hidden, dropout=dropout, dtype=dtype, rngs=rngs)
-        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+        self.dropout = Dropout(dropout, rngs=rngs)
 
     def __call__(self, x: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
         """The update ``h(x)``."""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from bdia_jax.nn.dropout import Dropout
 from bdia_jax.nn.stack import Method, ReversibleStack, check_method
 from bdia_jax.nn.vit import DTYPES
 
@@ -85,7 +86,7 @@ class ResidualConv(nnx.Module):
         self.conv1, self.conv2 = (
             nnx.Conv(width, width, (3, 3), use_bias=False, **layers) for _ in range(2)
         )
-        self.dropout = nnx.Dropout(dropout, rngs=rngs)
+        self.dropout = Dropout(dropout, rngs=rngs)
 
     def __call__(
         self, x: Float[Array, "batch height width channel"]

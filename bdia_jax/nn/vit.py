@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Key
 
 from bdia_jax.nn.attention import LinearAttention, SelfAttention
 from bdia_jax.nn.blocks import TransformerBlock
+from bdia_jax.nn.dropout import Dropout
 from bdia_jax.nn.stack import CoupledMethod, CoupledStack, Method, ReversibleStack, check_method
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
@@ -174,7 +175,7 @@ class PatchEmbedding(nnx.Module):
         init = nnx.initializers.normal(0.02)
         self.positions = nnx.Param(init(rngs.params(), (c.length, c.width)))
         self.token = nnx.Param(init(rngs.params(), (1, c.width))) if c.pool == "cls" else None
-        self.dropout = nnx.Dropout(c.dropout)
+        self.dropout = Dropout(c.dropout)
 
     def __call__(
         self, images: Float[Array, "batch height width channel"], *, key: Key[Array, ""] | None

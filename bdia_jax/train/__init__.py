@@ -1,6 +1,7 @@
 """One training loop for every experiment."""
 
 from bdia_jax.train.checkpoints import CheckpointError
+from bdia_jax.train.figures import plot_curves
 from bdia_jax.train.loop import (
     EXIT_TERMINATED,
     InexactInverseError,
@@ -9,7 +10,7 @@ from bdia_jax.train.loop import (
     TrainSettings,
     train,
 )
-from bdia_jax.train.metrics import plot_curves, read_metrics, write_json
+from bdia_jax.train.metrics import read_metrics, write_json
 from bdia_jax.train.optimizers import make_optimizer
 from bdia_jax.train.tasks import ImageClassification, Task
 

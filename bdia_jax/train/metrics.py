@@ -1,4 +1,4 @@
-"""Metrics: a line of JSON each, TensorBoard, and curves."""
+"""Metrics: a line of JSON each, and TensorBoard."""
 
 from __future__ import annotations
 
@@ -9,13 +9,9 @@ import logging
 import math
 import os
 import pathlib
-from collections.abc import Iterable
 from typing import Any
 
 log = logging.getLogger("bdia_jax")
-
-# Okabe and Ito's colours, distinguishable with any colour vision; black comes last.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#F0E442", "#000000")
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -102,49 +98,3 @@ class MetricsWriter:
         except OSError as error:
             # A copy of metrics.jsonl: not worth hiding the error that the loop stopped with.
             log.warning("TensorBoard's file could not be written: %s", error)
-
-
-def plot_curves(
-    runs: dict[str, pathlib.Path | list[dict[str, Any]]],
-    path: pathlib.Path,
-    *,
-    metric: str = "accuracy",
-    split: str = "eval",
-    x_axes: Iterable[str] = ("step", "seconds"),
-) -> None:
-    """Draws a metric of several runs, over steps and over seconds, into one PNG.
-
-    Args:
-      runs: a label, and a run's folder or its records, for each curve.
-      path: of the PNG.
-      metric, split, x_axes: names of fields of the records.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    x_axes = tuple(x_axes)
-    figure, axes = plt.subplots(
-        1, len(x_axes), figsize=(5.5 * len(x_axes), 4.2), sharey=True, squeeze=False
-    )
-    with_markers = "os^Dv<>p"
-    for i, (label, run) in enumerate(runs.items()):
-        records = run if isinstance(run, list) else read_metrics(run)
-        records = [r for r in records if r["split"] == split and metric in r]
-        for axis, x in zip(axes[0], x_axes, strict=True):
-            axis.plot(
-                [r[x] for r in records], [r[metric] for r in records], label=label, linewidth=2,
-                color=COLOURS[i % len(COLOURS)], marker=with_markers[i % len(with_markers)],
-                markersize=4,
-            )  # fmt: skip
-    for axis, x in zip(axes[0], x_axes, strict=True):
-        axis.set_xlabel(x, fontsize=13)
-        axis.tick_params(labelsize=11)
-        axis.grid(alpha=0.3)
-    axes[0, 0].set_ylabel(f"{split} {metric}", fontsize=13)
-    axes[0, -1].legend(fontsize=11)
-    figure.tight_layout()
-    pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
