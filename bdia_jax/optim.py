@@ -52,8 +52,9 @@ def scale_by_set_adam(
         raise ValueError(f"eps must be positive; got {eps}")
 
     def init(params):
-        zeros = jax.tree.map(jnp.zeros_like, params)
-        return ScaleBySetAdamState(jnp.zeros((), jnp.int32), zeros, zeros)
+        # Buffers of their own: a training step that donates its state overwrites both.
+        mu, nu = (jax.tree.map(jnp.zeros_like, params) for _ in range(2))
+        return ScaleBySetAdamState(jnp.zeros((), jnp.int32), mu, nu)
 
     def update(updates, state, params=None):
         del params

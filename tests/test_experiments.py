@@ -16,6 +16,8 @@ import demo
 import exactness
 import memory_and_time
 import reliability
+import vision_costs
+import vision_tables
 import vit
 
 from bdia_jax.nn import ViTConfig
@@ -91,6 +93,87 @@ def test_vit_resumes(tmp_path, capsys):
     assert 0 <= accuracy <= 1
     assert "after 4 steps" in capsys.readouterr().out
     assert is_png(tmp_path / "run" / "accuracy.png")
+
+
+TINY = dataclasses.replace(
+    vision_tables.SCALES["digits"], vit=SMALL, images=64, epochs=1, evaluations=2, seeds=2,
+    train=TrainSettings(batch_size=16, optimizer="set-adam"),
+)  # fmt: skip
+
+
+def two_cells(scale):
+    """ViT and BDIA-ViT."""
+    return vision_tables.baselines(scale)[:2]
+
+
+def test_vision_tables(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(vision_tables.SCALES, "digits", TINY)
+    monkeypatch.setitem(vision_tables.TABLES, "baselines", two_cells)
+    given = vision_tables.VisionTables(out=tmp_path / "out", work=tmp_path / "work")
+    text = vision_tables.main(given)
+    assert "| ViT " in text
+    assert "| BDIA-ViT " in text
+    paths = sorted((tmp_path / "out/runs").glob("*.json"))
+    assert len(paths) == 4
+    runs = [json.loads(path.read_text()) for path in paths]
+    assert all(run["error"] is None and run["mismatched"] == 0 for run in runs)
+    assert [len(run["evaluations"]) for run in runs] == [2] * 4
+    assert is_png(tmp_path / "out/accuracy.png")
+    assert not list((tmp_path / "work").glob("*/*/checkpoints"))
+    capsys.readouterr()
+
+    # What is there is not run again; what is missing is; another setting is not mixed in.
+    paths[0].unlink()
+    before = {path: path.stat().st_mtime_ns for path in paths[1:]}
+    vision_tables.main(given)
+    assert capsys.readouterr().out.count("seed=") == 1
+    assert {path: path.stat().st_mtime_ns for path in paths[1:]} == before
+    assert vision_tables.main(dataclasses.replace(given, report=True)) == text
+    with pytest.raises(ValueError, match="other settings"):
+        vision_tables.main(dataclasses.replace(given, images=48))
+
+
+def test_a_run_that_another_process_has_in_hand_is_left_to_it(tmp_path):
+    with vision_tables.claimed(tmp_path / "lock") as mine:
+        assert mine
+        with vision_tables.claimed(tmp_path / "lock") as again:
+            assert not again
+    with vision_tables.claimed(tmp_path / "lock") as mine:
+        assert mine
+
+
+def test_tables_show_runs_that_went_wrong():
+    cells = two_cells(TINY)
+    good = {"error": None, "accuracy": 0.5, "train": {"seed": 0}}
+    rows = [
+        vision_tables.Found(cells[0], [good, good]),
+        vision_tables.Found(cells[1], [good, {"error": "NonFiniteError", "train": {"seed": 1}}]),
+    ]
+    table = vision_tables.table_of(rows, TINY)
+    assert "50.00 ± 0.00 (2)" in table
+    assert "not finite" in table
+
+
+def test_vision_costs(tmp_path, monkeypatch):
+    systems = ("ViT", "ViT, checkpointed blocks", "BDIA-ViT")
+    chosen = {name: vision_costs.SYSTEMS[name] for name in systems}
+    monkeypatch.setattr(vision_costs, "SYSTEMS", chosen)
+    monkeypatch.setattr(vision_costs, "SMALL", SMALL)
+    monkeypatch.setattr(vision_costs, "DTYPES", ("float32",))
+    given = vision_costs.VisionCosts(
+        batch_size=2, depth=2, width=8, depths=(2,), rounds=2, steps=2, out=tmp_path
+    )
+    text = vision_costs.main(given)
+    for name in systems:
+        assert text.count(f"| {name}") >= 2
+    (path,) = tmp_path.glob("*.json")
+    found = json.loads(path.read_text())
+    assert found["memory"]["residuals"][0]["bytes"] > 0
+    # To the bit with side bits, and only with them.
+    assert not any(found["inverse"]["BDIA-ViT, on the grid, with side bits"])
+    assert not any(found["inverse"]["mid-point, on the grid"])
+    for figure in ("memory", "inverse"):
+        assert is_png(path.with_name(f"{path.stem}-{figure}.png"))
 
 
 def test_reliability_counts_cases_and_what_was_skipped_or_failed():

@@ -1,6 +1,7 @@
 """The other systems: two streams, mid-point network, linear attention, ResNet, SET-Adam."""
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -287,6 +288,20 @@ def test_set_adam_takes_each_block_of_a_stack_for_a_tensor():
         updates, _ = alone.update(one, alone.init(one))
         assert relative(jax.tree.map(lambda u, k=k: u[k], together), updates) < 1e-5
     assert relative(together, alone.update(grads, alone.init(params))[0]) > 0.01
+
+
+def test_set_adam_can_be_overwritten_in_place():
+    params = {"a": jnp.ones((3, 2)), "b": jnp.ones(4)}
+    optimizer = set_adam(0.1)
+    state = optimizer.init(params)
+
+    @functools.partial(jax.jit, donate_argnums=1)
+    def step(gradients, state):
+        return optimizer.update(gradients, state)
+
+    for _ in range(2):
+        updates, state = step(params, state)
+    assert np.isfinite(updates["a"]).all()
 
 
 def test_set_adam_survives_gradients_that_are_zero_or_tiny():
