@@ -189,8 +189,7 @@ def plot_memory(peaks: dict[str, list[int]], path: pathlib.Path) -> None:
         axis.set_xscale("log", base=2)
         axis.set_yscale("log")
         axis.set_xticks(DEPTHS, [str(depth) for depth in DEPTHS])
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
+        figures.plain_logarithms(axis)
         axis.set_xlabel("blocks")
         axis.set_ylabel("peak temporaries in MB")
         axis.legend()
@@ -204,7 +203,8 @@ def plot_reconstruction(errors: dict[str, np.ndarray], path: pathlib.Path) -> No
                 label += ": 0 everywhere"
             axis.plot(np.arange(1, len(error) + 1), error, label=label, **figures.style(i))
         axis.set_yscale("symlog", linthresh=1e-8)
-        axis.set_ylim(bottom=-2e-9)
+        # Room for the legend above.
+        axis.set_ylim(-2e-9, 1e4 * max(float(error.max()) for error in errors.values()))
         axis.invert_xaxis()
         axis.set_xlabel("block whose input is reconstructed")
         axis.set_ylabel("largest absolute error")

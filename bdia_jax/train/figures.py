@@ -42,6 +42,15 @@ def figure(path: pathlib.Path, columns: int = 1) -> Iterator[list[Any]]:
             plt.close(drawn)
 
 
+def plain_logarithms(axis: Any) -> None:
+    """Labels 1, 2, 5, 10, ... on a logarithmic vertical axis."""
+    from matplotlib.ticker import LogLocator
+
+    axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.yaxis.set_major_formatter("{x:g}")
+    axis.yaxis.set_minor_formatter("")
+
+
 def plot_curves(
     runs: dict[str, pathlib.Path | list[dict[str, Any]]],
     path: pathlib.Path,
