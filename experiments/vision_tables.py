@@ -543,11 +543,17 @@ def _heading(runs: list[dict[str, Any]], scale: Scale) -> str:
         f"# Validation accuracy in %, {one['data']}\n\n"
         f"{one['images']:,} training images, {scale.epochs} epochs of {sgd['batch_size']} images "
         f"per step, learning rate {sgd['learning_rate']:g}, {sgd['schedule']}; the accuracy is the "
-        "last one, of the whole evaluation split; mean ± standard deviation over seeds "
-        f"0 … {scale.seeds - 1}. Blocks: {_sizes(scale)}. Machine: "
+        f"last one, of the whole evaluation split; {_seeds(scale)}. "
+        f"Blocks: {_sizes(scale)}. Machine: "
         + ", ".join(f"{device}, {cores} cores" for device, cores in sorted(machines))
         + f". {len(runs)} results; reconstructed states that did not match: {counted:.0f}."
     )
+
+
+def _seeds(scale: Scale) -> str:
+    if scale.seeds == 1:
+        return "seed 0"
+    return f"mean ± standard deviation over seeds 0 … {scale.seeds - 1}"
 
 
 def _sizes(scale: Scale) -> str:
@@ -598,15 +604,16 @@ def _difference(a: Found | None, b: Found | None) -> str:
     """Of the second to the first, seed by seed."""
     if a is None or b is None:
         return ""
-    pairs = zip(*(_by_seed(f) for f in (a, b)))
-    differences = [y - x for x, y in pairs]
+    first, second = _by_seed(a), _by_seed(b)
+    differences = [second[seed] - first[seed] for seed in first if seed in second]
+    if not differences:
+        return ""
     text = f"{statistics.fmean(differences):+.2f}"
     return text + (f" ± {statistics.stdev(differences):.2f}" if len(differences) > 1 else "")
 
 
-def _by_seed(f: Found) -> list[float]:
-    order = np.argsort([run["train"]["seed"] for run in f.runs])
-    return [f.accuracies()[i] for i in order]
+def _by_seed(f: Found) -> dict[int, float]:
+    return {run["train"]["seed"]: a for run, a in zip(f.runs, f.accuracies(), strict=True)}
 
 
 # ---------------------------------------------------------------------------------------------
