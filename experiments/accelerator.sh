@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that a GPU or TPU should confirm, in this order: exactness, reliability, memory and
-# time, costs of all vision systems, and a long run of the paper's network. Results go to experiments/results, under the
-# device's name; a run that is cut off continues when the script is started again.
+# time, costs of all vision systems, and a long run of the paper's network. Results go to
+# experiments/results, under the device's name; a run that is cut off continues when the script is
+# started again.
 #
 #     bash experiments/accelerator.sh DATA_DIR [STEPS]
 #
@@ -25,7 +26,7 @@ for method in bdia standard; do
     --data cifar10 --data-dir "$data" \
     --model.width 512 --model.heads 8 --model.head-dim 64 --model.hidden 512 --model.patch-size 4 \
     --model.method "$method" --model.dtype bfloat16 \
-    --train.steps 156000 --train.optimizer adam --train.learning-rate 1e-4 --train.clip-norm None \
+    --train.steps 156000 --train.optimizer set-adam --train.learning-rate 1e-4 --train.clip-norm None \
     --train.eval-every 1950 --train.checkpoint-every 1950 --train.log-every 195 \
     --train.stop-at "$until"
 done

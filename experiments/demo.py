@@ -204,7 +204,8 @@ def plot_reconstruction(errors: dict[str, np.ndarray], path: pathlib.Path) -> No
             axis.plot(np.arange(1, len(error) + 1), error, label=label, **figures.style(i))
         axis.set_yscale("symlog", linthresh=1e-8)
         # Room for the legend above.
-        axis.set_ylim(-2e-9, 1e4 * max(float(error.max()) for error in errors.values()))
+        highest = max(float(error.max()) for error in errors.values())
+        axis.set_ylim(-2e-9, highest * 10 ** (len(errors) + 1))
         axis.invert_xaxis()
         axis.set_xlabel("block whose input is reconstructed")
         axis.set_ylabel("largest absolute error")

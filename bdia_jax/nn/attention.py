@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,39 @@ from jaxtyping import Array, Float
 from bdia_jax.nn.dropout import Dropout
 
 
-class SelfAttention(nnx.Module):
+class MultiHead(nnx.Module):
+    """Projection to queries, keys and values, and back.
+
+    The matrix products make and take arrays in which the heads come before the positions, as
+    attention wants them: splitting heads off afterwards would copy every one of them, and the
+    copies are kept for the derivative.
+    """
+
+    def __init__(self, width: int, heads: int, head_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+        inner = heads * head_dim
+        self.heads, self.head_dim, self.dtype = heads, head_dim, dtype
+        self.qkv = nnx.Linear(width, 3 * inner, use_bias=False, dtype=dtype, rngs=rngs)
+        self.out = nnx.Linear(inner, width, dtype=dtype, rngs=rngs)
+
+    def split(
+        self, x: Float[Array, "batch length width"]
+    ) -> Iterator[Float[Array, "batch head length head_dim"]]:
+        """Queries, keys and values."""
+        kernel = self.qkv.kernel[...].astype(self.dtype)
+        kernel = kernel.reshape(-1, 3, self.heads, self.head_dim)
+        x = x.astype(self.dtype)
+        return (jnp.einsum("blw,whd->bhld", x, kernel[:, i]) for i in range(3))
+
+    def merge(
+        self, x: Float[Array, "batch head length head_dim"]
+    ) -> Float[Array, "batch length width"]:
+        """Attended values, projected to the width of the stream."""
+        kernel = self.out.kernel[...].astype(self.dtype)
+        kernel = kernel.reshape(self.heads, self.head_dim, -1)
+        return jnp.einsum("bhld,hdw->blw", x, kernel) + self.out.bias[...].astype(self.dtype)
+
+
+class SelfAttention(MultiHead):
     """Multi-head self-attention over all positions, without a mask.
 
     ``local=True`` is locality self-attention (Lee, Lee, Song, "Vision Transformer for
@@ -31,28 +64,23 @@ class SelfAttention(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        inner = heads * head_dim
-        self.heads, self.head_dim, self.local = heads, head_dim, local
-        self.qkv = nnx.Linear(width, 3 * inner, use_bias=False, dtype=dtype, rngs=rngs)
-        self.out = nnx.Linear(inner, width, dtype=dtype, rngs=rngs)
+        super().__init__(width, heads, head_dim, dtype=dtype, rngs=rngs)
+        self.local = local
         self.dropout = Dropout(dropout, rngs=rngs)
         self.log_temperature = nnx.Param(jnp.float32(math.log(head_dim**-0.5))) if local else None
 
     def __call__(self, x: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
         """The attended values, projected to the width of ``x``; the softmax is in float32."""
-        batch, length, _ = x.shape
-        qkv = self.qkv(x).reshape(batch, length, 3, self.heads, self.head_dim)
-        q, k, v = (qkv[:, :, i] for i in range(3))
+        q, k, v = self.split(x)
         scale = jnp.exp(self.log_temperature[...]) if self.local else self.head_dim**-0.5
-        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) * scale
+        logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=jnp.float32) * scale
         if self.local:
-            logits = jnp.where(jnp.eye(length, dtype=bool), -jnp.inf, logits)
+            logits = jnp.where(jnp.eye(x.shape[1], dtype=bool), -jnp.inf, logits)
         weights = self.dropout(jax.nn.softmax(logits).astype(v.dtype))
-        attended = jnp.einsum("bhqk,bkhd->bqhd", weights, v)
-        return self.out(attended.reshape(batch, length, -1))
+        return self.merge(jnp.einsum("bhqk,bhkd->bhqd", weights, v))
 
 
-class LinearAttention(nnx.Module):
+class LinearAttention(MultiHead):
     """Multi-head self-attention to ``projection`` mixtures of positions, which are learned.
 
     Keys and values of all positions are projected along the sequence, by one matrix each that
@@ -72,12 +100,8 @@ class LinearAttention(nnx.Module):
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        inner = heads * head_dim
-        self.heads, self.head_dim = heads, head_dim
-        self.qkv = nnx.Linear(width, 3 * inner, use_bias=False, dtype=dtype, rngs=rngs)
-        self.out = nnx.Linear(inner, width, dtype=dtype, rngs=rngs)
+        super().__init__(width, heads, head_dim, dtype=dtype, rngs=rngs)
         self.dropout = Dropout(dropout, rngs=rngs)
-        self.dtype = dtype
         init = nnx.initializers.normal(length**-0.5)
         self.mix_keys, self.mix_values = (
             nnx.Param(init(rngs.params(), (length, projection))) for _ in range(2)
@@ -85,14 +109,11 @@ class LinearAttention(nnx.Module):
 
     def __call__(self, x: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
         """The attended mixtures, projected to the width of ``x``; the softmax is in float32."""
-        batch, length, _ = x.shape
-        qkv = self.qkv(x).reshape(batch, length, 3, self.heads, self.head_dim)
-        q, k, v = (qkv[:, :, i] for i in range(3))
+        q, k, v = self.split(x)
         k, v = (
-            jnp.einsum("bkhd,kp->bphd", each, mix[...].astype(self.dtype))
+            jnp.einsum("bhkd,kp->bhpd", each, mix[...].astype(self.dtype))
             for each, mix in ((k, self.mix_keys), (v, self.mix_values))
         )
-        logits = jnp.einsum("bqhd,bphd->bhqp", q, k, preferred_element_type=jnp.float32)
+        logits = jnp.einsum("bhqd,bhpd->bhqp", q, k, preferred_element_type=jnp.float32)
         weights = self.dropout(jax.nn.softmax(logits * self.head_dim**-0.5).astype(v.dtype))
-        attended = jnp.einsum("bhqp,bphd->bqhd", weights, v)
-        return self.out(attended.reshape(batch, length, -1))
+        return self.merge(jnp.einsum("bhqp,bhpd->bhqd", weights, v))
