@@ -30,8 +30,8 @@ import tyro
 from flax import nnx
 from tqdm import tqdm
 
+from bdia_jax import files
 from bdia_jax.nn import FeedForward, ReversibleStack, SelfAttention, TransformerBlock
-from bdia_jax.train import metrics
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
@@ -128,9 +128,9 @@ def main(reliability: Reliability) -> str:
         )
         found |= {"title": spec.title, "seconds": round(time.monotonic() - started, 1)}
         table["parts"][part] = found
-        metrics.write_json(path, table)
+        files.write_json(path, table)
     text = markdown(table)
-    metrics.write_text(path.with_suffix(".md"), text)
+    files.write_text(path.with_suffix(".md"), text)
     print(text)
     return text
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from bdia_jax.train import metrics
+from bdia_jax import files
 
 FOLDER = pathlib.Path(__file__).resolve().parent / "results"
 
@@ -26,7 +26,7 @@ def write(experiment: str, settings: Any, found: dict[str, Any], folder: pathlib
     """Writes ``found``, what it was run on and with which settings; returns the file's path."""
     path = (folder or FOLDER) / f"{experiment}-{device_slug()}.json"
     asked = {name: value for name, value in dataclasses.asdict(settings).items() if name != "out"}
-    metrics.write_json(path, machine() | {"settings": asked} | found)
+    files.write_json(path, machine() | {"settings": asked} | found)
     return path
 
 

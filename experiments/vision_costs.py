@@ -40,10 +40,10 @@ from demo import MODEL as SMALL
 from demo import peak, plot_reconstruction, reconstruction_errors, stream
 from flax import nnx
 
-from bdia_jax import memory, reversible_scan
+from bdia_jax import files, memory, reversible_scan
 from bdia_jax.data import load_images
 from bdia_jax.nn import ViT, ViTConfig
-from bdia_jax.train import ImageClassification, TrainSettings, figures, make_optimizer, metrics
+from bdia_jax.train import ImageClassification, TrainSettings, figures, make_optimizer
 from bdia_jax.train import train as train_loop
 
 SYSTEMS = {
@@ -370,7 +370,7 @@ def main(v: VisionCosts) -> str:
         found[part] = measures[part](v)
         results.write("vision_costs", v, {p: found[p] for p in measures if p in found}, v.out)
     text = markdown(v, json.loads(path.read_text()))
-    metrics.write_text(path.with_suffix(".md"), text + "\n")
+    files.write_text(path.with_suffix(".md"), text + "\n")
     if "memory" in found:
         plot_memory(v, found["memory"], path.with_name(f"{path.stem}-memory.png"))
     if "inverse" in found:

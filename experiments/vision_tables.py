@@ -7,7 +7,8 @@
 
 Scales: ``paper`` is the published setting (CIFAR-10, 6 blocks of width 512, batch 128, SET-Adam,
 400 epochs; a GPU's work). ``reduced`` is what 2 cores can do with CIFAR-10: large patches, narrow
-blocks, a tenth of the images; it shows orderings, not the published numbers. ``digits`` is smaller
+blocks, a fiftieth of the images, so that networks over-fit as they do in the published setting; it
+shows orderings, not the published numbers. ``digits`` is smaller
 still. ``--quick`` trains every system once on digits, and fails if one stays under 90 %.
 
 A run is one network, trained from one seed. It leaves one JSON file; what is there is not run
@@ -40,6 +41,7 @@ import results
 import tyro
 from flax import nnx
 
+from bdia_jax import files
 from bdia_jax.data import ImageData, load_images
 from bdia_jax.nn import ResNet, ResNetConfig, ViT, ViTConfig
 from bdia_jax.train import (
@@ -48,7 +50,6 @@ from bdia_jax.train import (
     NonFiniteError,
     TrainSettings,
     figures,
-    metrics,
     train,
 )
 
@@ -96,12 +97,12 @@ SCALES = {
         data="cifar10",
         vit=ViTConfig(patch_size=8, width=64, heads=4, head_dim=16, hidden=64),
         resnet=ResNetConfig(widths=(8, 16, 32), depth=5, groups=4),
-        epochs=30,
+        epochs=100,
         train=TrainSettings(
             batch_size=100, optimizer="set-adam", learning_rate=1e-3, clip_norm=None
         ),
-        images=5000,
-        evaluations=6,
+        images=1000,
+        evaluations=5,
     ),
     "digits": Scale(
         data="digits",
@@ -421,7 +422,7 @@ def run_all(
                     _check_same(run, path)
                     continue
                 found = train_one(run, task, work / run.name)
-                metrics.write_json(path, found)
+                files.write_json(path, found)
                 shutil.rmtree(work / run.name, ignore_errors=True)
             outcome = found["error"] or f"{found['accuracy']:.2%} in {found['seconds']:.0f} s"
             print(f"{done}/{len(runs)} {run.name}: {outcome}", flush=True)
@@ -530,7 +531,7 @@ def report(cells: dict[str, list[Cell]], scale: Scale, out: pathlib.Path) -> str
     wrong = {run["error"] for run in runs if run["error"]}
     parts += [f"- {error}" for error in sorted(wrong)]
     text = "\n\n".join(parts)
-    metrics.write_text(out / "tables.md", text + "\n")
+    files.write_text(out / "tables.md", text + "\n")
     _figures(found, out)
     return text
 

@@ -2,7 +2,12 @@
 
 from bdia_jax.nn.attention import LinearAttention, SelfAttention
 from bdia_jax.nn.blocks import FeedForward, TransformerBlock
+from bdia_jax.nn.chunked_attention import chunked_attention
+from bdia_jax.nn.decoder import Decoder, DecoderConfig, RotaryScaling, llama
 from bdia_jax.nn.dropout import Dropout
+from bdia_jax.nn.generation import beam_search, generate
+from bdia_jax.nn.lora import Frozen, LowRankLinear, add_lora, freeze, merge_lora, unfreeze
+from bdia_jax.nn.losses import cross_entropy
 from bdia_jax.nn.resnet import ResNet, ResNetConfig
 from bdia_jax.nn.stack import METHODS, CoupledStack, Probe, ReversibleStack
 from bdia_jax.nn.vit import ViT, ViTConfig
@@ -10,15 +15,29 @@ from bdia_jax.nn.vit import ViT, ViTConfig
 __all__ = [
     "METHODS",
     "CoupledStack",
+    "Decoder",
+    "DecoderConfig",
     "Dropout",
     "FeedForward",
+    "Frozen",
     "LinearAttention",
+    "LowRankLinear",
     "Probe",
     "ResNet",
     "ResNetConfig",
     "ReversibleStack",
+    "RotaryScaling",
     "SelfAttention",
     "TransformerBlock",
     "ViT",
     "ViTConfig",
+    "add_lora",
+    "beam_search",
+    "chunked_attention",
+    "cross_entropy",
+    "freeze",
+    "generate",
+    "llama",
+    "merge_lora",
+    "unfreeze",
 ]

@@ -13,24 +13,40 @@ from bdia_jax.nn.dropout import Dropout
 
 
 class FeedForward(nnx.Module):
-    """Linear, GELU, linear, with dropout after both."""
+    """Linear, GELU, linear, with dropout after both; or gated, ``down(silu(gate(x)) * up(x))``.
+
+    (SwiGLU: Shazeer, "GLU Variants Improve Transformer", 2020.)
+    """
 
     def __init__(
         self,
         width: int,
         hidden: int,
         *,
+        gated: bool = False,
+        bias: bool = True,
         dropout: float = 0.0,
         dtype: jnp.dtype = jnp.float32,
+        param_dtype: jnp.dtype = jnp.float32,
+        kernel_init: nnx.Initializer | None = None,
         rngs: nnx.Rngs,
     ):
-        self.up = nnx.Linear(width, hidden, dtype=dtype, rngs=rngs)
-        self.down = nnx.Linear(hidden, width, dtype=dtype, rngs=rngs)
+        def linear(inputs, outputs):
+            return nnx.Linear(
+                inputs, outputs, use_bias=bias, dtype=dtype, param_dtype=param_dtype,
+                kernel_init=kernel_init or nnx.initializers.lecun_normal(), rngs=rngs,
+            )  # fmt: skip
+
+        self.up = linear(width, hidden)
+        self.gate = linear(width, hidden) if gated else None
+        self.down = linear(hidden, width)
         self.dropout = Dropout(dropout, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         """Applied to every position alike."""
-        return self.dropout(self.down(self.dropout(jax.nn.gelu(self.up(x)))))
+        y = self.up(x)
+        y = jax.nn.gelu(y) if self.gate is None else jax.nn.silu(self.gate(x)) * y
+        return self.dropout(self.down(self.dropout(y)))
 
 
 class TransformerBlock(nnx.Module):

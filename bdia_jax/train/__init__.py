@@ -10,7 +10,7 @@ from bdia_jax.train.loop import (
     TrainSettings,
     train,
 )
-from bdia_jax.train.metrics import read_metrics, write_json
+from bdia_jax.train.metrics import read_metrics
 from bdia_jax.train.optimizers import make_optimizer
 from bdia_jax.train.tasks import ImageClassification, Task
 
@@ -27,5 +27,4 @@ __all__ = [
     "plot_curves",
     "read_metrics",
     "train",
-    "write_json",
 ]

@@ -20,11 +20,12 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Int32, Key, PyTree, UInt32
 
+from bdia_jax.files import write_json
 from bdia_jax.nn.stack import Probe
 from bdia_jax.train import mesh as meshes
 from bdia_jax.train import optimizers
 from bdia_jax.train.checkpoints import Checkpoints, score
-from bdia_jax.train.metrics import MetricsWriter, write_json
+from bdia_jax.train.metrics import MetricsWriter
 from bdia_jax.train.tasks import Task
 
 log = logging.getLogger("bdia_jax")
@@ -272,8 +273,7 @@ class _Programs:
         model.eval()
         self._eval_graph = nnx.split(model, nnx.Param, ...)[0]
         model.train()
-        self._graph, self._params, probes, self._rest = nnx.split(model, nnx.Param, Probe, ...)
-        self._probes = probes
+        self._graph, self._params, self._probes, rest = nnx.split(model, nnx.Param, Probe, ...)
         self._task, self._settings, self._optimizer = task, settings, optimizer
         self._schedule, self._mesh = schedule, mesh
         self.task = task
@@ -282,6 +282,9 @@ class _Programs:
         if mesh is not None:
             shardings = meshes.state_shardings(mesh, self._shapes())
         self._shardings = shardings
+        # What is not trained may be most of the model; given to the programs as an argument, it
+        # is not copied into them.
+        self._rest = self._place(rest, None if mesh is None else meshes.state_shardings(mesh, rest))
         self.train_step = jax.jit(
             self._train_step, donate_argnums=0,
             out_shardings=None if mesh is None else (shardings, meshes.replicated(mesh)),
@@ -313,8 +316,9 @@ class _Programs:
     def trace(self) -> None:
         """Traces both programs, so that what does not fit fails now; jit remembers the result."""
         state = self.abstract_state()
-        self.train_step.eval_shape(state, self._arrays)
-        self.eval_step.eval_shape(state.params, self._arrays, jax.ShapeDtypeStruct((), jnp.int32))
+        self.train_step.eval_shape(state, self._rest, self._arrays)
+        step = jax.ShapeDtypeStruct((), jnp.int32)
+        self.eval_step.eval_shape(state.params, self._rest, self._arrays, step)
 
     def abstract_state(self) -> State:
         """Shapes and shardings, to restore into."""
@@ -330,13 +334,13 @@ class _Programs:
 
     def step(self, state: State) -> tuple[State, dict[str, Array]]:
         """One optimizer step; ``state`` is used up."""
-        return self.train_step(state, self._arrays)
+        return self.train_step(state, self._rest, self._arrays)
 
     def evaluate(self, params: nnx.State) -> dict[str, float]:
         """Means over the evaluation split."""
         sums, count = {}, 0.0
         outputs = [
-            self.eval_step(params, self._arrays, jnp.int32(i))
+            self.eval_step(params, self._rest, self._arrays, jnp.int32(i))
             for i in range(self._task.eval_steps())
         ]
         for batch_sums, batch_count in jax.device_get(outputs):
@@ -345,14 +349,14 @@ class _Programs:
                 sums[name] = sums.get(name, 0.0) + float(value)
         return {name: value / count for name, value in sums.items()}
 
-    def _train_step(self, state: State, arrays) -> tuple[State, dict[str, Array]]:
+    def _train_step(self, state: State, rest, arrays) -> tuple[State, dict[str, Array]]:
         settings = self._settings
         key = jax.random.wrap_key_data(state.key)
         data_key, model_key = jax.random.split(key)
         batch = self._task.batch(arrays, data_key, state.step, settings.batch_size)
 
         def loss(params, probes, part, key: Key[Array, ""]):
-            model = nnx.merge(self._graph, params, probes, self._rest)
+            model = nnx.merge(self._graph, params, probes, rest)
             return self._task.loss(model, part, key)
 
         def part_gradient(total, part_and_key):
@@ -400,8 +404,8 @@ class _Programs:
         step = state.step + fine.astype(jnp.int32)
         return State(step, params, opt_state, state.key), metrics
 
-    def _eval_step(self, params, arrays, i):
-        model = nnx.merge(self._eval_graph, params, nnx.merge_state(self._probes, self._rest))
+    def _eval_step(self, params, rest, arrays, i):
+        model = nnx.merge(self._eval_graph, params, nnx.merge_state(self._probes, rest))
         return self._task.evaluate(model, arrays, i)
 
 

@@ -1,0 +1,222 @@
+"""Attention that never holds the queries × keys matrix."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from bdia_jax.nn.dropout import keep_mask
+
+
+def chunked_attention(
+    q: Float[Array, "batch query head dim"],
+    k: Float[Array, "batch key kv_head dim"],
+    v: Float[Array, "batch key kv_head dim"],
+    *,
+    causal: bool = False,
+    offset: Int[Array, ""] | int = 0,
+    segments: tuple[Int[Array, "batch query"], Int[Array, "batch key"]] | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    key: Key[Array, ""] | None = None,
+    chunk: int = 128,
+) -> Float[Array, "batch query head dim"]:
+    """``softmax(scale q kᵀ) v``, going over the keys in chunks; differentiable in q, k and v.
+
+    Memory, of the derivative too, is that of q, k, v, the result, and one chunk of the weights:
+    the softmax is accumulated chunk by chunk, and the weights are computed a second time in the
+    backward pass. (Rabe, Staats, "Self-attention Does Not Need O(n²) Memory", 2021; the form of
+    the derivative: Dao, Fu, Ermon, Rudra, Ré, "FlashAttention", 2022.) Softmax and sums are in
+    float32.
+
+    Args:
+      q, k, v: ``head`` is a multiple of ``kv_head``: each head of keys and values serves that
+        many consecutive heads of queries (grouped-query attention).
+      causal: query i attends to keys 0 … i + offset only.
+      offset: position of the first query among the keys, for ``causal``.
+      segments: numbers of queries and of keys; a query attends to the keys with its number only.
+        (For padding: 1 where there is something, 0 where there is not.)
+      scale: of the logits; by default 1/sqrt(dim).
+      dropout: probability with which a weight is dropped; needs ``key``.
+      key: PRNG key.
+      chunk: number of keys that are looked at together.
+
+    Returns:
+      The attended values, in the dtype of ``q``; 0 where a query may not attend to any key.
+    """
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
+        raise ValueError(
+            "q, k, v must have the shapes [batch, query, head, dim] and [batch, key, kv_head, "
+            f"dim]; got {q.shape}, {k.shape}, {v.shape}"
+        )
+    if q.shape[2] % k.shape[2] or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
+        raise ValueError(
+            "q and k must have equal batch and dim, and kv_head must divide head; "
+            f"got {q.shape} and {k.shape}"
+        )
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1; got {chunk}")
+    if dropout and key is None:
+        raise ValueError(f"dropout={dropout} draws random numbers and needs a key; got None")
+    if segments is not None:
+        shapes = tuple(s.shape for s in segments)
+        if shapes != (q.shape[:2], k.shape[:2]):
+            raise ValueError(
+                f"segments must have the shapes {q.shape[:2]} and {k.shape[:2]}; got {shapes}"
+            )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    options = _Options(causal, segments is not None, float(scale), float(dropout),
+                       min(chunk, k.shape[1]), k.shape[1])  # fmt: skip
+    segments = segments or (None, None)
+    rest = _Rest(jnp.asarray(offset, jnp.int32), *segments, key if dropout else None)
+    batch, queries, heads, dim = q.shape
+    grouped = q.reshape(batch, queries, k.shape[2], heads // k.shape[2], dim)
+    return _attend(options, grouped, k, v, rest).reshape(q.shape)
+
+
+class _Options(NamedTuple):
+    causal: bool
+    segmented: bool
+    scale: float
+    dropout: float
+    chunk: int
+    keys: int
+
+
+class _Rest(NamedTuple):
+    """What is not differentiated."""
+
+    offset: Int[Array, ""]
+    q_segments: Int[Array, "batch query"] | None
+    k_segments: Int[Array, "batch key"] | None
+    key: Key[Array, ""] | None
+
+
+class _Chunk(NamedTuple):
+    """Some consecutive keys."""
+
+    number: Int[Array, ""]
+    k: Float[Array, "batch chunk kv_head dim"]
+    v: Float[Array, "batch chunk kv_head dim"]
+    segments: Int[Array, "batch chunk"] | None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(options: _Options, q, k, v, rest: _Rest):
+    return _forward(options, q, k, v, rest)[0]
+
+
+def _forward(options: _Options, q, k, v, rest: _Rest):
+    """The result, and what the derivative needs.
+
+    With logits s and the largest so far m, the sums of exp(s - m) v and of exp(s - m) are scaled
+    down whenever a larger logit comes.
+    """
+
+    def step(carry, chunk: _Chunk):
+        total, norm, highest = carry
+        s = _logits(options, q, chunk, rest)
+        higher = jnp.maximum(highest, s.max(axis=-1))
+        # Where nothing was allowed so far, both are -inf.
+        shrink = jnp.exp(jnp.where(highest == -jnp.inf, -jnp.inf, highest - higher))
+        p = jnp.exp(s - jnp.where(higher == -jnp.inf, 0, higher)[..., None])
+        norm = norm * shrink + p.sum(axis=-1)
+        p = _drop(options, p, chunk, rest)
+        pv = _matmul("bkgqc,bckd->bkgqd", p.astype(v.dtype), chunk.v)
+        return (total * shrink[..., None] + pv, norm, higher), None
+
+    # From q, so that it is sharded like it.
+    zeros = jnp.moveaxis(jnp.zeros_like(q, jnp.float32), 1, 3)
+    start = (zeros, zeros[..., 0], jnp.full_like(zeros[..., 0], -jnp.inf))
+    (total, norm, highest), _ = lax.scan(step, start, _chunks(options, k, v, rest))
+    some = norm > 0
+    out = jnp.moveaxis(total / jnp.where(some, norm, 1)[..., None], 3, 1).astype(q.dtype)
+    log_norm = jnp.where(some, highest + jnp.log(jnp.where(some, norm, 1)), jnp.inf)
+    return out, (q, k, v, rest, out, log_norm)
+
+
+def _backward(options: _Options, saved, d_out):
+    """With weights p and D = Σ out · d_out: d_s = p (d_p - D), where d_p = d_out · v."""
+    q, k, v, rest, out, log_norm = saved
+    d_out = d_out.astype(q.dtype)
+    inner = jnp.einsum("bqkgd,bqkgd->bkgq", out, d_out, preferred_element_type=jnp.float32)
+
+    def step(d_q, chunk: _Chunk):
+        p = jnp.exp(_logits(options, q, chunk, rest) - log_norm[..., None])
+        d_v = _matmul("bkgqc,bqkgd->bckd", _drop(options, p, chunk, rest).astype(q.dtype), d_out)
+        d_p = _matmul("bqkgd,bckd->bkgqc", d_out, chunk.v)
+        d_p = _drop(options, d_p, chunk, rest)
+        d_s = (p * (d_p - inner[..., None]) * options.scale).astype(q.dtype)
+        d_q += _matmul("bkgqc,bckd->bqkgd", d_s, chunk.k)
+        d_k = _matmul("bkgqc,bqkgd->bckd", d_s, q)
+        return d_q, (d_k.astype(k.dtype), d_v.astype(v.dtype))
+
+    d_q, (d_k, d_v) = lax.scan(step, jnp.zeros_like(q, jnp.float32), _chunks(options, k, v, rest))
+    d_k, d_v = (_together(d, k) for d in (d_k, d_v))
+    return d_q.astype(q.dtype), d_k, d_v, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _logits(options: _Options, q, chunk: _Chunk, rest: _Rest):
+    """Scaled products of all queries and a chunk of keys; -inf where there is no attending."""
+    s = _matmul("bqkgd,bckd->bkgqc", q, chunk.k) * options.scale
+    allowed = _allowed(options, q, chunk, rest)
+    return s if allowed is None else jnp.where(allowed, s, -jnp.inf)
+
+
+def _allowed(options: _Options, q, chunk: _Chunk, rest: _Rest) -> Bool[Array, "..."] | None:
+    """Which queries may attend to which keys of a chunk; None for all to all."""
+    keys = chunk.number * options.chunk + jnp.arange(options.chunk)
+    conditions = []
+    if options.causal:
+        positions = rest.offset + jnp.arange(q.shape[1])
+        conditions.append((keys <= positions[:, None])[None])
+    if options.segmented:
+        conditions.append(rest.q_segments[:, :, None] == chunk.segments[:, None, :])
+    if options.keys % options.chunk:
+        conditions.append((keys < options.keys)[None, None])
+    if not conditions:
+        return None
+    return functools.reduce(jnp.logical_and, conditions)[:, None, None]
+
+
+def _drop(options: _Options, weights, chunk: _Chunk, rest: _Rest):
+    """Dropout, alike in both passes."""
+    if not options.dropout:
+        return weights
+    keep, probability = keep_mask(
+        jax.random.fold_in(rest.key, chunk.number), options.dropout, weights
+    )
+    return jnp.where(keep, weights / probability, 0)
+
+
+def _chunks(options: _Options, k, v, rest: _Rest) -> _Chunk:
+    """The keys cut into chunks, to be scanned over."""
+    count = -(-k.shape[1] // options.chunk)
+    missing = count * options.chunk - k.shape[1]
+
+    def cut(a: Array) -> Array:
+        width = [(0, 0)] * a.ndim
+        width[1] = (0, missing)
+        a = jnp.pad(a, width) if missing else a
+        return jnp.moveaxis(a.reshape(a.shape[0], count, options.chunk, *a.shape[2:]), 1, 0)
+
+    segments = cut(rest.k_segments) if options.segmented else None
+    return _Chunk(jnp.arange(count), cut(k), cut(v), segments)
+
+
+def _together(chunks: Float[Array, "count batch chunk kv_head dim"], like: Any) -> Array:
+    """The inverse of cutting."""
+    whole = jnp.moveaxis(chunks, 0, 1).reshape(like.shape[0], -1, *like.shape[2:])
+    return whole[:, : like.shape[1]]
+
+
+def _matmul(equation: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)

@@ -1,0 +1,92 @@
+"""Cross-entropy over large vocabularies."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+
+class Sums(NamedTuple):
+    """Sums over positions, each times its weight, in float32."""
+
+    loss: Float[Array, ""]
+    """Cross-entropy in nats."""
+    correct: Float[Array, ""]
+    """Whether the target has the highest logit."""
+    weight: Float[Array, ""]
+    """1."""
+
+
+def cross_entropy(
+    features: Float[Array, "batch length width"],
+    matrix: Float[Array, "vocab width"],
+    targets: Int[Array, "batch length"],
+    weights: Float[Array, "batch length"] | None = None,
+    *,
+    label_smoothing: float = 0.0,
+    chunk: int = 1024,
+) -> Sums:
+    """Cross-entropy of ``targets`` under the logits ``features matrixᵀ``, in chunks of tokens.
+
+    The logits of the whole batch never exist, in the derivative neither: those of a chunk are
+    computed a second time in the backward pass. The gradient is that of the plain form.
+
+    Args:
+      features: what comes out of the last norm.
+      matrix: of the output layer; products are accumulated in float32.
+      targets: in [0, vocab), or the loss is NaN; anything where the weight is 0.
+      weights: of the positions; None for 1.
+      label_smoothing: share of the target that is spread over the vocabulary, in [0, 1).
+      chunk: number of tokens whose logits exist at once (at least one per sequence).
+    """
+    if features.ndim != 3 or targets.shape != features.shape[:2]:
+        raise ValueError(
+            "features must have the shape [batch, length, width], and targets [batch, length]; "
+            f"got {features.shape} and {targets.shape}"
+        )
+    if matrix.ndim != 2 or matrix.shape[1] != features.shape[2]:
+        raise ValueError(
+            f"matrix must have the shape [vocab, {features.shape[2]}]; got {matrix.shape}"
+        )
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1; got {chunk}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1); got {label_smoothing}")
+    if weights is None:
+        weights = jnp.ones_like(targets, jnp.float32)
+    elif weights.shape != targets.shape:
+        raise ValueError(f"weights must have the shape {targets.shape}; got {weights.shape}")
+    batch, length, _ = features.shape
+    # Along the sequence, so that a batch that is sharded stays so.
+    size = min(length, max(1, chunk // batch))
+    count = -(-length // size)
+
+    def cut(a: Array) -> Array:
+        pad = [(0, 0)] * a.ndim
+        pad[1] = (0, count * size - length)
+        return jnp.moveaxis(jnp.pad(a, pad).reshape(batch, count, size, *a.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def part(matrix, features, targets, weights) -> Sums:
+        logits = jnp.einsum("blw,vw->blv", features, matrix.astype(features.dtype),
+                            preferred_element_type=jnp.float32)  # fmt: skip
+        norm = jax.nn.logsumexp(logits, axis=-1)
+        target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        loss = norm - target
+        if label_smoothing:
+            loss += label_smoothing * (target - logits.mean(axis=-1))
+        correct = logits.argmax(axis=-1) == targets
+        # A target that does not exist makes the loss NaN, but where nobody asks for it.
+        loss = jnp.where(weights == 0, 0, loss)
+        return Sums(*(jnp.sum(weights * value) for value in (loss, correct, 1.0)))
+
+    def step(sums: Sums, chunk):
+        return jax.tree.map(jnp.add, sums, part(matrix, *chunk)), None
+
+    zero = Sums(*(jnp.float32(0) for _ in Sums._fields))
+    chunks = tuple(cut(a) for a in (features, targets, weights.astype(jnp.float32)))
+    return lax.scan(step, zero, chunks)[0]

@@ -1,0 +1,465 @@
+"""Decoders: attention in chunks, cross-entropy in chunks, families, packing, low-rank updates."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from bdia_jax import memory
+from bdia_jax.nn import (
+    Decoder,
+    DecoderConfig,
+    Frozen,
+    LowRankLinear,
+    RotaryScaling,
+    add_lora,
+    beam_search,
+    chunked_attention,
+    cross_entropy,
+    freeze,
+    generate,
+    llama,
+    merge_lora,
+    unfreeze,
+)
+from bdia_jax.nn.dropout import keep_mask
+
+GPT2 = DecoderConfig(vocab_size=31, max_length=24, width=16, depth=3, heads=4)
+LLAMA = llama(
+    vocab_size=31, max_length=24, width=16, depth=3, heads=4, kv_heads=2, hidden=24,
+    rope_scaling=RotaryScaling(original_length=8),
+)  # fmt: skip
+QWEN2 = dataclasses.replace(LLAMA, qkv_bias=True, tied_head=True, rope_scaling=None)
+QWEN3 = dataclasses.replace(LLAMA, qk_norm=True, head_dim=8, rope_scaling=None)
+FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3}
+
+
+def tokens_of(config, batch=2, length=12, seed=0):
+    return jax.random.randint(jax.random.key(seed), (batch, length), 0, config.vocab_size)
+
+
+def trees_close(a, b, **tolerances):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerances), a, b)
+
+
+# ---------------------------------------------------------------------------------------------
+# Attention
+# ---------------------------------------------------------------------------------------------
+
+
+def attention_inputs(queries, keys, heads=4, kv_heads=2, dim=6, dtype=jnp.float64):
+    q, k, v, w = (
+        jax.random.normal(key, shape, dtype)
+        for key, shape in zip(
+            jax.random.split(jax.random.key(0), 4),
+            [(2, queries, heads, dim), (2, keys, kv_heads, dim), (2, keys, kv_heads, dim),
+             (2, queries, heads, dim)],
+        )
+    )  # fmt: skip
+    return q, k, v, w
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "chunk", "causal", "segmented"),
+    [(9, 9, 4, True, False), (9, 9, 3, True, True), (7, 10, 4, False, False),
+     (5, 10, 128, False, True), (1, 8, 8, True, False)],
+)  # fmt: skip
+def test_chunked_attention_is_attention(queries, keys, chunk, causal, segmented):
+    with jax.enable_x64(True):
+        q, k, v, w = attention_inputs(queries, keys)
+        offset = keys - queries
+        allowed = np.ones((2, 1, queries, keys), bool)
+        segments = None
+        if causal:
+            allowed &= np.arange(keys) <= offset + np.arange(queries)[:, None]
+        if segmented:
+            of_keys = np.array([np.sort(np.arange(keys) % 3), np.arange(keys) // 5])
+            segments = of_keys[:, offset:], of_keys
+            allowed &= (segments[0][:, :, None] == of_keys[:, None])[:, None]
+
+        def ours(q, k, v):
+            y = chunked_attention(
+                q, k, v, causal=causal, offset=offset, chunk=chunk,
+                segments=None if segments is None else tuple(map(jnp.asarray, segments)),
+            )  # fmt: skip
+            return jnp.sum(y * w), y
+
+        def plain(q, k, v):
+            y = jax.nn.dot_product_attention(q, k, v, mask=jnp.asarray(allowed))
+            return jnp.sum(y * w), y
+
+        grads, y = jax.jit(jax.grad(ours, (0, 1, 2), has_aux=True))(q, k, v)
+        expected, y_expected = jax.jit(jax.grad(plain, (0, 1, 2), has_aux=True))(q, k, v)
+    # Accumulated in float32.
+    np.testing.assert_allclose(y, y_expected, rtol=1e-5, atol=1e-6)
+    trees_close(grads, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_of_attention_weights():
+    q, k, v, w = attention_inputs(5, 7, kv_heads=4, dtype=jnp.float32)
+    key = jax.random.key(3)
+
+    def ours(q, k, v):
+        return jnp.sum(w * chunked_attention(q, k, v, dropout=0.5, key=key))
+
+    def plain(q, k, v):
+        weights = jax.nn.softmax(jnp.einsum("bqhd,bkhd->bhqk", q, k) * 6**-0.5)
+        keep, probability = keep_mask(jax.random.fold_in(key, 0), 0.5, weights[:, :, None])
+        weights = jnp.where(keep[:, :, 0], weights / probability, 0)
+        return jnp.sum(w * jnp.einsum("bhqk,bkhd->bqhd", weights, v))
+
+    np.testing.assert_allclose(ours(q, k, v), plain(q, k, v), rtol=1e-5)
+    trees_close(jax.grad(ours, (0, 1, 2))(q, k, v), jax.grad(plain, (0, 1, 2))(q, k, v), atol=1e-5)
+
+
+def test_who_may_not_attend_gets_zeros_and_no_nan():
+    q, k, v, _ = attention_inputs(3, 3, dtype=jnp.float32)
+    nobody = jnp.zeros((2, 3), int), jnp.ones((2, 3), int)
+
+    def f(q, k, v):
+        return chunked_attention(q, k, v, segments=nobody)
+
+    np.testing.assert_array_equal(f(q, k, v), 0)
+    for gradient in jax.grad(lambda *a: f(*a).sum(), (0, 1, 2))(q, k, v):
+        np.testing.assert_array_equal(gradient, 0)
+
+
+def test_attention_never_holds_the_matrix():
+    shapes = [jax.ShapeDtypeStruct((1, 2048, 2, 8), jnp.float32)] * 3
+
+    def gradient(q, k, v):
+        return jax.grad(lambda *a: chunked_attention(*a, causal=True).sum(), (0, 1, 2))(q, k, v)
+
+    # A chunk of 128 keys has 2 MB of weights, the matrix has 34.
+    assert memory.temporaries(gradient, *shapes) < 12e6
+
+
+def test_attention_refuses():
+    q, k, v, _ = attention_inputs(3, 3, dtype=jnp.float32)
+    with pytest.raises(ValueError, match=r"kv_head must divide head; got \(2, 3, 3, 6\)"):
+        chunked_attention(q[:, :, :3], k, v)
+    with pytest.raises(ValueError, match="batch, query, head, dim"):
+        chunked_attention(q[0], k, v)
+    with pytest.raises(ValueError, match="needs a key; got None"):
+        chunked_attention(q, k, v, dropout=0.1)
+    with pytest.raises(ValueError, match="chunk must be at least 1; got 0"):
+        chunked_attention(q, k, v, chunk=0)
+    with pytest.raises(ValueError, match=r"segments must have the shapes \(2, 3\) and \(2, 3\)"):
+        chunked_attention(q, k, v, segments=(jnp.ones(3, int), jnp.ones(3, int)))
+
+
+# ---------------------------------------------------------------------------------------------
+# Cross-entropy
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_cross_entropy_in_chunks_is_cross_entropy(smoothing):
+    with jax.enable_x64(True):
+        keys = jax.random.split(jax.random.key(0), 4)
+        x = jax.random.normal(keys[0], (3, 7, 5), jnp.float64)
+        matrix = jax.random.normal(keys[1], (11, 5), jnp.float64)
+        targets = jax.random.randint(keys[2], (3, 7), 0, 11)
+        weights = jax.random.uniform(keys[3], (3, 7)).at[0, 2].set(0)
+
+        def ours(x, matrix):
+            nowhere = targets.at[0, 2].set(99)
+            sums = cross_entropy(x, matrix, nowhere, weights, label_smoothing=smoothing, chunk=6)
+            return sums.loss, sums
+
+        def plain(x, matrix):
+            labels = optax.smooth_labels(jax.nn.one_hot(targets, 11), smoothing)
+            logits = x @ matrix.T
+            loss = jnp.sum(weights * optax.softmax_cross_entropy(logits, labels))
+            return loss, jnp.sum(weights * (logits.argmax(-1) == targets))
+
+        (loss, sums), grads = jax.value_and_grad(ours, (0, 1), has_aux=True)(x, matrix)
+        (expected, correct), expected_grads = jax.value_and_grad(plain, (0, 1), has_aux=True)(
+            x, matrix
+        )
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    np.testing.assert_allclose([sums.correct, sums.weight], [correct, weights.sum()], rtol=1e-6)
+    trees_close(grads, expected_grads, rtol=1e-5, atol=1e-6)
+
+
+def test_logits_of_the_whole_batch_never_exist():
+    x = jax.ShapeDtypeStruct((4, 256, 8), jnp.float32)
+    matrix = jax.ShapeDtypeStruct((20_000, 8), jnp.float32)
+    targets = jax.ShapeDtypeStruct((4, 256), jnp.int32)
+
+    def gradient(x, matrix, targets):
+        return jax.grad(lambda x, m: cross_entropy(x, m, targets, chunk=64).loss, (0, 1))(x, matrix)
+
+    # All logits: 82 MB; those of a chunk: 5 MB, a few times.
+    assert memory.temporaries(gradient, x, matrix, targets) < 25e6
+
+
+def test_a_target_that_does_not_exist_is_nan():
+    x, matrix = jnp.ones((1, 2, 3)), jnp.ones((5, 3))
+    assert np.isnan(cross_entropy(x, matrix, jnp.array([[1, 5]])).loss)
+
+
+# ---------------------------------------------------------------------------------------------
+# The network
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_online_gradients_are_those_of_the_forward_pass(family):
+    config = dataclasses.replace(FAMILIES[family], dropout=0.1)
+    tokens = tokens_of(config)
+    grads = {}
+    for method in ("bdia", "bdia-stored"):
+        model = Decoder(dataclasses.replace(config, method=method), rngs=nnx.Rngs(0))
+        graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+        @jax.jit
+        @jax.value_and_grad
+        def loss(params, graph=graph, rest=rest):
+            sums = nnx.merge(graph, params, rest).loss(
+                tokens, jnp.roll(tokens, -1, 1), key=jax.random.key(1)
+            )
+            return sums.loss / sums.weight
+
+        grads[method] = loss(params)
+    online, stored = (optax.tree.norm(g) for _, g in grads.values())
+    assert grads["bdia"][0] == grads["bdia-stored"][0]
+    difference = jax.tree.map(jnp.subtract, *(g for _, g in grads.values()))
+    assert optax.tree.norm(difference) < 1e-5 * min(online, stored)
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [*((family, "chunked") for family in FAMILIES), ("gpt2", "xla"), ("qwen3", "xla")],
+)
+def test_every_family_is_reversible_in_bfloat16(family, attention):
+    dropout = 0.1 if attention == "chunked" else 0.0
+    config = dataclasses.replace(
+        FAMILIES[family], dtype="bfloat16", attention=attention, dropout=dropout, depth=6, width=64,
+        head_dim=16,
+    )  # fmt: skip
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (4, 24, 64), jnp.bfloat16)
+    angles = model._angles(jnp.broadcast_to(jnp.arange(24), (4, 24)))
+    segments = jnp.repeat(jnp.arange(4), 6)[None].repeat(4, 0)
+    report = model.blocks.check_reversible(x, angles, segments, key=jax.random.key(1))
+    assert (report.compared, report.mismatched) == (6 * 4 * 24 * 64, 0)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_texts_do_not_see_each_other(family):
+    config = dataclasses.replace(FAMILIES[family], method="standard")
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    model.eval()
+    a, b = tokens_of(config, 1, 5, 0), tokens_of(config, 1, 7, 1)
+    apart = [model(a), model(b)]
+    packed = model(
+        jnp.concatenate([a, b], 1),
+        segments=jnp.array([[0] * 5 + [1] * 7]),
+        positions=jnp.array([[*range(5), *range(7)]]),
+    )
+    np.testing.assert_allclose(packed, jnp.concatenate(apart, 1), atol=2e-6)
+
+
+def test_the_network_refuses():
+    model = Decoder(dataclasses.replace(GPT2, method="standard"), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="sequences may have 24 tokens"):
+        model(jnp.zeros((1, 25), int))
+    with pytest.raises(ValueError, match="tokens must be integers"):
+        model(jnp.zeros((1, 5)))
+    model.eval()
+    assert np.isnan(model(jnp.array([[31]]))).all()
+    for wrong, message in [
+        ({"heads": 3}, "heads must divide width = 16"),
+        ({"kv_heads": 3}, "kv_heads must divide heads = 4"),
+        ({"positions": "rotary", "head_dim": 5}, "head_dim must be even; got 5"),
+        ({"norm": "batch"}, "norm must be one of layer, rms; got 'batch'"),
+        ({"attention": "xla", "dropout": 0.1}, 'needs attention="chunked"'),
+        ({"depth": 0}, "depth must be an int >= 1; got 0"),
+        ({"method": "magic"}, "method must be one of"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            dataclasses.replace(GPT2, **wrong)
+
+
+# ---------------------------------------------------------------------------------------------
+# Generation
+# ---------------------------------------------------------------------------------------------
+
+
+def sharp(family):
+    """A network whose next tokens differ from each other: as initialized, it repeats itself."""
+    model = Decoder(dataclasses.replace(FAMILIES[family], method="standard"), rngs=nnx.Rngs(0))
+    state = nnx.state(model, nnx.Param)
+    nnx.update(model, jax.tree.map(lambda p: p * 20 if p.ndim > 2 else p, state))
+    model.eval()
+    return model
+
+
+def log_probabilities(model):
+    @jax.jit
+    def run(tokens):
+        return jax.nn.log_softmax(model(tokens)[0])
+
+    # One length, so that there is one compilation; what comes after a token changes nothing.
+    return lambda text: run(jnp.array([text + [0] * (24 - len(text))]))[len(text) - 1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_generation_with_a_cache_is_that_without(family):
+    model = sharp(family)
+    after = log_probabilities(model)
+    prompts = [[1, 2, 3, 4, 5, 6, 7], [9], [3, 30, 2]]
+    found = generate(model, prompts, 9)
+    for prompt, new in zip(prompts, found, strict=True):
+        text = list(prompt)
+        for _ in range(9):
+            text.append(int(after(text).argmax()))
+        assert new == text[len(prompt) :]
+    assert len(set(found[0])) > 2
+    # The mode of the model does not matter, and is left alone.
+    model.train()
+    assert generate(model, prompts, 9) == found
+    assert not model.blocks.deterministic
+
+
+def test_generation_ends():
+    model = sharp("llama")
+    (free,) = generate(model, [[5, 6]], 8)
+    end = free[3]
+    assert generate(model, [[5, 6]], 8, end=end) == [free[: free.index(end)]]
+
+
+def test_drawing():
+    model = sharp("gpt2")
+    after = np.asarray(log_probabilities(model)([4, 9]))
+    order = np.argsort(-after)
+    prompts = [[4, 9]] * 64
+
+    def drawn(**options):
+        options = {"temperature": 1.0, "key": jax.random.key(0)} | options
+        return [new[0] for new in generate(model, prompts, 1, **options)]
+
+    assert set(drawn(top_k=1)) == set(drawn(top_p=1e-6)) == {order[0]}
+    assert set(drawn(top_k=3, temperature=50.0)) == set(order[:3])
+    least = int(np.searchsorted(np.cumsum(np.exp(after[order])), 0.6)) + 1
+    assert set(drawn(top_p=0.6)) <= set(order[:least])
+    assert drawn() == drawn() != drawn(key=jax.random.key(1))
+
+
+def naive_beam_search(after, prompt, new, beams, penalty, end):
+    live, finished = [(0.0, [])], []
+    for i in range(new):
+        extended = [
+            (score + float(p), [*text, token])
+            for score, text in live
+            for token, p in enumerate(after(prompt + text))
+        ]
+        extended.sort(key=lambda each: -each[0])
+        over = [each for each in extended[: 2 * beams] if each[1][-1] == end or i == new - 1]
+        finished += [(score / len(text) ** penalty, text) for score, text in over]
+        live = [each for each in extended[: 2 * beams] if each[1][-1] != end][:beams]
+    return max(finished)
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1.0])
+def test_beam_search_is_the_naive_one(penalty):
+    model = sharp("gpt2")
+    after = log_probabilities(model)
+    prompts = [[4, 9, 2], [7]]
+    # A token that some texts end with.
+    end = generate(model, [[4, 9, 2]], 2)[0][1]
+    found = beam_search(model, prompts, 5, beams=3, length_penalty=penalty, end=end)
+    for prompt, (text, score) in zip(prompts, found, strict=True):
+        best, expected = naive_beam_search(after, prompt, 5, 3, penalty, end)
+        assert text == [token for token in expected if token != end]
+        np.testing.assert_allclose(score, best, rtol=1e-4)
+
+
+def test_generation_refuses():
+    model = sharp("gpt2")
+    for function, arguments, options, message in [
+        (generate, ([], 3), {}, "at least one prompt"),
+        (generate, ([[1], []], 3), {}, "prompt 1 has none"),
+        (generate, ([[31]], 3), {}, r"tokens must lie in \[0, vocab_size = 31\)"),
+        (generate, ([[1] * 20], 5), {}, r"max_length = 24; got 20 \+ 5"),
+        (generate, ([[1]], 0), {}, "new_tokens must be an int >= 1; got 0"),
+        (generate, ([[1]], 3), {"temperature": 1.0}, "needs a key"),
+        (generate, ([[1]], 3), {"temperature": -1.0}, "temperature must be 0 or positive"),
+        (generate, ([[1]], 3), {"top_k": 32}, "top_k must lie in"),
+        (generate, ([[1]], 3), {"top_p": 0.0}, "top_p must lie in"),
+        (beam_search, ([[1]], 3), {"beams": 16}, "beams must lie in"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            function(model, *arguments, **options)
+
+
+# ---------------------------------------------------------------------------------------------
+# Low-rank updates
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_low_rank_updates(family):
+    config = dataclasses.replace(FAMILIES[family], dropout=0.0)
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    tokens = tokens_of(config)
+    model.eval()
+    before = model(tokens)
+    whole = jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
+
+    added = add_lora(model, 2, 8.0, ("q", "attention.out", "ffn.down"), rngs=nnx.Rngs(1))
+    assert sorted(added) == ["attention.out", "attention.q", "ffn.down"]
+    np.testing.assert_array_equal(model(tokens), before)
+    trained = nnx.state(model, nnx.Param)
+    assert sum(p.size for p in jax.tree.leaves(trained)) == 3 * 2 * (
+        4 * 16 + 16 + (64 if family == "gpt2" else 24)
+    )
+
+    # Gradients reach the updates, and what is frozen is not differentiated.
+    model.train()
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    params = jax.tree.map(lambda p: p + 0.1, params)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        return nnx.merge(graph, params, rest).loss(tokens, tokens, key=jax.random.key(1)).loss
+
+    assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(gradient(params)))
+    nnx.update(model, params)
+    model.eval()
+    updated = model(tokens)
+    assert jnp.abs(updated - before).max() > 1e-3
+
+    merge_lora(model)
+    np.testing.assert_allclose(model(tokens), updated, rtol=1e-4, atol=1e-5)
+    merged = nnx.state(model, nnx.Param)
+    assert jax.tree.structure(merged) == jax.tree.structure(whole)
+    assert not any(isinstance(m, LowRankLinear) for _, m in nnx.iter_modules(model))
+
+
+def test_low_rank_updates_refuse():
+    model = Decoder(GPT2, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"of which there are attention.k, .*; got gate"):
+        add_lora(model, 2, targets=("q", "gate"), rngs=nnx.Rngs(1))
+    with pytest.raises(ValueError, match=r"rank must lie in \[1, 16\].*got 17"):
+        add_lora(model, 17, rngs=nnx.Rngs(1))
+    with pytest.raises(ValueError, match="at least one linear layer; got none"):
+        add_lora(model, 2, targets=(), rngs=nnx.Rngs(1))
+    assert not jax.tree.leaves(nnx.state(model, Frozen))
+
+
+def test_freezing_a_part():
+    model = Decoder(GPT2, rngs=nnx.Rngs(0))
+    count = len(jax.tree.leaves(nnx.state(model, nnx.Param)))
+    freeze(model, "^(embedding|positions)$")
+    assert len(jax.tree.leaves(nnx.state(model, Frozen))) == 2
+    unfreeze(model)
+    assert len(jax.tree.leaves(nnx.state(model, nnx.Param))) == count
+    assert list(itertools.islice(nnx.to_flat_state(nnx.state(model, Frozen)), 1)) == []

@@ -1,0 +1,171 @@
+"""Weights of transformers' own models, in and out."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from bdia_jax import interop
+from bdia_jax.interop import hugging_face
+from bdia_jax.nn import Decoder, generate, llama
+
+FAMILIES = ("gpt2", "llama", "qwen2", "qwen3")
+COMMON = {"vocab_size": 61, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+LLAMA = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3,
+}  # fmt: skip
+
+
+def theirs(family):
+    """A randomly initialized model of transformers, biases and norms included."""
+    torch = pytest.importorskip("torch", reason="parity with transformers needs torch")
+    transformers = pytest.importorskip("transformers", reason="parity needs transformers")
+    config = {
+        "gpt2": lambda: transformers.GPT2Config(
+            n_positions=64, n_embd=32, n_layer=3, n_head=4, initializer_range=0.3, **COMMON
+        ),
+        "llama": lambda: transformers.LlamaConfig(
+            rope_parameters={
+                "rope_type": "llama3", "rope_theta": 5000.0, "factor": 4.0, "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
+            }, **LLAMA, **COMMON,
+        ),
+        "qwen2": lambda: transformers.Qwen2Config(tie_word_embeddings=True, **LLAMA, **COMMON),
+        "qwen3": lambda: transformers.Qwen3Config(head_dim=16, **LLAMA, **COMMON),
+    }[family]()  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            assert parameter.std() > 0, name
+    return torch, model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_parity(family, tmp_path):
+    """Logits, greedy tokens, and the way there and back, bit for bit."""
+    torch, model = theirs(family)
+    model.save_pretrained(tmp_path / "theirs")
+    ours = interop.load(tmp_path / "theirs", method="standard")
+    ours.eval()
+    tokens = np.random.default_rng(0).integers(0, 61, (2, 20))
+    with torch.no_grad():
+        expected = model(torch.tensor(tokens)).logits.numpy()
+        generated = model.generate(torch.tensor(tokens), max_new_tokens=30, do_sample=False)
+    logits = np.asarray(ours(tokens))
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=1e-4)
+    assert generate(ours, tokens.tolist(), 30) == generated[:, 20:].tolist()
+
+    interop.save(ours, tmp_path / "ours")
+    transformers = pytest.importorskip("transformers")
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    state, original = back.state_dict(), model.state_dict()
+    assert set(state) == set(original)
+    for name, tensor in original.items():
+        assert torch.equal(state[name], tensor), name
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_bfloat16_there_and_back(family, tmp_path):
+    torch, model = theirs(family)
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+    for kept in ("float32", "bfloat16"):
+        ours = interop.load(tmp_path / "theirs", param_dtype=kept)
+        interop.save(ours, tmp_path / kept, dtype="bfloat16")
+        from safetensors.torch import load_file
+
+        state = load_file(tmp_path / kept / "model.safetensors")
+        for name, tensor in model.state_dict().items():
+            if name in state:
+                assert torch.equal(state[name], tensor), name
+
+
+def small(tmp_path, monkeypatch=None, **settings):
+    model = Decoder(
+        llama(vocab_size=31, max_length=24, width=16, depth=3, heads=4, **settings),
+        rngs=nnx.Rngs(0),
+    )
+    if monkeypatch is not None:
+        monkeypatch.setattr(hugging_face, "SHARD_BYTES", 6000)
+    interop.save(model, tmp_path)
+    return model
+
+
+def same(a, b):
+    a, b = (nnx.state(m, nnx.Param) for m in (a, b))
+    return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), a, b)))
+
+
+def test_several_files(tmp_path, monkeypatch):
+    model = small(tmp_path, monkeypatch)
+    files = sorted(path.name for path in tmp_path.glob("*"))
+    assert len(files) > 4
+    assert not [name for name in files if name.endswith(".tmp")]
+    assert same(interop.load(tmp_path), model)
+    # A smaller one in the same folder takes its place.
+    monkeypatch.undo()
+    second = small(tmp_path)
+    assert same(interop.load(tmp_path), second)
+
+
+def test_settings_of_ours(tmp_path):
+    small(tmp_path)
+    model = interop.load(tmp_path, method="standard", dtype="bfloat16", dropout=0.1)
+    assert model.config.method == "standard"
+    assert model.blocks.stacked.dropout.rate == 0.1
+    assert interop.read_config(tmp_path).depth == 3
+
+
+def test_wrong_folders(tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        interop.load(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match=r"there is no .*config.json"):
+        interop.load(tmp_path)
+    small(tmp_path, monkeypatch)
+    config = json.loads((tmp_path / "config.json").read_text())
+
+    def changed(**values):
+        (tmp_path / "config.json").write_text(json.dumps(config | values))
+
+    for values, message in [
+        ({"model_type": "mamba"}, "model_type must be one of gpt2, .*; got 'mamba'"),
+        ({"hidden_act": "relu"}, "hidden_act must be silu; got 'relu'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type must be default or llama3"),
+        ({"num_hidden_layers": 4}, r"the tensor model.layers.3.*weight is missing"),
+        ({"num_hidden_layers": 2}, r"no parameter is made from: model.layers.2."),
+        ({"intermediate_size": 8}, r"the tensor model.layers.0.mlp.*gives \(64, 16\)"),
+    ]:
+        changed(**values)
+        with pytest.raises(hugging_face.FolderError, match=message):
+            interop.load(tmp_path)
+    del config["hidden_size"]
+    changed()
+    with pytest.raises(hugging_face.FolderError, match="lacks 'hidden_size'"):
+        interop.load(tmp_path)
+
+
+def test_damaged_files(tmp_path, monkeypatch):
+    small(tmp_path, monkeypatch)
+    victim = sorted(tmp_path.glob("*.safetensors"))[1]
+    victim.write_bytes(victim.read_bytes()[:50])
+    with pytest.raises(hugging_face.FolderError, match="is damaged"):
+        interop.load(tmp_path)
+    victim.unlink()
+    with pytest.raises(hugging_face.FolderError, match=f"{victim.name}, which are not there"):
+        interop.load(tmp_path)
+
+
+def test_no_family_has_such_networks(tmp_path):
+    model = Decoder(
+        llama(vocab_size=31, width=16, depth=1, norm="layer", heads=4), rngs=nnx.Rngs(0)
+    )
+    with pytest.raises(ValueError, match="no family of"):
+        interop.save(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
