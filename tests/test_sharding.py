@@ -456,8 +456,12 @@ def test_flax_stack(explicit, fully_sharded, record_property):
     report = d_probe["probe"].get_value()
     agrees((value, (d_params, d_x, report)), reference, record_property)
     floats = [p.shape[1:] for p in jax.tree.leaves(params)]
+    # The projections of attention are used, and their gradients summed, with heads split off.
+    floats += [(WIDTH, HEADS, HEAD_DIM), (WIDTH, 3, HEADS, HEAD_DIM)]
     if fully_sharded:
-        floats += [(shape[0] // 2, *shape[1:]) for shape in floats if shape]
+        halves = [shape[:i] + (n // 2,) + shape[i + 1 :] for shape in floats
+                  for i, n in enumerate(shape) if n > 1]  # fmt: skip
+        floats += halves
     crosses_only(compiled, floats, record_property)
     bits_are_sharded(compiled, 8, 1, record_property)
 
