@@ -459,7 +459,7 @@ def test_flax_stack(explicit, fully_sharded, record_property):
     # The projections of attention are used, and their gradients summed, with heads split off.
     floats += [(WIDTH, HEADS, HEAD_DIM), (WIDTH, 3, HEADS, HEAD_DIM)]
     if fully_sharded:
-        halves = [shape[:i] + (n // 2,) + shape[i + 1 :] for shape in floats
+        halves = [(*shape[:i], n // 2, *shape[i + 1 :]) for shape in floats
                   for i, n in enumerate(shape) if n > 1]  # fmt: skip
         floats += halves
     crosses_only(compiled, floats, record_property)
