@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import pathlib
 import platform
@@ -25,7 +26,11 @@ def device_slug() -> str:
 def write(experiment: str, settings: Any, found: dict[str, Any], folder: pathlib.Path | None):
     """Writes ``found``, what it was run on and with which settings; returns the file's path."""
     path = (folder or FOLDER) / f"{experiment}-{device_slug()}.json"
-    asked = {name: value for name, value in dataclasses.asdict(settings).items() if name != "out"}
+    asked = dataclasses.asdict(settings)
+    for name in ("out", "work"):
+        asked.pop(name, None)
+    # Of files, their names: where they lay says nothing to anybody else.
+    asked = json.loads(json.dumps(asked, default=lambda path: path.name))
     files.write_json(path, machine() | {"settings": asked} | found)
     return path
 

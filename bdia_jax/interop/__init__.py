@@ -1,5 +1,5 @@
 """Weights of other libraries, in and out."""
 
-from bdia_jax.interop.hugging_face import load, read_config, save
+from bdia_jax.interop.hugging_face import FolderError, load, read_config, resolve, save
 
-__all__ = ["load", "read_config", "save"]
+__all__ = ["FolderError", "load", "read_config", "resolve", "save"]

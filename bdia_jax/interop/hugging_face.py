@@ -17,6 +17,7 @@ from flax import nnx
 
 from bdia_jax.files import write_json
 from bdia_jax.nn.decoder import Decoder, DecoderConfig, RotaryScaling, llama
+from bdia_jax.nn.lora import Frozen
 from bdia_jax.nn.vit import DTYPES
 
 FAMILIES = ("gpt2", "llama", "qwen2", "qwen3")
@@ -97,8 +98,9 @@ def save(
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
     written |= {"dtype": dtype, "torch_dtype": dtype}
+    weights = nnx.Any(nnx.Param, Frozen)
     flat = {".".join(map(str, path)): leaf.get_value()
-            for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))}  # fmt: skip
+            for path, leaf in nnx.to_flat_state(nnx.state(model, weights))}  # fmt: skip
     layout = _layout(model.config, None)
     if set(layout) != set(flat):
         raise ValueError(

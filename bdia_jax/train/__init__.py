@@ -8,21 +8,25 @@ from bdia_jax.train.loop import (
     NonFiniteError,
     Result,
     TrainSettings,
+    evaluate,
     train,
 )
 from bdia_jax.train.metrics import read_metrics
 from bdia_jax.train.optimizers import make_optimizer
-from bdia_jax.train.tasks import ImageClassification, Task
+from bdia_jax.train.tasks import ImageClassification, LanguageModelling, PackedTexts, Task
 
 __all__ = [
     "EXIT_TERMINATED",
     "CheckpointError",
     "ImageClassification",
     "InexactInverseError",
+    "LanguageModelling",
     "NonFiniteError",
+    "PackedTexts",
     "Result",
     "Task",
     "TrainSettings",
+    "evaluate",
     "make_optimizer",
     "plot_curves",
     "read_metrics",

@@ -10,6 +10,7 @@ import pathlib
 import signal
 import threading
 import time
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -261,6 +262,30 @@ def train(
     return Result(run.step, run.history, run.best(), run.seconds_per_step(), run.seconds())
 
 
+def evaluate(model: nnx.Module, task: Task) -> dict[str, float]:
+    """Means of the metrics over the evaluation split, in evaluation mode; on one device."""
+    model.eval()
+    graph, state = nnx.split(model)
+    model.train()
+
+    @jax.jit
+    def step(state, arrays, i):
+        return task.evaluate(nnx.merge(graph, state), arrays, i)
+
+    arrays = jax.device_put(task.arrays())
+    return _means(step(state, arrays, jnp.int32(i)) for i in range(task.eval_steps()))
+
+
+def _means(batches: Iterable[tuple[dict[str, Array], Array]]) -> dict[str, float]:
+    """Of metrics, from their sums over batches and the numbers of samples."""
+    sums, count = {}, 0.0
+    for batch_sums, batch_count in jax.device_get([*batches]):
+        count += float(batch_count)
+        for name, value in batch_sums.items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    return {name: value / count for name, value in sums.items()}
+
+
 # ---------------------------------------------------------------------------------------------
 # The compiled programs
 # ---------------------------------------------------------------------------------------------
@@ -338,16 +363,10 @@ class _Programs:
 
     def evaluate(self, params: nnx.State) -> dict[str, float]:
         """Means over the evaluation split."""
-        sums, count = {}, 0.0
-        outputs = [
+        return _means(
             self.eval_step(params, self._rest, self._arrays, jnp.int32(i))
             for i in range(self._task.eval_steps())
-        ]
-        for batch_sums, batch_count in jax.device_get(outputs):
-            count += float(batch_count)
-            for name, value in batch_sums.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
-        return {name: value / count for name, value in sums.items()}
+        )
 
     def _train_step(self, state: State, rest, arrays) -> tuple[State, dict[str, Array]]:
         settings = self._settings

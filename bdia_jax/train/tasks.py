@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, Float, Int, Key, PyTree
 
 from bdia_jax.data import images as image_data
+from bdia_jax.data.text import Packed, TextData
+from bdia_jax.nn.decoder import Decoder
 
 
 class Task(Protocol):
@@ -122,3 +124,119 @@ class ImageClassification:
         right = logits.argmax(-1) == labels
         sums = {"loss": jnp.sum(loss * real), "accuracy": jnp.sum(right & real, dtype=jnp.float32)}
         return sums, jnp.sum(real, dtype=jnp.float32)
+
+
+class Tokens(NamedTuple):
+    """A batch of tokens: what a decoder's loss takes."""
+
+    tokens: Int[Array, "batch length"]
+    targets: Int[Array, "batch length"]
+    weights: Float[Array, "batch length"] | None = None
+    segments: Int[Array, "batch length"] | None = None
+    positions: Int[Array, "batch length"] | None = None
+
+
+class _NextToken:
+    """The mean cross-entropy of the next token, in nats, and the share that is right."""
+
+    best = "-loss"
+
+    def loss(self, model: Decoder, batch: Tokens, key):
+        """Means over all tokens of the batch that are to be learned."""
+        sums = _sums(model, batch, key)
+        # A batch may have nothing to learn: then there is nothing to do.
+        weight = jnp.maximum(sums.weight, 1)
+        return sums.loss / weight, {"accuracy": sums.correct / weight}
+
+    def _evaluate(self, model: Decoder, batch: Tokens):
+        sums = _sums(model, batch, None)
+        return {"loss": sums.loss, "accuracy": sums.correct}, sums.weight
+
+
+def _sums(model: Decoder, batch: Tokens, key):
+    return model.loss(
+        batch.tokens, batch.targets, batch.weights, segments=batch.segments,
+        positions=batch.positions, key=key,
+    )  # fmt: skip
+
+
+class LanguageModelling(_NextToken):
+    """Windows of one long text: random ones in training, one after the other in evaluation."""
+
+    def __init__(self, data: TextData, length: int, *, eval_batch: int = 64):
+        """``length`` is the number of tokens that are predicted in a window."""
+        for split in ("train", "eval"):
+            if len(tokens := getattr(data, split)) <= length:
+                raise ValueError(
+                    f"a window has {length + 1} tokens (length + 1); the {split} text of "
+                    f"{data.name} has {len(tokens)}"
+                )
+        if eval_batch < 1:
+            raise ValueError(f"eval_batch must be at least 1; got {eval_batch}")
+        self.data, self.length, self.name = data, length, data.name
+        self._windows = (len(data.eval) - 1) // length
+        self.eval_batch = min(eval_batch, self._windows)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Both texts."""
+        return {"train": self.data.train, "eval": self.data.eval}
+
+    def eval_steps(self) -> int:
+        """Number of evaluation batches."""
+        return -(-self._windows // self.eval_batch)
+
+    def batch(self, arrays, key, step, size):
+        """Windows that start anywhere."""
+        last = len(self.data.train) - self.length
+        starts = jax.random.randint(jax.random.fold_in(key, step), (size,), 0, last)
+        return self._cut(arrays["train"], starts)
+
+    def evaluate(self, model, arrays, step):
+        """Sums over the tokens of some windows; every token but a last few is in one."""
+        window = step * self.eval_batch + jnp.arange(self.eval_batch)
+        batch = self._cut(arrays["eval"], jnp.minimum(window, self._windows - 1) * self.length)
+        real = jnp.broadcast_to((window < self._windows)[:, None], batch.tokens.shape)
+        return self._evaluate(model, batch._replace(weights=real.astype(jnp.float32)))
+
+    def _cut(self, text, starts) -> Tokens:
+        windows = text[starts[:, None] + jnp.arange(self.length + 1)]
+        return Tokens(windows[:, :-1], windows[:, 1:])
+
+
+class PackedTexts(_NextToken):
+    """Short texts, many in a row; each attends to itself only."""
+
+    def __init__(self, name: str, train: Packed, evaluation: Packed, *, eval_batch: int = 8):
+        """``name`` is that of the data; the splits come from :func:`bdia_jax.data.pack`."""
+        if eval_batch < 1:
+            raise ValueError(f"eval_batch must be at least 1; got {eval_batch}")
+        for split, packed in (("training", train), ("evaluation", evaluation)):
+            if not packed.weights.any():
+                raise ValueError(f"the {split} texts must have tokens to learn; got none")
+        self.name, self.train, self.evaluation = name, train, evaluation
+        self.eval_batch = min(eval_batch, len(evaluation.tokens))
+
+    def arrays(self) -> dict[str, Tokens]:
+        """Both splits; what the last evaluation batch lacks has nothing to learn."""
+        missing = -len(self.evaluation.tokens) % self.eval_batch
+        padded = Tokens(*(np.pad(a, ((0, missing), (0, 0))) for a in self.evaluation))
+        return {"train": Tokens(*self.train), "eval": padded}
+
+    def eval_steps(self) -> int:
+        """Number of evaluation batches."""
+        return -(-len(self.evaluation.tokens) // self.eval_batch)
+
+    def batch(self, arrays, key, step, size):
+        """Rows, each once in an epoch."""
+        rows = image_data.batch_indices(key, step, size, len(self.train.tokens))
+        return jax.tree.map(lambda a: a[rows], arrays["train"])
+
+    def evaluate(self, model, arrays, step):
+        """Sums over the tokens to learn of some rows."""
+        start = step * self.eval_batch
+        return self._evaluate(
+            model,
+            jax.tree.map(
+                lambda a: jax.lax.dynamic_slice_in_dim(a, start, self.eval_batch), arrays["eval"]
+            ),
+        )

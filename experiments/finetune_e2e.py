@@ -1,0 +1,278 @@
+"""Fine-tunes a GPT-2 folder on the E2E restaurant data, and scores what it then says.
+
+    python experiments/finetune_e2e.py --model gpt2-medium --data e2e-dataset.zip
+
+Standard and BDIA fine-tuning get the same budget, on shares of the data; texts of the test set are
+decoded by beam search, and scored against all references by the challenge's five metrics.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import logging
+import pathlib
+import shutil
+import sys
+import zipfile
+from typing import Any
+
+import e2e_metrics
+import jax
+import numpy as np
+import results
+import tyro
+from flax import nnx
+
+from bdia_jax import files, interop
+from bdia_jax.data import Tokenizer, completion, load_tokenizer, pack
+from bdia_jax.nn import add_lora, beam_search
+from bdia_jax.train import PackedTexts, TrainSettings, train
+from bdia_jax.train.figures import figure, style
+
+SOME = TrainSettings(
+    steps=500, batch_size=8, learning_rate=1e-4, warmup_steps=50, weight_decay=0.01, log_every=50,
+    eval_every=100, checkpoint_every=100, keep_last=1,
+)  # fmt: skip
+METRICS = ("BLEU", "NIST", "METEOR", "ROUGE-L", "CIDEr")
+
+
+@dataclasses.dataclass(frozen=True)
+class E2E:
+    """Fine-tunes a GPT-2 folder on the E2E restaurant data, and scores what it then says."""
+
+    model: str
+    """A Hugging Face folder with a tokenizer, or a name on the hub (gpt2-medium)."""
+    data: pathlib.Path
+    """e2e-dataset.zip, or the folder with trainset.csv, devset.csv and testset_w_refs.csv."""
+    methods: tuple[str, ...] = ("standard", "bdia")
+    """How to train."""
+    shares: tuple[float, ...] = (0.01, 0.05, 0.2, 1.0)
+    """Of the training data."""
+    lora: int = 0
+    """Rank of low-rank updates of q and v; 0 trains all weights."""
+    seeds: int = 1
+    """Runs of each."""
+    beams: int = 10
+    """Of the beam search."""
+    length_penalty: float = 0.9
+    """Of the beam search."""
+    new_tokens: int = 100
+    """Most tokens of a text."""
+    decode_batch: int = 32
+    """Prompts decoded at a time."""
+    inputs: int | None = None
+    """Number of test inputs; None for all."""
+    length: int = 512
+    """Tokens per training sequence, which hold many texts."""
+    dtype: str = "float32"
+    """What the blocks compute in."""
+    dropout: float = 0.1
+    """On the embedding, the attention weights and both updates of a block."""
+    work: pathlib.Path = pathlib.Path("runs/finetune_e2e")
+    """Folder of the runs; what is there is continued."""
+    out: pathlib.Path | None = None
+    """Folder of the results; by default experiments/results."""
+    train: TrainSettings = SOME
+    """How to train: of each run, whatever its share of the data."""
+
+    def __post_init__(self):
+        if not self.methods or not self.shares or not all(0 < s <= 1 for s in self.shares):
+            raise ValueError(
+                "there must be at least one method, and shares in (0, 1]; got "
+                f"{self.methods} and {self.shares}"
+            )
+        for name in ("seeds", "beams", "new_tokens", "decode_batch", "length"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+
+
+def main(e: E2E) -> str:
+    """Runs what is missing; the table."""
+    folder = interop.resolve(e.model)
+    tokenizer = load_tokenizer(folder)
+    train_pairs, dev_pairs, test = (
+        read(e.data, name) for name in ("trainset.csv", "devset.csv", "testset_w_refs.csv")
+    )
+    groups = grouped(test)[: e.inputs]
+    length = min(e.length, interop.read_config(folder).max_length)
+    evaluation = pack([completion(tokenizer, *pair) for pair in dev_pairs], length)
+    jax.config.update("jax_compilation_cache_dir", str((e.work / "compiled").resolve()))
+    found = []
+    for seed in range(e.seeds):
+        for share in e.shares:
+            # Other texts for every seed: with few of them, which ones matters.
+            order = np.random.default_rng(seed).permutation(len(train_pairs))
+            some = [train_pairs[i] for i in order[: max(1, round(share * len(order)))]]
+            packed = pack([completion(tokenizer, *pair) for pair in some], length)
+            for method in e.methods:
+                task = PackedTexts("e2e", packed, evaluation)
+                run = Run(e, folder, tokenizer, method, share, seed, len(some))
+                found.append(run.result(task, groups))
+    text = table(found)
+    out = e.out or results.FOLDER
+    name = f"finetune_e2e{f'-lora{e.lora}' if e.lora else ''}"
+    path = results.write(name, e, {"found": found}, out)
+    files.write_text(path.with_suffix(".md"), text + "\n")
+    draw(found, path.with_suffix(".png"))
+    print(f"\n{text}\n\nSee {path}")
+    return text
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A network fine-tuned on a share of the data."""
+
+    settings: E2E
+    folder: pathlib.Path
+    tokenizer: Tokenizer
+    method: str
+    share: float
+    seed: int
+    texts: int
+
+    def result(self, task: PackedTexts, groups: list[tuple[str, list[str]]]) -> dict[str, Any]:
+        """Trains, decodes and scores; or what an earlier call found."""
+        e = self.settings
+        folder = e.work / f"lora{e.lora}" / f"{self.method}-{self.share:g}-seed{self.seed}"
+        asked = json.loads(json.dumps(dataclasses.asdict(e), default=str))
+        same = {name: asked[name] for name in asked
+                if name not in ("methods", "shares", "seeds", "work", "out")}  # fmt: skip
+        if (folder / "found.json").exists():
+            kept = json.loads((folder / "found.json").read_text())
+            if kept["asked"] != same:
+                raise ValueError(f"the run in {folder} had other settings; give another work")
+            return kept["found"]
+        model = interop.load(self.folder, method=self.method, dtype=e.dtype, dropout=e.dropout)
+        if e.lora:
+            add_lora(model, e.lora, rngs=nnx.Rngs(self.seed))
+        settings = dataclasses.replace(
+            e.train, seed=self.seed, batch_size=min(e.train.batch_size, len(task.train.tokens))
+        )
+        result = train(
+            model, task, settings, folder / "run", resume=True,
+            about={"model": str(self.folder), "share": self.share, "lora": e.lora},
+        )  # fmt: skip
+        texts = self.decode(model, [prompt for prompt, _ in groups])
+        files.write_text(folder / "texts.txt", "\n".join(texts) + "\n")
+        losses = [r["loss"] for r in result.history if r["split"] == "eval"]
+        found = {
+            "method": self.method, "share": self.share, "texts": self.texts, "seed": self.seed,
+            "validation loss, last": losses[-1], "validation loss, best": min(losses),
+            "mismatched": sum(r.get("mismatched", 0) for r in result.history),
+            "seconds per step": result.seconds_per_step,
+            **e2e_metrics.score(texts, [references for _, references in groups]),
+        }  # fmt: skip
+        files.write_json(folder / "found.json", {"asked": same, "found": found})
+        shutil.rmtree(folder / "run" / "checkpoints", ignore_errors=True)
+        print(f"{folder.name}: {found}", flush=True)
+        return found
+
+    def decode(self, model, prompts: list[str]) -> list[str]:
+        """A text for each prompt, those of similar length together."""
+        e = self.settings
+        tokens = [self.tokenizer.encode(prompt) for prompt in prompts]
+        order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
+        texts = [""] * len(tokens)
+        longest = model.config.max_length - e.new_tokens
+        if len(tokens[order[-1]]) > longest:
+            raise ValueError(
+                f"a prompt has {len(tokens[order[-1]])} tokens; with new_tokens = "
+                f"{e.new_tokens}, the model has room for {longest}"
+            )
+        for start in range(0, len(order), e.decode_batch):
+            some = order[start : start + e.decode_batch]
+            # The last batch is filled, so that it needs no program of its own.
+            asked = [tokens[i] for i in some] + [tokens[some[-1]]] * (e.decode_batch - len(some))
+            told = beam_search(
+                model, asked, e.new_tokens, beams=e.beams, length_penalty=e.length_penalty,
+                end=self.tokenizer.end,
+            )  # fmt: skip
+            for i, (text, _) in zip(some, told):
+                # A text is one line.
+                texts[i] = " ".join(self.tokenizer.decode(text).split())
+        return texts
+
+
+def read(data: pathlib.Path, name: str) -> list[tuple[str, str]]:
+    """Prompts and texts of a file of the challenge.
+
+    Raises:
+      FileNotFoundError, ValueError: for data without that file, or a file without its columns.
+    """
+    if data.is_dir():
+        if not (data / name).exists():
+            raise FileNotFoundError(f"there is no {name} in {data}")
+        raw = (data / name).read_bytes()
+    else:
+        with zipfile.ZipFile(data) as archive:
+            inside = [n for n in archive.namelist() if n.rsplit("/", 1)[-1] == name]
+            if not inside:
+                raise FileNotFoundError(f"there is no {name} in {data}")
+            raw = archive.read(inside[0])
+    rows = list(csv.DictReader(io.StringIO(raw.decode("utf-8-sig"))))
+    if not rows or not {"mr", "ref"} <= set(rows[0]):
+        raise ValueError(f"{name} must have the columns mr and ref; got {list(rows[:1])}")
+    return [(prompt(row["mr"]), " " + row["ref"].strip()) for row in rows]
+
+
+def prompt(meaning: str) -> str:
+    """``name[The Vaults], food[English]`` as ``name : The Vaults | food : English ||``."""
+    slots = (slot.split("[", 1) for slot in meaning.rstrip("] ").split("], "))
+    return " | ".join(f"{name.strip()} : {value}" for name, value in slots) + " ||"
+
+
+def grouped(pairs: list[tuple[str, str]]) -> list[tuple[str, list[str]]]:
+    """Every prompt once, with all its references, in the order of the file."""
+    found: dict[str, list[str]] = {}
+    for asked, text in pairs:
+        found.setdefault(asked, []).append(text.strip())
+    return list(found.items())
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """Means over seeds, and their standard deviations."""
+    names = ["validation loss, best", *(m for m in METRICS if m in found[0])]
+    rows = []
+    for share in dict.fromkeys(f["share"] for f in found):
+        for method in dict.fromkeys(f["method"] for f in found):
+            runs = [f for f in found if (f["share"], f["method"]) == (share, method)]
+            cells = []
+            for name in names:
+                values = [run[name] for run in runs]
+                spread = f" ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else ""
+                cells.append(f"{np.mean(values):.3f}{spread}")
+            rows.append([f"{share:.0%} ({runs[0]['texts']:,} texts)", method, *cells])
+    return results.markdown(["data", "method", *names], rows)
+
+
+def draw(found: list[dict[str, Any]], path: pathlib.Path) -> None:
+    """Best validation loss, and BLEU, over the number of texts; each a figure."""
+    sizes = sorted({f["texts"] for f in found})
+    for name, place in (("validation loss, best", path),
+                        ("BLEU", path.with_stem(f"{path.stem}-bleu"))):  # fmt: skip
+        with figure(place) as (axis,):
+            for i, method in enumerate(dict.fromkeys(f["method"] for f in found)):
+                values = [
+                    [f[name] for f in found if (f["method"], f["texts"]) == (method, size)]
+                    for size in sizes
+                ]
+                axis.plot(sizes, [np.mean(v) for v in values], label=method, **style(i))
+                axis.fill_between(
+                    sizes, [min(v) for v in values], [max(v) for v in values], alpha=0.2,
+                    color=style(i)["color"], linewidth=0,
+                )  # fmt: skip
+            axis.set_xscale("log")
+            axis.set_xlabel("texts to train on")
+            axis.set_ylabel(name)
+            axis.legend()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        main(tyro.cli(E2E, description=__doc__))
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")

@@ -1,0 +1,185 @@
+"""The experiments on text, at a size that takes seconds."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import shutil
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+from flax import nnx
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "experiments"))
+
+import e2e_metrics
+import finetune
+import finetune_e2e
+import gpt2_small_data
+
+from bdia_jax import data, interop
+from bdia_jax.nn import Decoder, DecoderConfig
+from bdia_jax.train import TrainSettings
+
+E2E = pathlib.Path(__file__).resolve().parents[2] / "shared/data/e2e-dataset.zip"
+TINY = DecoderConfig(max_length=64, width=16, depth=2, heads=2)
+FEW = TrainSettings(
+    steps=4, batch_size=4, learning_rate=1e-2, log_every=2, eval_every=2, checkpoint_every=2
+)
+
+
+def is_png(path):
+    return path.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny GPT-2 that knows nothing, as a Hugging Face folder."""
+    path = tmp_path_factory.mktemp("gpt2")
+    tokenizer = data.byte_tokenizer()
+    config = dataclasses.replace(TINY, vocab_size=tokenizer.size, max_length=128)
+    interop.save(Decoder(config, rngs=nnx.Rngs(0)), path)
+    tokenizer.save(path)
+    return path
+
+
+def test_gpt2_small_data(tmp_path):
+    given = gpt2_small_data.SmallData(
+        work=tmp_path / "work", out=tmp_path / "out", methods=("bdia",), dropouts=(0.1,), seeds=2,
+        share=0.01, vocabulary=300, save=True, model=dataclasses.replace(TINY, max_length=8),
+        train=FEW,
+    )  # fmt: skip
+    text = gpt2_small_data.main(given)
+    assert "| bdia, dropout 0.1" in text
+    (path,) = (tmp_path / "out").glob("*.json")
+    found = json.loads(path.read_text())
+    assert len(found["found"]["bdia, dropout 0.1"]["validation, best"]) == 2
+    assert "work" not in found["settings"]
+    assert is_png(path.with_suffix(".png"))
+    saved = tmp_path / "work/python-0.01/bdia_dropout=0.1/seed=1/model"
+    assert interop.load(saved).config.vocab_size == data.load_tokenizer(saved).size
+    # What is there is not trained again, and gives the same table.
+    assert gpt2_small_data.main(given) == text
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_finetune(folder, tmp_path, rank, capsys):
+    texts = tmp_path / "texts.jsonl"
+    lines = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(40)]
+    texts.write_text("\n".join(map(json.dumps, lines)))
+    given = finetune.FineTune(
+        model=str(folder), data=texts, out=tmp_path / "run", length=32, train=FEW,
+        lora=finetune.LowRank(rank=rank), freeze_embedding=rank == 0,
+    )  # fmt: skip
+    found = finetune.main(given)
+    assert found["loss"] < found["loss before"]
+    assert "36 texts in" in capsys.readouterr().out
+    assert is_png(tmp_path / "run/loss.png")
+    before, after = (interop.load(f) for f in (folder, tmp_path / "run/model"))
+    assert np.array_equal(before.embedding[...], after.embedding[...])
+    q = "blocks", "stacked", "attention", "q", "kernel"
+    old, new = (dict(nnx.to_flat_state(nnx.state(m, nnx.Param)))[q] for m in (before, after))
+    assert not np.array_equal(old[...], new[...])
+    transformers = pytest.importorskip("transformers", reason="parity needs transformers")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/model")
+    assert tokenizer.decode(tokenizer.encode("1 + 1 =")) == "1 + 1 ="
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
+    assert model.config.n_embd == 16
+
+
+def test_finetune_with_what_does_not_fit(folder, tmp_path):
+    texts = tmp_path / "texts.txt"
+    texts.write_text("too little")
+    given = finetune.FineTune(model=str(folder), data=texts, out=tmp_path / "run", length=32)
+    with pytest.raises(ValueError, match="has 1 texts, of which every tenth"):
+        finetune.main(given)
+    data.train_tokenizer([" ".join(map(str, range(999)))], 300).save(tmp_path / "other")
+    with pytest.raises(ValueError, match="the tokenizer has 300 tokens, the model 257"):
+        finetune.main(dataclasses.replace(given, tokenizer=tmp_path / "other"))
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        finetune.main(dataclasses.replace(given, model=str(tmp_path / "none")))
+
+
+def archive(path):
+    """A look-alike of the challenge's data."""
+    kinds, areas = ("pub", "restaurant"), ("riverside", "city centre")
+    rows = [f'"name[The {i}], eatType[{k}], area[{a}]","The {i} is a {k}, {a}."'
+            for i in range(6) for k in kinds for a in areas]  # fmt: skip
+    with zipfile.ZipFile(path, "w") as file:
+        for name, some in (("trainset", rows), ("devset", rows[:6]), ("testset_w_refs", rows[:3])):
+            text = "\r\n".join(['"mr","ref"', *some, some[0].replace("is a", "was a")])
+            file.writestr(f"e2e-dataset/{name}.csv", "\ufeff" + text)
+    return path
+
+
+def test_finetune_e2e(folder, tmp_path, monkeypatch):
+    judged = []
+    monkeypatch.setattr(
+        e2e_metrics, "score", lambda texts, refs: judged.append((texts, refs)) or {"BLEU": 0.5}
+    )
+    given = finetune_e2e.E2E(
+        model=str(folder), data=archive(tmp_path / "e2e.zip"), methods=("bdia",), shares=(0.5,),
+        beams=2, new_tokens=4, decode_batch=2, length=128, lora=1, train=FEW,
+        work=tmp_path / "work", out=tmp_path / "out",
+    )  # fmt: skip
+    text = finetune_e2e.main(given)
+    assert "| 50% (12 texts) | bdia" in text
+    ((texts, references),) = judged
+    assert len(texts) == 3
+    assert references[0] == ["The 0 is a pub, riverside.", "The 0 was a pub, riverside."]
+    assert finetune_e2e.main(given) == text
+    assert len(judged) == 1
+    with pytest.raises(ValueError, match="had other settings"):
+        finetune_e2e.main(dataclasses.replace(given, beams=3))
+    assert all(is_png(path) for path in (tmp_path / "out").glob("*.png"))
+
+
+def test_e2e_data(tmp_path):
+    meaning = "name[The Vaults], eatType[pub], near[Café, Adriatic]"
+    prompt = "name : The Vaults | eatType : pub | near : Café, Adriatic ||"
+    assert finetune_e2e.prompt(meaning) == prompt
+    with zipfile.ZipFile(tmp_path / "none.zip", "w") as file:
+        file.writestr("a/devset.csv", "x,y\n1,2")
+    with pytest.raises(FileNotFoundError, match=r"no trainset\.csv"):
+        finetune_e2e.read(tmp_path / "none.zip", "trainset.csv")
+    with pytest.raises(ValueError, match="columns mr and ref"):
+        finetune_e2e.read(tmp_path / "none.zip", "devset.csv")
+
+
+def test_the_challenges_data():
+    if not E2E.exists():
+        pytest.skip(f"the E2E data is not at {E2E}")
+    groups = finetune_e2e.grouped(finetune_e2e.read(E2E, "testset_w_refs.csv"))
+    assert len(groups) == 630
+    assert sum(len(references) for _, references in groups) == 4693
+
+
+def test_nist_by_hand():
+    """Two sentences, two references of one of them; everything counted on paper."""
+    texts = ["a b", "C"]
+    references = [["a b c", "a c"], ["c"]]
+    # Words: a 2, b 1, c 3 of 6 in the references; pairs: ab, bc, ac 1 each; abc 1.
+    single = math.log2(6 / 2) + math.log2(6 / 1) + math.log2(6 / 3)
+    pair = math.log2(2 / 1)
+    length, expected = 3, 2.5 + 1
+    penalty = math.exp(math.log(0.5) * (math.log(length / expected) / math.log(1.5)) ** 2)
+    by_hand = (single / 3 + pair / 1) * penalty
+    pytest.importorskip("sacrebleu", reason="NIST uses the tokens of sacrebleu")
+    assert e2e_metrics.nist(texts, references) == pytest.approx(by_hand)
+
+
+def test_metrics_of_a_perfect_text():
+    pytest.importorskip("pycocoevalcap", reason="COCO's metrics need pycocoevalcap")
+    pytest.importorskip("sacrebleu", reason="BLEU needs sacrebleu")
+    texts = ["The Vaults is a pub near Café Adriatic.", "Blue Spice serves Italian food there."]
+    found = e2e_metrics.score(texts, [[t, "Something else entirely."] for t in texts])
+    assert found["BLEU"] == pytest.approx(1)
+    if shutil.which("java") is None:
+        assert set(found) == {"BLEU", "NIST"}
+        pytest.skip("METEOR, ROUGE-L and CIDEr need Java")
+    assert found["ROUGE-L"] == pytest.approx(1)
+    assert found["METEOR"] == pytest.approx(1)
+    with pytest.raises(ValueError, match="got 2 texts and references for 1"):
+        e2e_metrics.score(texts, [["a"]])
