@@ -44,9 +44,14 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         """Applied to every position alike."""
-        y = self.up(x)
-        y = jax.nn.gelu(y) if self.gate is None else jax.nn.silu(self.gate(x)) * y
+        y = _gelu(self.up(x)) if self.gate is None else _swiglu(self.gate(x), self.up(x))
         return self.dropout(self.down(self.dropout(y)))
+
+
+# Their derivatives keep the arguments only, rather than four arrays of the hidden layer's size;
+# what is computed again is a part of what writing and reading those would cost.
+_gelu = jax.checkpoint(jax.nn.gelu)
+_swiglu = jax.checkpoint(lambda gate, y: jax.nn.silu(gate) * y)
 
 
 class TransformerBlock(nnx.Module):
