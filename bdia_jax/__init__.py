@@ -16,7 +16,7 @@ from bdia_jax.maps import (
     sample_signs,
     side_information,
 )
-from bdia_jax.reversible import BackwardReport, reversible_scan, reversible_scan_pair
+from bdia_jax.reversible import BackwardReport, Update, reversible_scan, reversible_scan_pair
 from bdia_jax.side_bits import pack_bits, packed_width, unpack_bits
 
 __version__ = "0.1.0"
@@ -24,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BackwardReport",
     "Reversibility",
+    "Update",
     "bdia_inverse",
     "bdia_step",
     "check_reversible",

@@ -31,6 +31,9 @@ class Scan(NamedTuple):
     """Whether the first of these blocks is the first of the network, an Euler step."""
     audit: bool = False
     """Whether all states are kept, and compared with the reconstructed ones integer by integer."""
+    update: Callable[..., tuple[list, list]] | None = None
+    """``update(wanted, params_k, d_params_k, state_k)``: new parameters and state, in lists of
+    leaves; ``wanted`` says which leaves of the parameters those are."""
 
     @property
     def m(self) -> int:
@@ -57,11 +60,12 @@ class Inputs(NamedTuple):
     x_prev: Float[Array, "batch *shape"]
     x: Float[Array, "batch *shape"]
     probe: Any
+    update_state: list[Array]
 
 
 def prepare(
     block, stacked_params, state, start, key, consts, gamma, signs, frac_bits, tolerance_bits,
-    backprop, probe, compute_dtype,
+    backprop, probe, update, compute_dtype,
 ) -> tuple[Scan, Inputs]:  # fmt: skip
     """Checks all arguments of a scan; every error names what was given and what is allowed."""
     if not callable(block):
@@ -98,14 +102,61 @@ def prepare(
     if key is not None:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, start + jnp.arange(blocks))
     pure_block, captured = _close(block, stacked_params, x, dtype, keys, consts)
-    scan = Scan(pure_block, dtype, gamma, frac_bits, tolerance_bits, online,
-                random_signs, start == 0)  # fmt: skip
+    scan = Scan(
+        pure_block, dtype, gamma, frac_bits, tolerance_bits, online, random_signs, start == 0,
+        update=_close_update(update, stacked_params, blocks, online),
+    )  # fmt: skip
     inputs = Inputs(
         [jnp.asarray(p) for p in jax.tree.leaves(stacked_params)],
         [jnp.asarray(c) for c in jax.tree.leaves(consts)] + captured,
         keys, x_prev.astype(carried), x.astype(carried), probe,
+        [] if update is None else [jnp.asarray(s) for s in jax.tree.leaves(update.state)],
     )  # fmt: skip
     return scan, inputs
+
+
+def _close_update(update, stacked_params, blocks: int, online: bool):
+    """The function of an update as one of lists of leaves; it sees trees."""
+    if update is None:
+        return None
+    if not online:
+        raise ValueError(
+            "update is for online back-propagation, which finishes one block's gradient at a time; "
+            'got backprop="stored", or gamma=0'
+        )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(update.state):
+        name = "update.state" + jax.tree_util.keystr(path)
+        if getattr(leaf, "shape", ())[:1] != (blocks,):
+            raise ValueError(
+                f"{name} needs a leading axis of {blocks} blocks, as the parameters have; got "
+                f"shape {getattr(leaf, 'shape', None)}"
+            )
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"{name} must be a floating-point array (its new value is what a gradient by it "
+                f"gives); got {leaf.dtype}"
+            )
+    structure, state_structure = (jax.tree.structure(t) for t in (stacked_params, update.state))
+
+    def closed(wanted: tuple[bool, ...], params: list, d_params: list, state: list):
+        def tree(some: list):
+            some = iter(some)
+            return structure.unflatten([next(some) if keep else None for keep in wanted])
+
+        new_params, new_state = update.function(
+            tree(params), tree(d_params), state_structure.unflatten(state)
+        )
+        new = jax.tree.leaves(new_params), jax.tree.leaves(new_state)
+        for old, found in zip((params, state), new, strict=True):
+            kinds = [[(a.shape, a.dtype) for a in arrays] for arrays in (old, found)]
+            if kinds[0] != kinds[1]:
+                raise ValueError(
+                    "update.function must return parameters and state of the shapes and dtypes "
+                    f"that it was given; got {kinds[1]} for {kinds[0]}"
+                )
+        return new
+
+    return closed
 
 
 def _close(block, stacked_params, x, dtype, keys, consts):

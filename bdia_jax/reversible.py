@@ -60,6 +60,20 @@ class BackwardReport(NamedTuple):
         return cls(*(jnp.zeros(blocks, jnp.float32) for _ in cls._fields))
 
 
+class Update(NamedTuple):
+    """What is done with a block's gradient as soon as it is known, in the backward pass.
+
+    The stacked gradient then never exists. Two "gradients" take another meaning: that by
+    ``stacked_params`` is their new value, and that by ``state`` is its new value.
+    """
+
+    function: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
+    """``function(params_k, d_params_k, state_k)`` returns new parameters and state of one block:
+    a step of an optimizer, for instance. Leaves that no gradient is asked for are None."""
+    state: PyTree[Float[Array, "blocks ..."]]
+    """Floating-point arrays with a leading block axis, such as an optimizer's moments."""
+
+
 def reversible_scan(
     block: Block,
     stacked_params: PyTree[Array],
@@ -73,6 +87,7 @@ def reversible_scan(
     tolerance_bits: int = 0,
     backprop: str = "online",
     probe: BackwardReport | None = None,
+    update: Update | None = None,
 ) -> Float[Array, "batch *shape"]:
     """Runs ``x`` through a stack of residual blocks with BDIA, and returns the last ``x``.
 
@@ -103,6 +118,8 @@ def reversible_scan(
         second derivatives, and the reference for tests. With ``gamma=0`` there is nothing to
         take back, and ``"online"`` means ``"stored"``.
       probe: differentiate with respect to it for a report of the backward pass.
+      update: what to do with the gradient of a block as soon as it is known (online
+        back-propagation only).
 
     Returns:
       The output of the last block, in the shape and dtype of ``x``. A sample in which a state
@@ -119,7 +136,7 @@ def reversible_scan(
     return reversible_scan_pair(
         block, stacked_params, (x, x), start=0, key=key, consts=consts, gamma=gamma,
         signs=signs, frac_bits=frac_bits, tolerance_bits=tolerance_bits, backprop=backprop,
-        probe=probe,
+        probe=probe, update=update,
     )[1].astype(x.dtype)  # fmt: skip
 
 
@@ -137,6 +154,7 @@ def reversible_scan_pair(
     tolerance_bits: int = 0,
     backprop: str = "online",
     probe: BackwardReport | None = None,
+    update: Update | None = None,
     compute_dtype: jnp.dtype | None = None,
 ) -> tuple[Float[Array, "batch *shape"], Float[Array, "batch *shape"]]:
     """:func:`reversible_scan` from state to state, so that a stack can be cut into parts.
@@ -151,8 +169,8 @@ def reversible_scan_pair(
       start: index of the first of these blocks in the whole stack. Block 0 is an Euler step and
         ignores ``x_{-1}``.
       compute_dtype: what the blocks see; by default the dtype of the state.
-      block, stacked_params, key, consts, gamma, signs, frac_bits, tolerance_bits, backprop, probe:
-        as in :func:`reversible_scan`.
+      block, stacked_params, key, consts, gamma, signs, frac_bits, tolerance_bits, backprop, probe,
+        update: as in :func:`reversible_scan`.
 
     Returns:
       ``(x_{k-1}, x_k)`` after these blocks, float32 (float64 for a float64 state): wide enough
@@ -160,7 +178,7 @@ def reversible_scan_pair(
     """
     scan, inputs = prepare(
         block, stacked_params, state, start, key, consts, gamma, signs, frac_bits,
-        tolerance_bits, backprop, probe, compute_dtype,
+        tolerance_bits, backprop, probe, update, compute_dtype,
     )  # fmt: skip
     if probe is None:
         inputs = inputs._replace(probe=BackwardReport.zeros(len(inputs.params[0])))
@@ -278,6 +296,7 @@ class _Saved(NamedTuple):
     checksums: UInt32[Array, "blocks batch"]
     witness: tuple[Int32[Array, "blocks batch *shape"], Float[Array, "blocks batch *shape"]] | None
     """All states and pre-rounding values, for an audit; otherwise None."""
+    update_state: list[Array]
     wanted: Wanted
 
 
@@ -337,16 +356,27 @@ def _forward(scan: Scan, wanted: Wanted | None, inputs: Inputs):
     if wanted is None:
         return output, None
     last = checksum(n_prev), checksum(n)
-    return output, _Saved(inputs.params, inputs.consts, inputs.keys, n_prev, n, last, *kept, wanted)
+    return output, _Saved(
+        inputs.params, inputs.consts, inputs.keys, n_prev, n, last, *kept, inputs.update_state,
+        wanted,
+    )  # fmt: skip
 
 
 def _backward(scan: Scan, saved: _Saved, cotangents) -> Inputs:
     """Down through the blocks: the cotangents of the inputs."""
     batch, features, wanted = saved.n.shape[0], saved.n.shape[-1], saved.wanted
+    blocks = len(saved.params[0])
 
     def step(carry, block_inputs):
-        n_next, n, a_next, a, d_consts = carry
+        n_next, n, a_next, a, d_consts, updated = carry
         k, params, key, packed, expected, witness = block_inputs
+        if scan.update is not None:
+            # In place: written is what the block above left behind, and read only after that.
+            # Written at once, it would be fused with what reads the old values of all blocks, and
+            # XLA would copy those.
+            updated = _write(*updated, jnp.minimum(k + 1, blocks - 1))
+            old_params, old_state = _read(updated, k)
+            params = merge(wanted.params, old_params, params)
         sign, key = _signs(scan, key, k, batch)
         h, vjp, sign, alive = _pinned_block(scan, wanted, n, params, key, saved.consts, sign)
         gamma, y, q = _update(scan, n, h, sign)
@@ -375,7 +405,10 @@ def _backward(scan: Scan, saved: _Saved, cotangents) -> Inputs:
             )
             # On from the true state, so that every block is judged by itself.
             n_prev = true_prev
-        return (n, n_prev, a, a_prev, d_consts), (d_params, report)
+        if scan.update is not None:
+            new = scan.update(wanted.params, old_params, d_params, old_state)
+            updated, d_params = (updated, new), []
+        return (n, n_prev, a, a_prev, d_consts, updated), (d_params, report)
 
     a_prev, a = (
         jnp.zeros_like(n, c.aval.dtype) if isinstance(c, SymbolicZero) else c
@@ -385,12 +418,20 @@ def _backward(scan: Scan, saved: _Saved, cotangents) -> Inputs:
         a = _nan_unless(checksum(n) == expected, a)
     wanted_consts = select(wanted.consts, saved.consts)
     d_consts = [jnp.zeros_like(c, jnp.promote_types(c.dtype, jnp.float32)) for c in wanted_consts]
-    (_, _, a, a_prev, d_consts), (d_params, report) = lax.scan(
+    params, updated = saved.params, None
+    if scan.update is not None:
+        stacked = (select(wanted.params, params), saved.update_state)
+        updated = stacked, _read(stacked, blocks - 1)
+        params = [None if keep else p for keep, p in zip(wanted.params, params, strict=True)]
+    (_, _, a, a_prev, d_consts, updated), (d_params, report) = lax.scan(
         step,
-        (saved.n, saved.n_prev, a, a_prev, d_consts),
-        (_numbers(saved), saved.params, saved.keys, saved.side, saved.checksums, saved.witness),
+        (saved.n, saved.n_prev, a, a_prev, d_consts, updated),
+        (_numbers(saved), params, saved.keys, saved.side, saved.checksums, saved.witness),
         reverse=True,
     )
+    update_state = []
+    if scan.update is not None:
+        d_params, update_state = _write(*updated, 0)
     d_consts = [d.astype(c.dtype) for d, c in zip(d_consts, wanted_consts)]
     # Under shard_map every device saw its samples alone; the report is on all of them.
     reductions = (lax.psum, lax.psum, lax.pmax)
@@ -400,8 +441,18 @@ def _backward(scan: Scan, saved: _Saved, cotangents) -> Inputs:
     return Inputs(
         merge(wanted.params, d_params, [None] * len(wanted.params)),
         merge(wanted.consts, d_consts, [None] * len(wanted.consts)),
-        None, a_prev, a, report,
+        None, a_prev, a, report, update_state,
     )  # fmt: skip
+
+
+def _read(stacked: PyTree[Array], k) -> PyTree[Array]:
+    """The part of block k."""
+    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, k, keepdims=False), stacked)
+
+
+def _write(stacked: PyTree[Array], part: PyTree[Array], k) -> PyTree[Array]:
+    """``stacked``, with another part of block k."""
+    return jax.tree.map(lambda a, new: lax.dynamic_update_index_in_dim(a, new, k, 0), stacked, part)
 
 
 def _correct(scan: Scan, n_next, y, q, side, sigma):

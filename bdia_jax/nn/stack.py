@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from bdia_jax import coupling
 from bdia_jax.check import Reversibility, check_reversible
-from bdia_jax.reversible import BackwardReport, Block, reversible_scan
+from bdia_jax.reversible import BackwardReport, Block, Update, reversible_scan
 
 Method = Literal[
     "bdia", "bdia-stored", "standard", "standard-checkpoint", "midpoint", "midpoint-stored"
@@ -127,6 +127,15 @@ class ReversibleStack(StackedBlocks):
         self.residual = residual
         self.probe = Probe(BackwardReport.zeros(depth))
 
+    def updates(self, update: Update | None) -> None:
+        """Has the backward pass update the parameters: :class:`bdia_jax.Update`.
+
+        Set it within a traced function, on the model that is differentiated. ``update.function``
+        is given the ``nnx.Param`` of a block, as an ``nnx.State`` without the block axis.
+        """
+        # Not an attribute of the module's state: it holds traced values, and is not to be kept.
+        object.__setattr__(self, "_update", update)
+
     def __call__(
         self, x: Float[Array, "batch *shape"], *consts, key: Key[Array, ""] | None = None
     ) -> Float[Array, "batch *shape"]:
@@ -156,7 +165,20 @@ class ReversibleStack(StackedBlocks):
             tolerance_bits=self.tolerance_bits,
             backprop="online" if self.method in ("bdia", "midpoint") else "stored",
             probe=self.probe.get_value(),
+            update=self._params_only(getattr(self, "_update", None)),
         )
+
+    @staticmethod
+    def _params_only(update: Update | None) -> Update | None:
+        """For the pairs of parameters and the rest that a block is a function of."""
+        if update is None:
+            return None
+
+        def function(params, d_params, state):
+            new, state = update.function(params[0], d_params[0], state)
+            return (new, params[1]), state
+
+        return Update(function, update.state)
 
     def _gamma_and_signs(self) -> tuple[float, str]:
         if self.method.startswith("midpoint"):

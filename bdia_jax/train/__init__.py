@@ -7,8 +7,10 @@ from bdia_jax.train.loop import (
     InexactInverseError,
     NonFiniteError,
     Result,
+    StepMemory,
     TrainSettings,
     evaluate,
+    step_memory,
     train,
 )
 from bdia_jax.train.metrics import read_metrics
@@ -24,11 +26,13 @@ __all__ = [
     "NonFiniteError",
     "PackedTexts",
     "Result",
+    "StepMemory",
     "Task",
     "TrainSettings",
     "evaluate",
     "make_optimizer",
     "plot_curves",
     "read_metrics",
+    "step_memory",
     "train",
 ]

@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +19,13 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.experimental import multihost_utils
-from jaxtyping import Array, Int32, Key, PyTree, UInt32
+from jaxtyping import Array, Bool, Float, Int32, Key, PyTree, UInt32
 
+from bdia_jax import memory
 from bdia_jax.files import write_json
 from bdia_jax.nn.stack import Probe
+from bdia_jax.train import in_backward, optimizers
 from bdia_jax.train import mesh as meshes
-from bdia_jax.train import optimizers
 from bdia_jax.train.checkpoints import Checkpoints, score
 from bdia_jax.train.metrics import MetricsWriter
 from bdia_jax.train.tasks import Task
@@ -68,6 +69,12 @@ class TrainSettings:
     """Weight decay; adamw only."""
     clip_norm: float | None = 1.0
     """The gradient is scaled down to this global norm; None for no clipping."""
+    update_in_backward: bool = False
+    """Update a block as soon as its gradient is known, so that the gradient of all blocks never
+    exists; for method bdia. A block with a gradient that is not finite is left as it is."""
+    clip_by: Literal["previous", "second-pass"] = "previous"
+    """With update_in_backward, clip by the previous step's norm (which is nearly this one's, and
+    free), or find this one's in a backward pass of its own (which costs another step)."""
     seed: int = 0
     """Of order, augmentation, dropout and γ (the initialization has a seed of its own)."""
     log_every: int = 50
@@ -128,6 +135,13 @@ class TrainSettings:
             )
         if self.stop_at is not None and self.stop_at < 1:
             raise ValueError(f"stop_at must be >= 1, or None; got {self.stop_at}")
+        if self.clip_by not in ("previous", "second-pass"):
+            raise ValueError(f"clip_by must be previous or second-pass; got {self.clip_by!r}")
+        if self.update_in_backward and self.accumulate > 1:
+            raise ValueError(
+                "update_in_backward uses a gradient up at once, and cannot accumulate: allowed is "
+                f"accumulate=1; got {self.accumulate}"
+            )
 
 
 # May differ between a run and its continuation: they change neither the parameters that come out
@@ -208,27 +222,12 @@ def train(
       CheckpointError: a checkpoint could not be written or read.
       SystemExit: with :data:`EXIT_TERMINATED`, after SIGTERM, when all is saved.
     """
-    mesh = meshes.parse_mesh(settings.mesh)
-    if mesh is not None and settings.batch_size // settings.accumulate % mesh.size:
-        raise ValueError(
-            f"the {mesh.size} devices of mesh {settings.mesh!r} must divide a micro-batch of "
-            f"{settings.batch_size // settings.accumulate} samples"
-        )
     folder = pathlib.Path(folder).expanduser()
     main = jax.process_index() == 0
     described = _settings(settings, task, about, optimizer)
     _check_folder(folder, resume, described, settings)
 
-    schedule = None
-    if optimizer is None:
-        schedule = optimizers.make_schedule(
-            settings.schedule, settings.learning_rate, settings.steps, settings.warmup_steps
-        )
-        optimizer = optimizers.make_optimizer(
-            settings.optimizer, schedule,
-            weight_decay=settings.weight_decay, clip_norm=settings.clip_norm,
-        )  # fmt: skip
-    programs = _Programs(model, task, settings, optimizer, schedule, mesh)
+    programs = _programs(model, task, settings, optimizer)
     programs.trace()
     _make_folder(folder, described, main)
     checkpoints = Checkpoints(folder / "checkpoints", settings.keep_last, task.best)
@@ -276,6 +275,47 @@ def evaluate(model: nnx.Module, task: Task) -> dict[str, float]:
     return _means(step(state, arrays, jnp.int32(i)) for i in range(task.eval_steps()))
 
 
+class StepMemory(NamedTuple):
+    """Bytes of a training step, per device."""
+
+    parameters: int
+    """Trained weights."""
+    frozen: int
+    """The rest of the model."""
+    optimizer: int
+    """The optimizer's state."""
+    gradients: int
+    """Of all weights that are not updated in the backward pass."""
+    batch_shards: int
+    """Into how many parts a batch is split."""
+    memory: memory.Memory
+    """All of it, as compiled."""
+
+
+def step_memory(
+    model: nnx.Module,
+    task: Task,
+    settings: TrainSettings,
+    optimizer: optax.GradientTransformation | None = None,
+    *,
+    compiler_options: dict[str, str] | None = None,
+) -> StepMemory:
+    """What a training step will need, by compiling it for shapes; nothing is run.
+
+    Args:
+      model: may be abstract: ``nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))``.
+      task, settings, optimizer: as in :func:`train`.
+      compiler_options: for XLA.
+    """
+    return _programs(model, task, settings, optimizer).memory(compiler_options)
+
+
+def _bytes_per_device(leaf) -> int:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return 0
+    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
 def _means(batches: Iterable[tuple[dict[str, Array], Array]]) -> dict[str, float]:
     """Of metrics, from their sums over batches and the numbers of samples."""
     sums, count = {}, 0.0
@@ -291,6 +331,26 @@ def _means(batches: Iterable[tuple[dict[str, Array], Array]]) -> dict[str, float
 # ---------------------------------------------------------------------------------------------
 
 
+def _programs(model, task: Task, settings: TrainSettings, optimizer) -> _Programs:
+    """With the optimizer and on the mesh of the settings."""
+    mesh = meshes.parse_mesh(settings.mesh)
+    if mesh is not None and settings.batch_size // settings.accumulate % mesh.size:
+        raise ValueError(
+            f"the {mesh.size} devices of mesh {settings.mesh!r} must divide a micro-batch of "
+            f"{settings.batch_size // settings.accumulate} samples"
+        )
+    schedule = None
+    if optimizer is None:
+        schedule = optimizers.make_schedule(
+            settings.schedule, settings.learning_rate, settings.steps, settings.warmup_steps
+        )
+        optimizer = optimizers.make_optimizer(
+            settings.optimizer, schedule, weight_decay=settings.weight_decay,
+            clip_norm=None if settings.update_in_backward else settings.clip_norm,
+        )  # fmt: skip
+    return _Programs(model, task, settings, optimizer, schedule, mesh)
+
+
 class _Programs:
     """The training step and the evaluation step of a model, compiled once each."""
 
@@ -298,7 +358,10 @@ class _Programs:
         model.eval()
         self._eval_graph = nnx.split(model, nnx.Param, ...)[0]
         model.train()
-        self._graph, self._params, self._probes, rest = nnx.split(model, nnx.Param, Probe, ...)
+        self._graph, self._params, probes, rest = nnx.split(model, nnx.Param, Probe, ...)
+        # Of an abstract model, too: they are zeros.
+        self._probes = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), probes)
+        self._depths = in_backward.depths(model) if settings.update_in_backward else {}
         self._task, self._settings, self._optimizer = task, settings, optimizer
         self._schedule, self._mesh = schedule, mesh
         self.task = task
@@ -317,7 +380,9 @@ class _Programs:
         self.eval_step = jax.jit(self._eval_step)
 
     def _place(self, tree, shardings=None):
-        """On the device: where ``shardings`` say, or on every one."""
+        """On the device: where ``shardings`` say, or on every one; shapes stay shapes."""
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)):
+            return self._abstract(tree, shardings)
         if self._mesh is None:
             return jax.device_put(tree)
         return jax.device_put(
@@ -326,7 +391,11 @@ class _Programs:
 
     def _new_state(self, params) -> State:
         key = jax.random.key_data(jax.random.key(self._settings.seed))
-        return State(jnp.int32(0), params, self._optimizer.init(params), key)
+        opt_state = self._optimizer.init(params)
+        if self._settings.update_in_backward and self._settings.clip_norm is not None:
+            # There is no step before the first: it is not clipped.
+            opt_state = {"optimizer": opt_state, "norm": jnp.float32(self._settings.clip_norm)}
+        return State(jnp.int32(0), params, opt_state, key)
 
     def _shapes(self) -> State:
         return jax.eval_shape(self._new_state, self._params)
@@ -347,15 +416,29 @@ class _Programs:
 
     def abstract_state(self) -> State:
         """Shapes and shardings, to restore into."""
+        return self._abstract(self._shapes(), self._shardings)
+
+    def _abstract(self, tree, shardings):
         if self._mesh is None:
             device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-            shardings = jax.tree.map(lambda _: device, self._shapes())
-        else:
-            shardings = self._shardings
+            shardings = jax.tree.map(lambda _: device, tree)
         return jax.tree.map(
             lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-            self._shapes(), shardings,
+            tree, shardings,
         )  # fmt: skip
+
+    def memory(self, compiler_options: dict[str, str] | None) -> StepMemory:
+        """What the training step needs."""
+        state = self.abstract_state()
+        lowered = self.train_step.lower(state, self._rest, self._arrays)
+        compiled = lowered.compile(compiler_options)
+        d_params = in_backward.without(state.params, self._depths)
+        trees = state.params, self._rest, state.opt_state, d_params
+        return StepMemory(
+            *(sum(map(_bytes_per_device, jax.tree.leaves(tree))) for tree in trees),
+            1 if self._mesh is None else self._mesh.size,
+            memory.compiled_memory(compiled),
+        )
 
     def step(self, state: State) -> tuple[State, dict[str, Array]]:
         """One optimizer step; ``state`` is used up."""
@@ -373,6 +456,8 @@ class _Programs:
         key = jax.random.wrap_key_data(state.key)
         data_key, model_key = jax.random.split(key)
         batch = self._task.batch(arrays, data_key, state.step, settings.batch_size)
+        if settings.update_in_backward:
+            return self._updating_step(state, rest, batch, model_key)
 
         def loss(params, probes, part, key: Key[Array, ""]):
             model = nnx.merge(self._graph, params, probes, rest)
@@ -405,6 +490,17 @@ class _Programs:
 
         updates, opt_state = self._optimizer.update(grads, state.opt_state, state.params)
         norm = optax.tree.norm(grads)
+        fine, metrics = self._judged(metrics, norm, report, state.step)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(fine, new, old),
+            (optax.apply_updates(state.params, updates), opt_state),
+            (state.params, state.opt_state),
+        )
+        step = state.step + fine.astype(jnp.int32)
+        return State(step, params, opt_state, state.key), metrics
+
+    def _judged(self, metrics, norm, report, step) -> tuple[Bool[Array, ""], dict[str, Any]]:
+        """Whether a step went well, and all that is told of it."""
         reports = {
             ".".join(map(str, path)): variable.get_value()
             for path, variable in nnx.to_flat_state(report)
@@ -412,14 +508,68 @@ class _Programs:
         fine = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
         for stack in reports.values():
             fine &= ~jnp.any(stack.mismatched != 0)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(fine, new, old),
-            (optax.apply_updates(state.params, updates), opt_state),
-            (state.params, state.opt_state),
-        )
-        metrics |= {"grad_norm": norm, "reports": reports}
+        metrics = metrics | {"grad_norm": norm, "reports": reports}
         if self._schedule is not None:
-            metrics["learning_rate"] = jnp.float32(self._schedule(state.step))
+            metrics["learning_rate"] = jnp.float32(self._schedule(step))
+        return fine, metrics
+
+    def _updating_step(self, state: State, rest, batch, model_key):
+        """The same, but blocks are updated in the backward pass."""
+        settings = self._settings
+        (key,) = jax.random.split(jax.random.fold_in(model_key, state.step), 1)
+        if self._mesh is not None:
+            batch = jax.lax.with_sharding_constraint(batch, meshes.batch_sharding(self._mesh))
+        whole = state.opt_state if settings.clip_norm is None else state.opt_state["optimizer"]
+
+        def passes(step_of_block):
+            """Loss and gradients, or in their place what became of the blocks."""
+            slots = {
+                path: (in_backward.part(whole, path), jnp.zeros(self._depths[path]))
+                for path in self._depths
+            }
+
+            def loss(params, probes, slots):
+                model = nnx.merge(self._graph, params, probes, rest)
+                for path, slot in slots.items():
+                    in_backward.install(model, path, slot, step_of_block)
+                return self._task.loss(model, batch, key)
+
+            return jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)(
+                state.params, self._probes, slots
+            )
+
+        def norm_of(grads, slots) -> Float[Array, ""]:
+            squares = sum(jnp.sum(squares) for _, squares in slots.values())
+            others = in_backward.without(grads, self._depths)
+            return jnp.sqrt(squares + optax.tree.norm(others) ** 2)
+
+        scale = 1.0
+        if settings.clip_norm is not None:
+            norm = state.opt_state["norm"]
+            if settings.clip_by == "second-pass":
+                _, (grads, _, slots) = passes(None)
+                norm = norm_of(grads, slots)
+            scale = jnp.minimum(1.0, settings.clip_norm / norm)
+        step_of_block = in_backward.BlockStep(self._optimizer, whole, scale)
+        (value, metrics), (grads, report, slots) = passes(step_of_block)
+        norm = norm_of(grads, slots)
+        fine, metrics = self._judged({"loss": value, **metrics}, norm, report, state.step)
+
+        others, others_state, d_others = (
+            in_backward.without(tree, self._depths) for tree in (state.params, whole, grads)
+        )
+        d_others = jax.tree.map(lambda d: d * jnp.asarray(scale, d.dtype), d_others)
+        updates, new_state = self._optimizer.update(d_others, others_state, others)
+        new, new_state = jax.tree.map(
+            lambda new, old: jnp.where(fine, new, old),
+            (optax.apply_updates(others, updates), new_state),
+            (others, others_state),
+        )
+        params = in_backward.joined(new, {path: in_backward.at(grads, path) for path in slots})
+        opt_state = in_backward.joined(new_state, {path: s for path, (s, _) in slots.items()})
+        if settings.clip_norm is not None:
+            previous = jnp.where(fine, norm, state.opt_state["norm"])
+            opt_state = {"optimizer": opt_state, "norm": previous}
         step = state.step + fine.astype(jnp.int32)
         return State(step, params, opt_state, state.key), metrics
 
