@@ -189,7 +189,8 @@ def draw(needs: list[Need], path: pathlib.Path, title: str) -> None:
         "side bits": lambda n: n.side,
         "activations and the rest": lambda n: max(0, n.temporaries - n.gradients - n.side),
     }
-    with figure(path) as (axis,):
+    with figure(path, 2) as (axis, beside):
+        beside.set_axis_off()
         start = np.zeros(len(needs))
         for colour, (label, size) in zip(COLOURS, parts.items()):
             sizes = np.array([size(need) / 1e9 for need in needs])
@@ -199,7 +200,7 @@ def draw(needs: list[Need], path: pathlib.Path, title: str) -> None:
         axis.invert_yaxis()
         axis.set_xlabel("GB per device")
         axis.set_title(title)
-        axis.legend(loc="upper right", fontsize=9)
+        beside.legend(*axis.get_legend_handles_labels(), loc="center left", frameon=False)
 
 
 @dataclasses.dataclass(frozen=True)
