@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that a GPU or TPU should confirm, in this order: exactness, reliability, memory and
-# time, costs of all vision systems, and a long run of the paper's network. Results go to
-# experiments/results, under the device's name; a run that is cut off continues when the script is
-# started again.
+# time, costs of all vision systems and of decoders, and a long run of the paper's network. Results
+# go to experiments/results, under the device's name; a run that is cut off continues when the script
+# is started again.
 #
 #     bash experiments/accelerator.sh DATA_DIR [STEPS]
 #
@@ -19,6 +19,7 @@ XLA_FLAGS="--xla_gpu_deterministic_ops=true" python exactness.py --quick --out r
 python reliability.py
 python memory_and_time.py --widths 512
 python vision_costs.py --rounds 12
+python decoder_memory.py
 
 # Six blocks of width 512, batch 128, the paper's schedule; BDIA-ViT and its ViT twin in turns.
 for method in bdia standard; do

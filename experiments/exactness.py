@@ -41,7 +41,8 @@ from blocks import BLOCKS, stacked_params
 from flax import nnx
 
 from bdia_jax import BackwardReport, check_reversible, fixed_point, maps, reversible_scan
-from bdia_jax.nn import Probe, ReversibleStack, ViT, ViTConfig
+from bdia_jax.nn import Decoder, DecoderConfig, Probe, ViT, ViTConfig, llama
+from bdia_jax.nn.decoder import rotary_angles
 
 FACTORS = {
     "dtype": ("float32", "bfloat16", "float16"),
@@ -153,15 +154,39 @@ def vit(dtype: str, integers: int, seed: int, quick: bool) -> Case:
     image = (config.image_size, config.image_size, config.channels)
     images = jax.random.normal(jax.random.key(seed), (math.ceil(integers / elements), *image))
     x = model.embedding(images, key=jax.random.key(seed)).astype(dtype)
-    return model_case({"model": "ViT", **dataclasses.asdict(config)}, model, images,
-                      [(model.blocks, x)])  # fmt: skip
+    stack = Stack(*model.blocks.functional(), x, config.gamma, config.frac_bits)
+    return model_case({"model": "ViT", **dataclasses.asdict(config)}, model, images, [stack])
 
 
-def model_case(
-    settings: dict[str, Any], model: nnx.Module, data: Any,
-    stacks: list[tuple[ReversibleStack, jax.Array]],
-) -> Case:  # fmt: skip
-    """A case of a Flax model, its stacks and what each is given."""
+FAMILIES: dict[str, DecoderConfig] = {
+    "GPT-2": DecoderConfig(),
+    "Llama": llama(kv_heads=2),
+    "Qwen 2": llama(kv_heads=2, qkv_bias=True, tied_head=True),
+    "Qwen 3": llama(kv_heads=2, head_dim=64, qk_norm=True),
+}
+
+
+def decoder(family: str, dtype: str, integers: int, seed: int) -> Case:
+    """A small decoder of a family, with dropout."""
+    config = dataclasses.replace(
+        FAMILIES[family], dtype=dtype, width=128, depth=6, dropout=0.1, max_length=128
+    )
+    model = Decoder(config, rngs=nnx.Rngs(seed))
+    shape = (math.ceil(integers / (config.depth * config.max_length * config.width)), 128)
+    tokens = jax.random.randint(jax.random.key(seed), shape, 0, config.vocab_size)
+    angles = None
+    if config.positions == "rotary":
+        angles = rotary_angles(config, jnp.broadcast_to(jnp.arange(128), shape))
+    block, params = model.blocks.functional()
+    stack = Stack(
+        lambda params, x, key: block(params, x, key, angles, None), params,
+        model.embedding[...][tokens].astype(dtype), config.gamma, config.frac_bits,
+    )  # fmt: skip
+    return model_case({"model": family, **dataclasses.asdict(config)}, model, tokens, [stack])
+
+
+def model_case(settings: dict[str, Any], model: nnx.Module, data: Any, stacks: list[Stack]) -> Case:
+    """A case of a Flax model and its stacks."""
     graph, params, probes, rest = nnx.split(model, nnx.Param, Probe, ...)
 
     @jax.jit
@@ -177,11 +202,7 @@ def model_case(
         is_report = lambda leaf: isinstance(leaf, BackwardReport)  # noqa: E731
         return [r for r in jax.tree.leaves(found, is_leaf=is_report) if is_report(r)]
 
-    return Case(
-        settings,
-        [Stack(*stack.functional(), x, stack.gamma, stack.frac_bits) for stack, x in stacks],
-        reports,
-    )
+    return Case(settings, stacks, reports)
 
 
 def cases(e: Exactness) -> Iterator[Case]:
@@ -191,6 +212,8 @@ def cases(e: Exactness) -> Iterator[Case]:
         yield block_case(row, integers, e.seed)
     for dtype in ("float32", "bfloat16"):
         yield vit(dtype, integers, e.seed, e.quick)
+        for family in FAMILIES:
+            yield decoder(family, dtype, integers // 2, e.seed)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -359,6 +359,16 @@ def test_settings_that_cannot_be_read(tmp_path, no_compiling):
         _toy.run(tmp_path, resume=True)
 
 
+def test_a_run_from_before_there_was_a_setting_continues(tmp_path):
+    _toy.run(tmp_path / "run", stop_at=2)
+    path = tmp_path / "run" / "settings.json"
+    described = json.loads(path.read_text())
+    del described["train"]["clip_by"]
+    path.write_text(json.dumps(described))
+    result, _ = _toy.run(tmp_path / "run", resume=True)
+    assert result.step == _toy.SETTINGS["steps"]
+
+
 def test_a_model_that_does_not_fit_leaves_no_folder(tmp_path, no_compiling):
     class Wrong(_toy.Regression):
         def arrays(self):

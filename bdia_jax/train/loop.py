@@ -798,9 +798,12 @@ def _check_folder(
             "another folder"
         )
     try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
+        found = dict(json.loads(path.read_text()))
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{path} can't be read, so this may be another run: {error}") from error
+    # What there was no setting for then, was done as by default now.
+    defaults = json.loads(json.dumps(dataclasses.asdict(TrainSettings())))
+    found = found | {"train": defaults | found.get("train", {})}
     # With a constant schedule, the number of steps changes none of them.
     harmless = {*_HARMLESS, *(["steps"] if settings.schedule == "constant" else [])}
     differences = [
