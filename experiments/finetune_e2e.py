@@ -114,7 +114,9 @@ def main(e: E2E) -> str:
     text = table(found)
     out = e.out or results.FOLDER
     name = f"finetune_e2e{f'-lora{e.lora}' if e.lora else ''}"
-    path = results.write(name, e, {"found": found}, out)
+    # Of a folder, its name.
+    told = dataclasses.replace(e, model=pathlib.Path(e.model).name)
+    path = results.write(name, told, {"found": found}, out)
     files.write_text(path.with_suffix(".md"), text + "\n")
     draw(found, path.with_suffix(".png"))
     print(f"\n{text}\n\nSee {path}")

@@ -547,7 +547,8 @@ def _heading(runs: list[dict[str, Any]], scale: Scale) -> str:
     counted = sum(run["mismatched"] for run in runs if not run["error"])
     return (
         f"# Validation accuracy in %, {one['data']}\n\n"
-        f"{one['images']:,} training images, {scale.epochs} epochs of {sgd['batch_size']} images "
+        f"{one['images']:,} training images{'' if scale.augment else ' as they are'}, "
+        f"{scale.epochs} epochs of {sgd['batch_size']} images "
         f"per step, learning rate {sgd['learning_rate']:g}, {sgd['schedule']}; the accuracy is the "
         f"last one, of the whole evaluation split; {_seeds(scale)}. "
         f"Blocks: {_sizes(scale)}. Machine: "

@@ -71,7 +71,8 @@ class TrainSettings:
     """The gradient is scaled down to this global norm; None for no clipping."""
     update_in_backward: bool = False
     """Update a block as soon as its gradient is known, so that the gradient of all blocks never
-    exists; for method bdia. A block with a gradient that is not finite is left as it is."""
+    exists; for method bdia. Should a step go wrong, a block whose gradient is not finite is left
+    as it is, but those above it have taken the step: go on from the last checkpoint."""
     clip_by: Literal["previous", "second-pass"] = "previous"
     """With update_in_backward, clip by the previous step's norm (which is nearly this one's, and
     free), or find this one's in a backward pass of its own (which costs another step)."""
