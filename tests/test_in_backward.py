@@ -202,12 +202,12 @@ def test_the_command_plans(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(plan, "METHODS", {"BDIA": "bdia"})
     given = plan.Plan(
         model="tiny", batch=2, length=8, lora=(2,), figure=tmp_path / "plan.png",
-        dtype="float32", fit="1MB",
+        dtype="float32", fit="0.001MB",
     )  # fmt: skip
     (need,) = plan.main(given)
     assert 0 < need.parameters < need.frozen
     out = capsys.readouterr().out
-    assert "sequences of 8 tokens fit in 1MB" in out
+    assert "BDIA, LoRA 2: no sequences of 8 tokens fit in 0.001MB" in out
     assert "| BDIA, LoRA 2 |" in out
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
