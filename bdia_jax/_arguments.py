@@ -25,6 +25,8 @@ class Scan(NamedTuple):
     frac_bits: int | None
     tolerance_bits: int
     online: bool
+    stored_blocks: int
+    """How many blocks, from the last one down, keep their residuals and are not taken back."""
     random_signs: bool
     """Whether γ is ±, drawn per sample and block, or + throughout."""
     starts: bool
@@ -65,7 +67,7 @@ class Inputs(NamedTuple):
 
 def prepare(
     block, stacked_params, state, start, key, consts, gamma, signs, frac_bits, tolerance_bits,
-    backprop, probe, update, compute_dtype,
+    backprop, stored_blocks, probe, update, compute_dtype,
 ) -> tuple[Scan, Inputs]:  # fmt: skip
     """Checks all arguments of a scan; every error names what was given and what is allowed."""
     if not callable(block):
@@ -83,6 +85,7 @@ def prepare(
     if frac_bits is not None:
         fixed_point.check_frac_bits(frac_bits)
     maps.check_tolerance_bits(tolerance_bits, maps.gamma_shift(gamma) if online else 0)
+    _check_stored_blocks(stored_blocks, blocks)
     if not isinstance(consts, tuple | list):
         raise TypeError(
             "consts must be a tuple with one entry per extra argument of the block, such as "
@@ -103,7 +106,8 @@ def prepare(
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, start + jnp.arange(blocks))
     pure_block, captured = _close(block, stacked_params, x, dtype, keys, consts)
     scan = Scan(
-        pure_block, dtype, gamma, frac_bits, tolerance_bits, online, random_signs, start == 0,
+        pure_block, dtype, gamma, frac_bits, tolerance_bits, online, stored_blocks, random_signs,
+        start == 0,
         update=_close_update(update, stacked_params, blocks, online),
     )  # fmt: skip
     inputs = Inputs(
@@ -258,6 +262,15 @@ def _check_gamma(gamma, frac_bits, backprop) -> tuple[float, bool]:
             'backprop="stored"; got frac_bits=None'
         )
     return gamma, True
+
+
+def _check_stored_blocks(stored_blocks, blocks: int) -> None:
+    whole = hasattr(stored_blocks, "__index__") and not isinstance(stored_blocks, bool)
+    if not whole or not 0 <= stored_blocks <= blocks:
+        raise ValueError(
+            f"stored_blocks must be an int in [0, {blocks}], the number of blocks; got "
+            f"{stored_blocks!r}"
+        )
 
 
 def _check_key(key, gamma):

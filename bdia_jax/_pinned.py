@@ -15,6 +15,7 @@ residuals in the forward pass only; therefore both passes read one element of ea
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -32,7 +33,45 @@ class Wanted:
     consts: tuple[bool, ...]
 
 
-def pinned_vjp(block, wanted: Wanted, params: list, x: Array, key, consts: list):
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["residuals"], meta_fields=["rebuild", "sources", "dtype"],
+)  # fmt: skip
+@dataclasses.dataclass(frozen=True)
+class Derivative:
+    """The derivative of a block at one point: from the cotangent of ``h`` to those of the inputs.
+
+    It is made of arrays, and may be kept.
+    """
+
+    residuals: list[Array | None]
+    rebuild: jax.tree_util.PyTreeDef
+    """Of the function that JAX gave."""
+    sources: tuple[int | None, ...]
+    """Which of the block's own parameters and constants a residual is; None: it was computed."""
+    dtype: jnp.dtype
+    """Of ``h``."""
+
+    def __call__(self, d_h: Array) -> tuple[list, Array, list]:
+        """Cotangents of ``(params, x, consts)``: lists of the wanted leaves."""
+        return jax.tree.unflatten(self.rebuild, self.residuals)(d_h.astype(self.dtype))
+
+    def computed(self) -> Derivative:
+        """Without what the block was given, which exists anyway."""
+        return self._with(lambda source, residual: residual if source is None else None)
+
+    def given(self, params: list, consts: list) -> Derivative:
+        """With that again."""
+        leaves = [*params, *consts]
+        return self._with(lambda source, residual: residual if source is None else leaves[source])
+
+    def _with(self, choose) -> Derivative:
+        return dataclasses.replace(self, residuals=[*map(choose, self.sources, self.residuals)])
+
+
+def pinned_vjp(
+    block, wanted: Wanted, params: list, x: Array, key, consts: list
+) -> tuple[Array, Derivative, UInt32[Array, ""]]:
     """The update ``h = block(params, x, key, consts)`` and its derivative, pinned.
 
     Args:
@@ -40,8 +79,7 @@ def pinned_vjp(block, wanted: Wanted, params: list, x: Array, key, consts: list)
       wanted: the leaves to differentiate by, besides ``x``.
 
     Returns:
-      ``h``; the function from the cotangent of ``h`` to those of ``(params, x, consts)`` (lists
-      of the wanted leaves); and a uint32 that depends on every residual, to be kept alive.
+      ``h``; its derivative; and a uint32 that depends on every residual, to be kept alive.
     """
 
     def run(some_params, x, some_consts):
@@ -52,13 +90,15 @@ def pinned_vjp(block, wanted: Wanted, params: list, x: Array, key, consts: list)
 
     h, vjp = jax.vjp(run, select(wanted.params, params), x, select(wanted.consts, consts))
     residuals, rebuild = jax.tree.flatten(vjp)
+    places = {id(leaf): i for i, leaf in enumerate([*params, *consts])}
+    sources = tuple(places.get(id(residual)) for residual in residuals)
     h, residuals = barrier((h, residuals))
     # A compiler reads an element by computing it from whatever the residual is made of, where the
     # result is used: late, and all of that has to be kept until then. A sort it fuses with nothing.
     touched = lax.sort(jnp.stack([jnp.uint32(0), *map(touch, residuals)]))
     alive = jnp.sum(touched, dtype=jnp.uint32)
     alive = reduce_to(varying(x), alive, lax.psum)
-    return h, jax.tree.unflatten(rebuild, residuals), alive
+    return h, Derivative(residuals, rebuild, sources, h.dtype), alive
 
 
 def barrier(tree):

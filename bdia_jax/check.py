@@ -78,7 +78,7 @@ def check_reversible(
     (scan, inputs), (_, again) = (
         _arguments.prepare(
             block, stacked_params, (x, x), 0, key, consts, gamma, signs, frac_bits, tolerance_bits,
-            "online", None, None, None,
+            "online", 0, None, None, None,
         )
         for _ in range(2)
     )  # fmt: skip

@@ -36,7 +36,7 @@ from jaxtyping import Array, Bool, Float, Int32, Key, PyTree, UInt, UInt32
 
 from bdia_jax import fixed_point, maps, side_bits
 from bdia_jax._arguments import Inputs, Scan, prepare
-from bdia_jax._pinned import Wanted, barrier, merge, pinned_vjp, reduce_to, select
+from bdia_jax._pinned import Derivative, Wanted, barrier, merge, pinned_vjp, reduce_to, select
 
 Block = Callable[..., Array]
 
@@ -86,6 +86,7 @@ def reversible_scan(
     frac_bits: int | None = 9,
     tolerance_bits: int = 0,
     backprop: str = "online",
+    stored_blocks: int = 0,
     probe: BackwardReport | None = None,
     update: Update | None = None,
 ) -> Float[Array, "batch *shape"]:
@@ -117,6 +118,10 @@ def reversible_scan(
         ``"stored"`` is plain automatic differentiation of the same forward pass: forward mode,
         second derivatives, and the reference for tests. With ``gamma=0`` there is nothing to
         take back, and ``"online"`` means ``"stored"``.
+      stored_blocks: with online back-propagation, the number of blocks at the end of the stack
+        that are not taken back: the residuals of their derivatives are kept, as plain automatic
+        differentiation keeps them, which costs memory and saves the time of computing these
+        blocks again. States and gradients are the same to the last bit, whatever the number.
       probe: differentiate with respect to it for a report of the backward pass.
       update: what to do with the gradient of a block as soon as it is known (online
         back-propagation only).
@@ -136,7 +141,7 @@ def reversible_scan(
     return reversible_scan_pair(
         block, stacked_params, (x, x), start=0, key=key, consts=consts, gamma=gamma,
         signs=signs, frac_bits=frac_bits, tolerance_bits=tolerance_bits, backprop=backprop,
-        probe=probe, update=update,
+        stored_blocks=stored_blocks, probe=probe, update=update,
     )[1].astype(x.dtype)  # fmt: skip
 
 
@@ -153,6 +158,7 @@ def reversible_scan_pair(
     frac_bits: int | None = 9,
     tolerance_bits: int = 0,
     backprop: str = "online",
+    stored_blocks: int = 0,
     probe: BackwardReport | None = None,
     update: Update | None = None,
     compute_dtype: jnp.dtype | None = None,
@@ -169,8 +175,8 @@ def reversible_scan_pair(
       start: index of the first of these blocks in the whole stack. Block 0 is an Euler step and
         ignores ``x_{-1}``.
       compute_dtype: what the blocks see; by default the dtype of the state.
-      block, stacked_params, key, consts, gamma, signs, frac_bits, tolerance_bits, backprop, probe,
-        update: as in :func:`reversible_scan`.
+      block, stacked_params, key, consts, gamma, signs, frac_bits, tolerance_bits, backprop,
+        stored_blocks, probe, update: as in :func:`reversible_scan`.
 
     Returns:
       ``(x_{k-1}, x_k)`` after these blocks, float32 (float64 for a float64 state): wide enough
@@ -178,7 +184,7 @@ def reversible_scan_pair(
     """
     scan, inputs = prepare(
         block, stacked_params, state, start, key, consts, gamma, signs, frac_bits,
-        tolerance_bits, backprop, probe, update, compute_dtype,
+        tolerance_bits, backprop, stored_blocks, probe, update, compute_dtype,
     )  # fmt: skip
     if probe is None:
         inputs = inputs._replace(probe=BackwardReport.zeros(len(inputs.params[0])))
@@ -217,9 +223,9 @@ def _pinned_block(scan: Scan, wanted: Wanted, n, params, key, consts, sign):
     params, x, key, consts, sign = barrier((params, x, key, consts, sign))
     if wanted is None:
         return barrier(scan.block(params, x, key, consts)), None, sign, None
-    h, vjp, touched = pinned_vjp(scan.block, wanted, params, x, key, consts)
+    h, derivative, touched = pinned_vjp(scan.block, wanted, params, x, key, consts)
     # σ is never above 1, which no compiler knows: what is touched is read, and changes nothing.
-    return h, vjp, sign, jnp.where(sign > 1, touched, jnp.uint32(0))
+    return h, derivative, sign, jnp.where(sign > 1, touched, jnp.uint32(0))
 
 
 def checksum(n: Int32[Array, "batch *shape"]) -> UInt32[Array, "batch"]:
@@ -270,8 +276,22 @@ def _in_range(y: Array, n: Array) -> Bool[Array, "batch"]:
     return _all(fixed_point.in_range(y) & (jnp.abs(n) < fixed_point.LIMIT))
 
 
-def _numbers(inputs: Inputs | _Saved) -> Int32[Array, "blocks"]:
-    return jnp.arange(inputs.params[0].shape[0])
+def _split(scan: Scan, inputs: Inputs | _Saved) -> tuple[PyTree[Array], PyTree[Array]]:
+    """Numbers and keys of the blocks that are taken back, and of those that are stored."""
+    blocks = inputs.params[0].shape[0]
+    each = jnp.arange(blocks), inputs.keys
+    cut = blocks - scan.stored_blocks
+    return jax.tree.map(lambda a: a[:cut], each), jax.tree.map(lambda a: a[cut:], each)
+
+
+def _read(stacked: PyTree[Array], k) -> PyTree[Array]:
+    """The part of block k."""
+    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, k, keepdims=False), stacked)
+
+
+def _write(stacked: PyTree[Array], part: PyTree[Array], k) -> PyTree[Array]:
+    """``stacked``, with another part of block k."""
+    return jax.tree.map(lambda a, new: lax.dynamic_update_index_in_dim(a, new, k, 0), stacked, part)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -283,7 +303,8 @@ class _Saved(NamedTuple):
     """All that the backward pass is given.
 
     What grows with the number of blocks: the parameters, which exist anyway; m + r bits per
-    element; and per block a key, and a checksum of 4 bytes per sample.
+    element; and per block a key, and a checksum of 4 bytes per sample. Of the stored blocks, the
+    residuals instead.
     """
 
     params: list[Array]
@@ -291,13 +312,30 @@ class _Saved(NamedTuple):
     keys: Key[Array, "blocks"]
     n_prev: Int32[Array, "batch *shape"]
     n: Int32[Array, "batch *shape"]
+    """The last two states of the blocks that are taken back."""
     checksums_of_last: tuple[UInt32[Array, "batch"], UInt32[Array, "batch"]]
     side: UInt[Array, "blocks batch *words"] | None
     checksums: UInt32[Array, "blocks batch"]
     witness: tuple[Int32[Array, "blocks batch *shape"], Float[Array, "blocks batch *shape"]] | None
     """All states and pre-rounding values, for an audit; otherwise None."""
+    derivatives: Derivative
+    """Of the stored blocks, stacked; what the blocks are given is not in it."""
     update_state: list[Array]
     wanted: Wanted
+
+
+class _Down(NamedTuple):
+    """What the backward pass takes from block to block."""
+
+    a_next: Float[Array, "batch *shape"]
+    """The cotangent of a block's output."""
+    a: Float[Array, "batch *shape"]
+    """That of its input, as far as it came by the blocks above."""
+    d_consts: list[Array]
+    stacked: PyTree[Float[Array, "blocks ..."]]
+    """The gradient; with an update, the new parameters and its state instead."""
+    pending: PyTree[Array] | None
+    """Of these, what the block above left behind, and is still to be written."""
 
 
 def _online(scan: Scan) -> Callable[[Inputs], tuple[Array, Array]]:
@@ -328,37 +366,45 @@ def _forward(scan: Scan, wanted: Wanted | None, inputs: Inputs):
     """Up through the blocks; ``wanted=None`` where there will be no way back."""
     batch = inputs.x.shape[0]
 
-    def step(carry, block_inputs):
+    def step(carry, block_inputs, stored: bool):
         n_prev, n, finite = carry
-        k, params, key = block_inputs
+        k, key = block_inputs
         sign, key = _signs(scan, key, k, batch)
-        h, _, sign, alive = _pinned_block(scan, wanted, n, params, key, inputs.consts, sign)
+        params = _read(inputs.params, k)
+        h, derivative, sign, alive = _pinned_block(
+            scan, wanted, n, params, key, inputs.consts, sign
+        )
         _, y, q = _update(scan, n, h, sign)
         n_next = maps.bdia_step(n_prev, q, _per_sample(sign, n), scan.m)
-        finite &= _in_range(y, n_next)
+        carry = n, n_next, finite & _in_range(y, n_next)
         if wanted is None:
-            return (n, n_next, finite), None
+            return carry, None
+        if stored:
+            return carry, derivative.computed()
         witness = (n_prev, y) if scan.audit else None
         side = maps.side_information(n_prev, scan.m, scan.tolerance_bits)
         packed = side_bits.pack_bits(side, scan.bits) if scan.bits else None
-        return (n, n_next, finite), (packed, checksum(n_prev) + alive, witness)
+        return carry, (packed, checksum(n_prev) + alive, witness)
 
+    low, high = _split(scan, inputs)
     n_prev, n = (fixed_point.to_grid(x, scan.frac_bits) for x in (inputs.x_prev, inputs.x))
-    (n_prev, n, finite), kept = lax.scan(
-        step,
-        (n_prev, n, _starts_in_range(scan, inputs)),
-        (_numbers(inputs), inputs.params, inputs.keys),
-    )
+    start = n_prev, n, _starts_in_range(scan, inputs)
+    (n_prev, n, finite), kept = lax.scan(functools.partial(step, stored=False), start, low)
+    cut = n_prev, n
+    derivatives = None
+    if scan.stored_blocks:
+        (n_prev, n, finite), derivatives = lax.scan(
+            functools.partial(step, stored=True), (n_prev, n, finite), high
+        )
     output = tuple(
         _nan_unless(finite, fixed_point.from_grid(n, scan.frac_bits, scan.wide))
         for n in (n_prev, n)
     )
     if wanted is None:
         return output, None
-    last = checksum(n_prev), checksum(n)
     return output, _Saved(
-        inputs.params, inputs.consts, inputs.keys, n_prev, n, last, *kept, inputs.update_state,
-        wanted,
+        inputs.params, inputs.consts, inputs.keys, *cut, tuple(map(checksum, cut)), *kept,
+        derivatives, inputs.update_state, wanted,
     )  # fmt: skip
 
 
@@ -367,18 +413,45 @@ def _backward(scan: Scan, saved: _Saved, cotangents) -> Inputs:
     batch, features, wanted = saved.n.shape[0], saved.n.shape[-1], saved.wanted
     blocks = len(saved.params[0])
 
+    def descend(down: _Down, k, gamma, derivative: Derivative, old) -> _Down:
+        """The cotangents below block k, from those above it."""
+        d_params, d_x, d_consts = derivative(down.a_next + gamma * down.a_next)
+        a = down.a + (down.a_next - gamma * down.a_next) + d_x.astype(scan.wide)
+        d_consts = [
+            total + d.astype(total.dtype) for total, d in zip(down.d_consts, d_consts, strict=True)
+        ]
+        if scan.update is None:
+            stacked, pending = _write(down.stacked, d_params, k), None
+        else:
+            stacked, pending = down.stacked, scan.update(wanted.params, old[0], d_params, old[1])
+        return _Down(a, gamma * down.a_next, d_consts, stacked, pending)
+
+    def arrive(down: _Down, k):
+        """The parameters of block k; and with an update, those and its state, not updated yet."""
+        if scan.update is None:
+            return down, _read(saved.params, k), None
+        # In place: written is what the block above left behind, and read only after that.
+        # Written at once, it would be fused with what reads the old values of all blocks, and
+        # XLA would copy those.
+        stacked = _write(down.stacked, down.pending, jnp.minimum(k + 1, blocks - 1))
+        old = _read(stacked, k)
+        fixed = [None if keep else p for keep, p in zip(wanted.params, saved.params, strict=True)]
+        params = merge(wanted.params, old[0], _read(fixed, k))
+        return down._replace(stacked=stacked), params, old
+
+    def stored_step(down: _Down, block_inputs):
+        k, key, derivative = block_inputs
+        down, params, old = arrive(down, k)
+        sign, _ = _signs(scan, key, k, batch)
+        gamma = _per_sample(sign, saved.n).astype(scan.wide) * scan.wide.type(scan.gamma)
+        return descend(down, k, gamma, derivative.given(params, saved.consts), old), None
+
     def step(carry, block_inputs):
-        n_next, n, a_next, a, d_consts, updated = carry
-        k, params, key, packed, expected, witness = block_inputs
-        if scan.update is not None:
-            # In place: written is what the block above left behind, and read only after that.
-            # Written at once, it would be fused with what reads the old values of all blocks, and
-            # XLA would copy those.
-            updated = _write(*updated, jnp.minimum(k + 1, blocks - 1))
-            old_params, old_state = _read(updated, k)
-            params = merge(wanted.params, old_params, params)
+        n_next, n, down = carry
+        k, key, packed, expected, witness = block_inputs
+        down, params, old = arrive(down, k)
         sign, key = _signs(scan, key, k, batch)
-        h, vjp, sign, alive = _pinned_block(scan, wanted, n, params, key, saved.consts, sign)
+        h, derivative, sign, alive = _pinned_block(scan, wanted, n, params, key, saved.consts, sign)
         gamma, y, q = _update(scan, n, h, sign)
         sigma = _per_sample(sign, n)
         side = side_bits.unpack_bits(packed, scan.bits, features) if scan.bits else jnp.uint32(0)
@@ -386,11 +459,8 @@ def _backward(scan: Scan, saved: _Saved, cotangents) -> Inputs:
         n_prev = maps.bdia_inverse(n_next, q, side, sigma, scan.m)
         # An Euler step cannot be taken back; there q itself is compared with what came of it.
         intact = jnp.where(sign == 0, _all(q == n_next), checksum(n_prev) + alive == expected)
-        a_next = _nan_unless(intact, a_next)
-        d_params, d_x, d_consts_k = vjp((a_next + gamma * a_next).astype(h.dtype))
-        a += (a_next - gamma * a_next) + d_x.astype(scan.wide)
-        a_prev = gamma * a_next
-        d_consts = [total + d.astype(total.dtype) for total, d in zip(d_consts, d_consts_k)]
+        down = down._replace(a_next=_nan_unless(intact, down.a_next))
+        down = descend(down, k, gamma, derivative, old)
         report = BackwardReport(
             jnp.sum(~intact, dtype=jnp.float32),
             jnp.sum(error != 0, dtype=jnp.float32),
@@ -405,34 +475,41 @@ def _backward(scan: Scan, saved: _Saved, cotangents) -> Inputs:
             )
             # On from the true state, so that every block is judged by itself.
             n_prev = true_prev
-        if scan.update is not None:
-            new = scan.update(wanted.params, old_params, d_params, old_state)
-            updated, d_params = (updated, new), []
-        return (n, n_prev, a, a_prev, d_consts, updated), (d_params, report)
+        return (n, n_prev, down), report
 
-    a_prev, a = (
+    a, a_next = (
         jnp.zeros_like(n, c.aval.dtype) if isinstance(c, SymbolicZero) else c
         for n, c in zip((saved.n_prev, saved.n), cotangents)
     )
-    for n, expected in zip((saved.n_prev, saved.n), saved.checksums_of_last):
-        a = _nan_unless(checksum(n) == expected, a)
-    wanted_consts = select(wanted.consts, saved.consts)
+    wanted_params, wanted_consts = (
+        select(wanted.params, saved.params), select(wanted.consts, saved.consts)
+    )  # fmt: skip
     d_consts = [jnp.zeros_like(c, jnp.promote_types(c.dtype, jnp.float32)) for c in wanted_consts]
-    params, updated = saved.params, None
-    if scan.update is not None:
-        stacked = (select(wanted.params, params), saved.update_state)
-        updated = stacked, _read(stacked, blocks - 1)
-        params = [None if keep else p for keep, p in zip(wanted.params, params, strict=True)]
-    (_, _, a, a_prev, d_consts, updated), (d_params, report) = lax.scan(
+    if scan.update is None:
+        stacked, pending = [*map(jnp.zeros_like, wanted_params)], None
+    else:
+        stacked = wanted_params, saved.update_state
+        pending = _read(stacked, blocks - 1)
+    down = _Down(a_next, a, d_consts, stacked, pending)
+
+    low, high = _split(scan, saved)
+    if scan.stored_blocks:
+        down, _ = lax.scan(stored_step, down, (*high, saved.derivatives), reverse=True)
+    a_next = down.a_next
+    for n, expected in zip((saved.n_prev, saved.n), saved.checksums_of_last):
+        a_next = _nan_unless(checksum(n) == expected, a_next)
+    (_, _, down), report = lax.scan(
         step,
-        (saved.n, saved.n_prev, a, a_prev, d_consts, updated),
-        (_numbers(saved), params, saved.keys, saved.side, saved.checksums, saved.witness),
+        (saved.n, saved.n_prev, down._replace(a_next=a_next)),
+        (*low, saved.side, saved.checksums, saved.witness),
         reverse=True,
     )
-    update_state = []
+    d_params, update_state = down.stacked, []
     if scan.update is not None:
-        d_params, update_state = _write(*updated, 0)
-    d_consts = [d.astype(c.dtype) for d, c in zip(d_consts, wanted_consts)]
+        d_params, update_state = _write(down.stacked, down.pending, 0)
+    d_consts = [d.astype(c.dtype) for d, c in zip(down.d_consts, wanted_consts)]
+    # Of blocks that are not taken back there is nothing to report.
+    report = jax.tree.map(lambda counts: jnp.pad(counts, (0, scan.stored_blocks)), report)
     # Under shard_map every device saw its samples alone; the report is on all of them.
     reductions = (lax.psum, lax.psum, lax.pmax)
     report = BackwardReport(
@@ -441,18 +518,8 @@ def _backward(scan: Scan, saved: _Saved, cotangents) -> Inputs:
     return Inputs(
         merge(wanted.params, d_params, [None] * len(wanted.params)),
         merge(wanted.consts, d_consts, [None] * len(wanted.consts)),
-        None, a_prev, a, report, update_state,
+        None, down.a, down.a_next, report, update_state,
     )  # fmt: skip
-
-
-def _read(stacked: PyTree[Array], k) -> PyTree[Array]:
-    """The part of block k."""
-    return jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, k, keepdims=False), stacked)
-
-
-def _write(stacked: PyTree[Array], part: PyTree[Array], k) -> PyTree[Array]:
-    """``stacked``, with another part of block k."""
-    return jax.tree.map(lambda a, new: lax.dynamic_update_index_in_dim(a, new, k, 0), stacked, part)
 
 
 def _correct(scan: Scan, n_next, y, q, side, sigma):
@@ -516,7 +583,7 @@ def _stored(scan: Scan, inputs: Inputs) -> tuple[Array, Array]:
     (x_prev, x, _, _, finite), _ = lax.scan(
         step,
         (x_prev, x, n_prev, n, finite),
-        (_numbers(inputs), inputs.params, inputs.keys),
+        (jnp.arange(inputs.params[0].shape[0]), inputs.params, inputs.keys),
     )
     if not grid:
         return x_prev, x

@@ -451,7 +451,11 @@ def claimed(path: pathlib.Path) -> Iterator[bool]:
 
 def _check_same(run: Run, path: pathlib.Path) -> None:
     found = json.loads(path.read_text())
+    # What there was no setting for then, was done as by default now.
+    defaults = {"model": type(run.config)(), "train": TrainSettings()}
     for part, now in run.settings().items():
+        if part in defaults:
+            found[part] = json.loads(json.dumps(dataclasses.asdict(defaults[part]))) | found[part]
         if found[part] != now:
             raise ValueError(
                 f"{path} is a run with other settings; give another --out.\n"

@@ -58,7 +58,7 @@ def passes(block=smooth_block, m=1, tolerance_bits=0, frac_bits=9, audit=False):
     x = draw(BATCH, WIDTH) * 2
     scan, inputs = prepare(
         block, params, (x, x), 0, jax.random.key(3), (draw(WIDTH) / 5,), 2.0**-m, "random",
-        frac_bits, tolerance_bits, "online", None, None, None,
+        frac_bits, tolerance_bits, "online", 0, None, None, None,
     )  # fmt: skip
     scan = scan._replace(audit=audit)
     inputs = inputs._replace(probe=BackwardReport.zeros(BLOCKS))

@@ -254,8 +254,7 @@ def _family(c: DecoderConfig) -> str:
 def _as_written(c: DecoderConfig) -> DecoderConfig:
     """Of a configuration, what a config.json holds; the rest by default."""
     default = DecoderConfig()
-    ours = ("dropout", "method", "gamma", "frac_bits", "tolerance_bits", "quantize_standard",
-            "attention", "dtype", "param_dtype")  # fmt: skip
+    ours = ("dropout", *c.of_a_stack(), "attention", "dtype", "param_dtype")
     return dataclasses.replace(
         c, kv_heads=c.num_kv_heads if c.positions == "rotary" else None,
         head_dim=c.size_of_head if c.positions == "rotary" else None,

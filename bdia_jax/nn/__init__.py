@@ -9,7 +9,7 @@ from bdia_jax.nn.generation import beam_search, generate
 from bdia_jax.nn.lora import Frozen, LowRankLinear, add_lora, freeze, merge_lora, unfreeze
 from bdia_jax.nn.losses import cross_entropy
 from bdia_jax.nn.resnet import ResNet, ResNetConfig
-from bdia_jax.nn.stack import METHODS, CoupledStack, Probe, ReversibleStack
+from bdia_jax.nn.stack import METHODS, CoupledStack, Probe, ReversibleSettings, ReversibleStack
 from bdia_jax.nn.vit import ViT, ViTConfig
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Probe",
     "ResNet",
     "ResNetConfig",
+    "ReversibleSettings",
     "ReversibleStack",
     "RotaryScaling",
     "SelfAttention",

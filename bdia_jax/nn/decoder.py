@@ -15,7 +15,7 @@ from bdia_jax.nn.blocks import FeedForward
 from bdia_jax.nn.chunked_attention import chunked_attention
 from bdia_jax.nn.dropout import Dropout
 from bdia_jax.nn.losses import Sums, cross_entropy
-from bdia_jax.nn.stack import Method, ReversibleStack, check_method
+from bdia_jax.nn.stack import ReversibleSettings, ReversibleStack, check_method
 from bdia_jax.nn.vit import DTYPES
 
 
@@ -34,7 +34,7 @@ class RotaryScaling:
 
 
 @dataclasses.dataclass(frozen=True)
-class DecoderConfig:
+class DecoderConfig(ReversibleSettings):
     """A pre-norm decoder. The defaults are GPT-2's kind; :func:`llama` gives the other."""
 
     vocab_size: int = 256
@@ -77,16 +77,6 @@ class DecoderConfig:
     """Whether the output matrix is that of the embedding."""
     dropout: float = 0.0
     """Probability of dropping: on the embedding, the attention weights and both updates."""
-    method: Method = "bdia"
-    """How the blocks are trained."""
-    gamma: float = 0.5
-    """Magnitude of γ: 2^-m, or any in (0, 1] with bdia-stored."""
-    frac_bits: int | None = 9
-    """Fractional bits l of the fixed-point grid."""
-    tolerance_bits: int = 0
-    """Bits of side information beyond those of γ, for hardware that is not deterministic."""
-    quantize_standard: bool = False
-    """Whether the standard methods run on the grid, too."""
     attention: Literal["chunked", "xla", "cudnn"] = "chunked"
     """chunked: over the keys in chunks, without the length × length matrix; xla, cudnn:
     implementations of jax.nn.dot_product_attention (no dropout of the weights; cudnn: NVIDIA's
@@ -299,9 +289,7 @@ class Decoder(nnx.Module):
         )
         self.dropout = Dropout(c.dropout)
         self.blocks = ReversibleStack(
-            lambda rngs: DecoderBlock(c, rngs=rngs), c.depth, method=c.method, gamma=c.gamma,
-            frac_bits=c.frac_bits, tolerance_bits=c.tolerance_bits,
-            quantize_standard=c.quantize_standard, rngs=rngs,
+            lambda rngs: DecoderBlock(c, rngs=rngs), c.depth, **c.of_a_stack(), rngs=rngs
         )  # fmt: skip
         self.norm = _norm(c, c.width, rngs)
         self.head = (

@@ -12,12 +12,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from bdia_jax.nn.dropout import Dropout
-from bdia_jax.nn.stack import Method, ReversibleStack, check_method
+from bdia_jax.nn.stack import ReversibleSettings, ReversibleStack, check_method
 from bdia_jax.nn.vit import DTYPES
 
 
 @dataclasses.dataclass(frozen=True)
-class ResNetConfig:
+class ResNetConfig(ReversibleSettings):
     """A pre-activation residual network (He, Zhang, Ren, Sun 2016) for images of 32 × 32 pixels.
 
     Group normalization, because a block must be a pure function: statistics of the batch would
@@ -39,16 +39,6 @@ class ResNetConfig:
     """Groups of the normalization; divides every width."""
     dropout: float = 0.0
     """Probability of dropping, between the two convolutions of a block."""
-    method: Method = "bdia"
-    """How the blocks are trained."""
-    gamma: float = 0.5
-    """Magnitude of γ: 2^-m, or any in (0, 1] with bdia-stored."""
-    frac_bits: int | None = 9
-    """Fractional bits l of the fixed-point grid."""
-    tolerance_bits: int = 0
-    """Bits of side information beyond those of γ, for hardware that is not deterministic."""
-    quantize_standard: bool = False
-    """Whether the standard methods run on the grid, too."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """What the blocks compute in; parameters are float32."""
 
@@ -124,9 +114,8 @@ class ResNet(nnx.Module):
         self.stages = nnx.List(
             [
                 ReversibleStack(
-                    functools.partial(_make_block, c, width), c.depth, method=c.method,
-                    gamma=c.gamma, frac_bits=c.frac_bits, tolerance_bits=c.tolerance_bits,
-                    quantize_standard=c.quantize_standard, rngs=rngs,
+                    functools.partial(_make_block, c, width), c.depth, **c.of_a_stack(),
+                    rngs=rngs,
                 )
                 for width in c.widths
             ]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,31 @@ def check_method(method: str, methods: tuple[str, ...] = METHODS) -> str:
     if method not in methods:
         raise ValueError(f"method must be one of {', '.join(methods)}; got {method!r}")
     return method
+
+
+@dataclasses.dataclass(frozen=True)
+class ReversibleSettings:
+    """How reversible blocks are trained: what the configurations of all networks have."""
+
+    method: Method = "bdia"
+    """How the blocks are trained."""
+    gamma: float = 0.5
+    """Magnitude of γ: 2^-m, or any in (0, 1] with bdia-stored."""
+    frac_bits: int | None = 9
+    """Fractional bits l of the fixed-point grid."""
+    tolerance_bits: int = 0
+    """Bits of side information beyond those of γ, for hardware that is not deterministic."""
+    stored_blocks: int = 0
+    """How many blocks, from the last one down, keep their activations: more memory, less time."""
+    quantize_standard: bool = False
+    """Whether the standard methods run on the grid, too."""
+
+    def of_a_stack(self) -> dict[str, Any]:
+        """Arguments of :class:`ReversibleStack`."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(ReversibleSettings)
+        }
 
 
 class Probe(nnx.Variable):
@@ -103,6 +129,7 @@ class ReversibleStack(StackedBlocks):
         gamma: float = 0.5,
         frac_bits: int | None = 9,
         tolerance_bits: int = 0,
+        stored_blocks: int = 0,
         quantize_standard: bool = False,
         residual: bool = False,
         rngs: nnx.Rngs,
@@ -113,16 +140,22 @@ class ReversibleStack(StackedBlocks):
           make_block: a function (or class) of ``nnx.Rngs`` that returns a block.
           depth: number of blocks, at least 1.
           method: one of the above.
-          gamma, frac_bits, tolerance_bits: as in :func:`bdia_jax.reversible_scan`.
+          gamma, frac_bits, tolerance_bits, stored_blocks: as in
+            :func:`bdia_jax.reversible_scan`.
           quantize_standard: whether the standard methods run on the grid, too.
           residual: whether a block returns ``x + h(x)`` rather than ``h(x)``.
           rngs: for the initialization; each block draws its own.
         """
         super().__init__(make_block, depth, rngs)
+        if isinstance(stored_blocks, bool) or not 0 <= stored_blocks <= depth:
+            raise ValueError(
+                f"stored_blocks must lie in [0, depth = {depth}]; got {stored_blocks!r}"
+            )
         self.method = check_method(method)
         self.gamma = gamma
         self.frac_bits = frac_bits
         self.tolerance_bits = tolerance_bits
+        self.stored_blocks = stored_blocks
         self.quantize_standard = quantize_standard
         self.residual = residual
         self.probe = Probe(BackwardReport.zeros(depth))
@@ -164,6 +197,7 @@ class ReversibleStack(StackedBlocks):
             frac_bits=self.frac_bits if not standard or self.quantize_standard else None,
             tolerance_bits=self.tolerance_bits,
             backprop="online" if self.method in ("bdia", "midpoint") else "stored",
+            stored_blocks=self.stored_blocks,
             probe=self.probe.get_value(),
             update=self._params_only(getattr(self, "_update", None)),
         )

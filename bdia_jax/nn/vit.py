@@ -14,13 +14,20 @@ from jaxtyping import Array, Float, Key
 from bdia_jax.nn.attention import LinearAttention, SelfAttention
 from bdia_jax.nn.blocks import TransformerBlock
 from bdia_jax.nn.dropout import Dropout
-from bdia_jax.nn.stack import CoupledMethod, CoupledStack, Method, ReversibleStack, check_method
+from bdia_jax.nn.stack import (
+    CoupledMethod,
+    CoupledStack,
+    Method,
+    ReversibleSettings,
+    ReversibleStack,
+    check_method,
+)
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
 @dataclasses.dataclass(frozen=True)
-class ViTConfig:
+class ViTConfig(ReversibleSettings):
     """A pre-norm vision transformer.
 
     The defaults are those of the BDIA experiments on CIFAR: shifted-patch tokenization and
@@ -59,14 +66,6 @@ class ViTConfig:
     method: Method | CoupledMethod = "bdia"
     """How the blocks are trained. Two are other networks: midpoint (x_{k-1} + 2 h(x_k)), and
     coupled (RevViT: attention and feed-forward network update two streams in turns)."""
-    gamma: float = 0.5
-    """Magnitude of γ: 2^-m, or any in (0, 1] with bdia-stored."""
-    frac_bits: int | None = 9
-    """Fractional bits l of the fixed-point grid."""
-    tolerance_bits: int = 0
-    """Bits of side information beyond those of γ, for hardware that is not deterministic."""
-    quantize_standard: bool = False
-    """Whether the standard methods run on the grid, too."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """What the blocks compute in; parameters are float32."""
 
@@ -126,10 +125,7 @@ class ViT(nnx.Module):
         if c.coupled:
             self.blocks = CoupledStack(make_block, c.depth, method=c.method, dtype=dtype, rngs=rngs)
         else:
-            self.blocks = ReversibleStack(
-                make_block, c.depth, method=c.method, gamma=c.gamma, frac_bits=c.frac_bits,
-                tolerance_bits=c.tolerance_bits, quantize_standard=c.quantize_standard, rngs=rngs,
-            )  # fmt: skip
+            self.blocks = ReversibleStack(make_block, c.depth, **c.of_a_stack(), rngs=rngs)
         width = c.width * (2 if c.coupled else 1)
         self.norm = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
         self.head = nnx.Linear(width, c.num_classes, rngs=rngs)

@@ -805,12 +805,13 @@ def _check_folder(
     # What there was no setting for then, was done as by default now.
     defaults = json.loads(json.dumps(dataclasses.asdict(TrainSettings())))
     found = found | {"train": defaults | found.get("train", {})}
-    # With a constant schedule, the number of steps changes none of them.
+    # With a constant schedule, the number of steps changes none of them. Nor does the number of
+    # stored blocks, whatever the model is described by.
     harmless = {*_HARMLESS, *(["steps"] if settings.schedule == "constant" else [])}
     differences = [
         f"{name}: {old!r} there, {new!r} now"
         for name, old, new in _differences(found, described)
-        if name not in {f"train.{h}" for h in harmless}
+        if name not in {f"train.{h}" for h in harmless} and not name.endswith(".stored_blocks")
     ]
     if differences:
         raise ValueError(f"the run in {folder} is another one: {'; '.join(differences)}")
