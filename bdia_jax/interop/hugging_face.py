@@ -18,7 +18,7 @@ from flax import nnx
 from bdia_jax.files import write_json
 from bdia_jax.nn.decoder import Decoder, DecoderConfig, RotaryScaling, llama
 from bdia_jax.nn.lora import Frozen
-from bdia_jax.nn.vit import DTYPES
+from bdia_jax.nn.stack import DTYPES, ReversibleSettings, check_dtype
 
 FAMILIES = ("gpt2", "llama", "qwen2", "qwen3")
 SHARD_BYTES = 2 * 2**30
@@ -95,8 +95,7 @@ def save(
     if theirs != ours:
         raise ValueError(f"config is of another model: {theirs}; this one is {ours}")
     dtype = dtype or model.config.param_dtype
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {dtype!r}")
+    check_dtype(dtype)
     written |= {"dtype": dtype, "torch_dtype": dtype}
     weights = nnx.Any(nnx.Param, Frozen)
     flat = {".".join(map(str, path)): leaf.get_value()
@@ -254,7 +253,8 @@ def _family(c: DecoderConfig) -> str:
 def _as_written(c: DecoderConfig) -> DecoderConfig:
     """Of a configuration, what a config.json holds; the rest by default."""
     default = DecoderConfig()
-    ours = ("dropout", *c.of_a_stack(), "attention", "dtype", "param_dtype")
+    training = (field.name for field in dataclasses.fields(ReversibleSettings))
+    ours = ("dropout", *training, "attention", "dtype", "param_dtype")
     return dataclasses.replace(
         c, kv_heads=c.num_kv_heads if c.positions == "rotary" else None,
         head_dim=c.size_of_head if c.positions == "rotary" else None,

@@ -5,6 +5,7 @@ from bdia_jax.nn.blocks import FeedForward, TransformerBlock
 from bdia_jax.nn.chunked_attention import chunked_attention
 from bdia_jax.nn.decoder import Decoder, DecoderConfig, RotaryScaling, llama
 from bdia_jax.nn.dropout import Dropout
+from bdia_jax.nn.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from bdia_jax.nn.generation import beam_search, generate
 from bdia_jax.nn.lora import Frozen, LowRankLinear, add_lora, freeze, merge_lora, unfreeze
 from bdia_jax.nn.losses import cross_entropy
@@ -18,6 +19,8 @@ __all__ = [
     "Decoder",
     "DecoderConfig",
     "Dropout",
+    "EncoderDecoder",
+    "EncoderDecoderConfig",
     "FeedForward",
     "Frozen",
     "LinearAttention",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from bdia_jax.fixed_point import accumulator
 from bdia_jax.nn.dropout import keep_mask
 
 
@@ -32,7 +33,7 @@ def chunked_attention(
     the softmax is accumulated chunk by chunk, and the weights are computed a second time in the
     backward pass. (Rabe, Staats, "Self-attention Does Not Need O(n²) Memory", 2021; the form of
     the derivative: Dao, Fu, Ermon, Rudra, Ré, "FlashAttention", 2022.) Softmax and sums are in
-    float32.
+    float32 (float64).
 
     Args:
       q, k, v: ``head`` is a multiple of ``kv_head``: each head of keys and values serves that
@@ -131,7 +132,7 @@ def _forward(options: _Options, q, k, v, rest: _Rest):
         return (total * shrink[..., None] + pv, norm, higher), None
 
     # From q, so that it is sharded like it.
-    zeros = jnp.moveaxis(jnp.zeros_like(q, jnp.float32), 1, 3)
+    zeros = jnp.moveaxis(jnp.zeros_like(q, accumulator(q.dtype)), 1, 3)
     start = (zeros, zeros[..., 0], jnp.full_like(zeros[..., 0], -jnp.inf))
     (total, norm, highest), _ = lax.scan(step, start, _chunks(options, k, v, rest))
     some = norm > 0
@@ -144,7 +145,7 @@ def _backward(options: _Options, saved, d_out):
     """With weights p and D = Σ out · d_out: d_s = p (d_p - D), where d_p = d_out · v."""
     q, k, v, rest, out, log_norm = saved
     d_out = d_out.astype(q.dtype)
-    inner = jnp.einsum("bqkgd,bqkgd->bkgq", out, d_out, preferred_element_type=jnp.float32)
+    inner = jnp.einsum("bqkgd,bqkgd->bkgq", out, d_out, preferred_element_type=accumulator(q.dtype))
 
     def step(d_q, chunk: _Chunk):
         p = jnp.exp(_logits(options, q, chunk, rest) - log_norm[..., None])
@@ -156,7 +157,8 @@ def _backward(options: _Options, saved, d_out):
         d_k = _matmul("bkgqc,bqkgd->bckd", d_s, q)
         return d_q, (d_k.astype(k.dtype), d_v.astype(v.dtype))
 
-    d_q, (d_k, d_v) = lax.scan(step, jnp.zeros_like(q, jnp.float32), _chunks(options, k, v, rest))
+    zeros = jnp.zeros_like(q, accumulator(q.dtype))
+    d_q, (d_k, d_v) = lax.scan(step, zeros, _chunks(options, k, v, rest))
     d_k, d_v = (_together(d, k) for d in (d_k, d_v))
     return d_q.astype(q.dtype), d_k, d_v, None
 
@@ -219,4 +221,4 @@ def _together(chunks: Float[Array, "count batch chunk kv_head dim"], like: Any) 
 
 
 def _matmul(equation: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+    return jnp.einsum(equation, a, b, preferred_element_type=accumulator(a.dtype))

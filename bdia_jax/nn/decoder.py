@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
+from bdia_jax.fixed_point import accumulator
 from bdia_jax.nn.blocks import FeedForward
 from bdia_jax.nn.chunked_attention import chunked_attention
 from bdia_jax.nn.dropout import Dropout
-from bdia_jax.nn.losses import Sums, cross_entropy
-from bdia_jax.nn.stack import ReversibleSettings, ReversibleStack, check_method
-from bdia_jax.nn.vit import DTYPES
+from bdia_jax.nn.losses import Sums, cross_entropy, logits
+from bdia_jax.nn.stack import DTYPES, ReversibleSettings, ReversibleStack, check_dtype, check_method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +81,7 @@ class DecoderConfig(ReversibleSettings):
     """chunked: over the keys in chunks, without the length × length matrix; xla, cudnn:
     implementations of jax.nn.dot_product_attention (no dropout of the weights; cudnn: NVIDIA's
     fused one, in bfloat16 or float16, without segments)."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """What the blocks compute in."""
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """What the parameters are kept in."""
 
     def __post_init__(self):
@@ -109,12 +107,14 @@ class DecoderConfig(ReversibleSettings):
             raise ValueError(f"dropout must lie in [0, 1); got {self.dropout}")
         choices = {"norm": ("layer", "rms"), "positions": ("learned", "rotary"),
                    "feed_forward": ("gelu", "swiglu"), "attention": ("chunked", "xla", "cudnn"),
-                   "dtype": tuple(DTYPES), "param_dtype": ("float32", "bfloat16")}  # fmt: skip
+                   "param_dtype": ("float32", "bfloat16", "float64")}  # fmt: skip
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}"
                 )
+        for name in ("dtype", "param_dtype"):
+            check_dtype(getattr(self, name), name)
         if self.dropout and self.attention != "chunked":
             raise ValueError(
                 f'dropout={self.dropout} needs attention="chunked"; got {self.attention!r}'
@@ -141,6 +141,13 @@ def llama(**settings) -> DecoderConfig:
     return DecoderConfig(**(kind | settings))
 
 
+def lookup(
+    table: Float[Array, "rows width"], indices: Int[Array, "*shape"]
+) -> Float[Array, "*shape width"]:
+    """Rows of a table. One that does not exist is NaN, rather than the first or the last."""
+    return table.at[indices].get(mode="fill", fill_value=jnp.nan)
+
+
 def rotary_angles(
     config: DecoderConfig, positions: Int[Array, "batch length"]
 ) -> tuple[Float[Array, "batch length pair"], Float[Array, "batch length pair"]]:
@@ -160,13 +167,14 @@ def rotate(
     x: Float[Array, "batch length head dim"],
     angles: tuple[Float[Array, "batch length pair"], Float[Array, "batch length pair"]],
 ) -> Float[Array, "batch length head dim"]:
-    """Features i and i + dim/2 are a pair; in float32."""
+    """Features i and i + dim/2 are a pair; in float32 (float64)."""
     cos, sin = (a[:, :, None] for a in angles)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    a, b = jnp.split(x.astype(accumulator(x.dtype)), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
 
 
-def _norm(config: DecoderConfig, width: int, rngs: nnx.Rngs) -> nnx.Module:
+def make_norm(config: DecoderConfig, width: int, rngs: nnx.Rngs) -> nnx.Module:
+    """Layer or root-mean-square normalization, as configured."""
     kind = nnx.LayerNorm if config.norm == "layer" else nnx.RMSNorm
     return kind(
         width, epsilon=config.norm_epsilon, dtype=DTYPES[config.dtype],
@@ -174,11 +182,21 @@ def _norm(config: DecoderConfig, width: int, rngs: nnx.Rngs) -> nnx.Module:
     )  # fmt: skip
 
 
-class CausalAttention(nnx.Module):
-    """Grouped-query causal self-attention."""
+def make_feed_forward(c: DecoderConfig, rngs: nnx.Rngs) -> FeedForward:
+    """The feed-forward network of a block, as configured."""
+    return FeedForward(
+        c.width, c.hidden or 4 * c.width, gated=c.feed_forward == "swiglu", bias=c.ffn_bias,
+        dtype=DTYPES[c.dtype], param_dtype=DTYPES[c.param_dtype],
+        kernel_init=nnx.initializers.normal(0.02), rngs=rngs,
+    )  # fmt: skip
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+
+class Attention(nnx.Module):
+    """Grouped-query attention, to the sequence itself or to another one."""
+
+    def __init__(self, config: DecoderConfig, *, causal: bool = True, rngs: nnx.Rngs):
         c = self.config = config
+        self.causal = causal
         inner, kv_inner = c.heads * c.size_of_head, c.num_kv_heads * c.size_of_head
 
         def linear(inputs, outputs, bias):
@@ -192,40 +210,57 @@ class CausalAttention(nnx.Module):
         self.k = linear(c.width, kv_inner, c.qkv_bias)
         self.v = linear(c.width, kv_inner, c.qkv_bias)
         self.out = linear(inner, c.width, c.out_bias)
-        self.q_norm = _norm(c, c.size_of_head, rngs) if c.qk_norm else None
-        self.k_norm = _norm(c, c.size_of_head, rngs) if c.qk_norm else None
+        self.q_norm = make_norm(c, c.size_of_head, rngs) if c.qk_norm else None
+        self.k_norm = make_norm(c, c.size_of_head, rngs) if c.qk_norm else None
         self.dropout = Dropout(c.dropout, rngs=rngs)
 
-    def heads(self, x, angles):
-        """Queries, keys and values, ``[batch, length, head, dim]``, positions applied."""
-        q, k, v = (
-            y.reshape(*x.shape[:2], -1, self.config.size_of_head)
-            for y in (self.q(x), self.k(x), self.v(x))
-        )
-        if self.config.qk_norm:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
-        return q, k, v
+    def queries(self, x, angles=None):
+        """``[batch, length, head, dim]``, positions applied."""
+        return self._heads(self.q(x), self.q_norm, angles)
 
-    def __call__(self, x, angles, segments):
-        """Over the positions of ``x`` itself."""
-        q, k, v = self.heads(x, angles)
+    def keys_values(self, x, angles=None):
+        """Twice ``[batch, length, kv_head, dim]``, positions applied."""
+        v = self.v(x).reshape(*x.shape[:2], -1, self.config.size_of_head)
+        return self._heads(self.k(x), self.k_norm, angles), v
+
+    def _heads(self, y, norm, angles):
+        y = y.reshape(*y.shape[:2], -1, self.config.size_of_head)
+        y = y if norm is None else norm(y)
+        return y if angles is None else rotate(y, angles)
+
+    def __call__(self, x, angles=None, segments=None, memory=None):
+        """Over the positions of ``x`` itself, or of ``memory``.
+
+        ``memory`` is a pair: another sequence, and the segments in it.
+        """
+        other, other_segments = (x, segments) if memory is None else memory
+        q, (k, v) = self.queries(x, angles), self.keys_values(other, angles)
         if self.config.attention == "chunked":
             dropping = self.dropout.rate and not self.dropout.deterministic
             attended = chunked_attention(
-                q, k, v, causal=True, segments=None if segments is None else (segments, segments),
+                q, k, v, causal=self.causal,
+                segments=None if segments is None else (segments, other_segments),
                 dropout=self.dropout.rate if dropping else 0.0,
                 key=self.dropout.rngs() if dropping else None,
             )  # fmt: skip
         else:
             mask = None
             if segments is not None:
-                mask = (segments[:, :, None] == segments[:, None, :])[:, None]
+                mask = (segments[:, :, None] == other_segments[:, None, :])[:, None]
             attended = jax.nn.dot_product_attention(
-                q, k, v, mask=mask, is_causal=True, implementation=self.config.attention
+                q, k, v, mask=mask, is_causal=self.causal, implementation=self.config.attention
             )
-        return self.out(attended.reshape(*x.shape[:2], -1))
+        return self._out(attended)
+
+    def look_up(self, x, keys_values, present):
+        """In keys and values that are known already; ``present`` is 0 where they are padding."""
+        q = self.queries(x)
+        k, v = (y.astype(q.dtype) for y in keys_values)
+        segments = jnp.ones(x.shape[:2], jnp.int32), present
+        return self._out(chunked_attention(q, k, v, segments=segments))
+
+    def _out(self, attended):
+        return self.out(attended.reshape(*attended.shape[:2], -1))
 
     def extend(self, x, angles, cache, start, present):
         """As above, with the positions in a cache before those of ``x``; and the longer cache.
@@ -233,7 +268,7 @@ class CausalAttention(nnx.Module):
         ``cache`` is a pair ``[batch, slot, kv_head, dim]``, of which ``start`` slots are filled;
         ``present`` (``[batch, slot]``, 0 or 1) tells the slots that hold no padding.
         """
-        q, *new = self.heads(x, angles)
+        q, new = self.queries(x, angles), self.keys_values(x, angles)
         k, v = cache = tuple(
             jax.lax.dynamic_update_slice_in_dim(old, y.astype(old.dtype), start, axis=1)
             for old, y in zip(cache, new, strict=True)
@@ -242,22 +277,18 @@ class CausalAttention(nnx.Module):
             q, k.astype(q.dtype), v.astype(q.dtype), causal=True, offset=start,
             segments=(jnp.ones(x.shape[:2], jnp.int32), present),
         )  # fmt: skip
-        return self.out(attended.reshape(*x.shape[:2], -1)), cache
+        return self._out(attended), cache
 
 
 class DecoderBlock(nnx.Module):
-    """``h(x) = a + ffn(norm(x + a))`` with causal ``a = attn(norm(x))``."""
+    """``h(x) = a + ffn(norm(x + a))`` with causal ``a = attn(norm(x))`` (or, on request, not)."""
 
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig, *, causal: bool = True, rngs: nnx.Rngs):
         c = config
-        self.attention_norm = _norm(c, c.width, rngs)
-        self.attention = CausalAttention(c, rngs=rngs)
-        self.ffn_norm = _norm(c, c.width, rngs)
-        self.ffn = FeedForward(
-            c.width, c.hidden or 4 * c.width, gated=c.feed_forward == "swiglu", bias=c.ffn_bias,
-            dtype=DTYPES[c.dtype], param_dtype=DTYPES[c.param_dtype],
-            kernel_init=nnx.initializers.normal(0.02), rngs=rngs,
-        )  # fmt: skip
+        self.attention_norm = make_norm(c, c.width, rngs)
+        self.attention = Attention(c, causal=causal, rngs=rngs)
+        self.ffn_norm = make_norm(c, c.width, rngs)
+        self.ffn = make_feed_forward(c, rngs)
         self.dropout = Dropout(c.dropout, rngs=rngs)
 
     def __call__(
@@ -289,9 +320,9 @@ class Decoder(nnx.Module):
         )
         self.dropout = Dropout(c.dropout)
         self.blocks = ReversibleStack(
-            lambda rngs: DecoderBlock(c, rngs=rngs), c.depth, **c.of_a_stack(), rngs=rngs
+            lambda rngs: DecoderBlock(c, rngs=rngs), **c.of_stacks(c.depth)[0], rngs=rngs
         )  # fmt: skip
-        self.norm = _norm(c, c.width, rngs)
+        self.norm = make_norm(c, c.width, rngs)
         self.head = (
             None if c.tied_head else nnx.Param(init(rngs.params(), (c.vocab_size, c.width), dtype))
         )
@@ -325,9 +356,8 @@ class Decoder(nnx.Module):
         return self.norm(self.blocks(x, self._angles(positions), segments, key=block_key))
 
     def logits(self, features: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
-        """In float32."""
-        matrix = self.output_matrix().astype(features.dtype)
-        return jnp.einsum("...w,vw->...v", features, matrix, preferred_element_type=jnp.float32)
+        """In float32 (float64)."""
+        return logits(features, self.output_matrix())
 
     def output_matrix(self) -> Float[Array, "vocab width"]:
         """That of the head, or of the embedding."""
@@ -391,10 +421,9 @@ class Decoder(nnx.Module):
         return self.logits(self.norm(x[:, -1])), cache
 
     def _embed(self, tokens, positions):
-        # What does not exist is NaN; by default an index out of range is moved into it.
-        x = self.embedding[...].at[tokens].get(mode="fill", fill_value=jnp.nan)
+        x = lookup(self.embedding[...], tokens)
         if self.positions is not None:
-            x += self.positions[...].at[positions].get(mode="fill", fill_value=jnp.nan)
+            x += lookup(self.positions[...], positions)
         return x.astype(DTYPES[self.config.dtype])
 
     def _angles(self, positions):

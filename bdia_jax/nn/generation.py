@@ -1,4 +1,4 @@
-"""Text from a decoder: sampling and beam search with a cache of keys and values."""
+"""Text from a decoder, or a translation: sampling and beam search with cached keys and values."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from bdia_jax.nn.decoder import Decoder
+from bdia_jax.nn.encoder_decoder import EncoderDecoder
 
 
 def generate(
-    model: Decoder,
+    model: Decoder | EncoderDecoder,
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
     *,
+    sources: Sequence[Sequence[int]] | None = None,
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float = 1.0,
@@ -28,12 +30,14 @@ def generate(
 ) -> list[list[int]]:
     """Continues every prompt, by the standard network (without γ and grid).
 
-    Compiled once per longest prompt and number of prompts.
+    Compiled once per number and length of the longest of prompts (and of sources, in 16s).
 
     Args:
       model: in any mode; dropout is off.
       prompts: token numbers, at least one per prompt; lengths may differ.
       new_tokens: how many to append at most.
+      sources: for an encoder-decoder, a text for every prompt, which then is the beginning of its
+        translation.
       temperature: 0 for the most probable token each time; else tokens are drawn from the
         softmax of logits / temperature.
       top_k: draw from the most probable k tokens only.
@@ -55,19 +59,22 @@ def generate(
     if temperature > 0 and key is None:
         raise ValueError(f"temperature={temperature} draws tokens, which needs a key; got None")
     tokens, present = _left_padded(model, prompts, new_tokens)
+    sources = _right_padded(model, sources, len(prompts))
     draw = _Draw(float(temperature), top_k, float(top_p))
     found = _generate(
-        *_split(model), tokens, present, jax.random.key(0) if key is None else key,
-        new_tokens=new_tokens, draw=draw, end=end,
+        *nnx.split(model), tokens, present, sources,
+        jax.random.key(0) if key is None else key, new_tokens=new_tokens, draw=draw,
+        end=end,
     )  # fmt: skip
     return [_until(row, end) for row in np.asarray(found)]
 
 
 def beam_search(
-    model: Decoder,
+    model: Decoder | EncoderDecoder,
     prompts: Sequence[Sequence[int]],
     new_tokens: int,
     *,
+    sources: Sequence[Sequence[int]] | None = None,
     beams: int = 4,
     length_penalty: float = 1.0,
     end: int | None = None,
@@ -79,7 +86,7 @@ def beam_search(
     log probability / length**length_penalty (the length counts new tokens, ``end`` included).
 
     Args:
-      model, prompts, new_tokens, end: as in :func:`generate`.
+      model, prompts, new_tokens, sources, end: as in :func:`generate`.
       beams: texts that are followed at the same time.
       length_penalty: 0 for the probability itself; the higher, the longer the texts.
 
@@ -91,8 +98,9 @@ def beam_search(
             f"beams must lie in [1, vocab_size / 2 = {model.config.vocab_size // 2}]; got {beams}"
         )
     tokens, present = _left_padded(model, prompts, new_tokens)
+    sources = _right_padded(model, sources, len(prompts))
     found, score = _beam_search(
-        *_split(model), tokens, present, new_tokens=new_tokens, beams=beams,
+        *nnx.split(model), tokens, present, sources, new_tokens=new_tokens, beams=beams,
         length_penalty=float(length_penalty), end=end,
     )  # fmt: skip
     return [
@@ -127,12 +135,6 @@ class _Draw(NamedTuple):
         return jax.random.categorical(key, logits)
 
 
-def _split(model: Decoder):
-    """Static and traced parts of the model in evaluation mode; the model keeps its own."""
-    view = nnx.view(model, deterministic=True)
-    return nnx.split(view)
-
-
 def _left_padded(model: Decoder, prompts, new_tokens) -> tuple[np.ndarray, np.ndarray]:
     """Prompts that end in the same column; and 1 where there is a token."""
     if not len(prompts):
@@ -161,25 +163,81 @@ def _left_padded(model: Decoder, prompts, new_tokens) -> tuple[np.ndarray, np.nd
     return tokens, present
 
 
+def _right_padded(model, sources, count: int) -> tuple[np.ndarray, np.ndarray] | None:
+    """Sources that begin in the same column; and 1 where there is a token.
+
+    Of a length that is a multiple of 16, or max_length: there is a program for each.
+    """
+    wanted = isinstance(model, EncoderDecoder)
+    if wanted != (sources is not None):
+        raise ValueError(
+            "an encoder-decoder needs sources, and a decoder has none; got "
+            f"{'none' if sources is None else 'sources'} for a {type(model).__name__}"
+        )
+    if sources is None:
+        return None
+    if len(sources) != count:
+        raise ValueError(f"there must be a source for each of {count} prompts; got {len(sources)}")
+    c = model.config
+    for i, source in enumerate(sources):
+        if not 1 <= len(source) <= c.max_length:
+            raise ValueError(
+                f"a source must have from 1 to max_length = {c.max_length} tokens; source {i} has "
+                f"{len(source)}"
+            )
+        if min(source) < 0 or max(source) >= c.source_vocab:
+            raise ValueError(
+                f"tokens must lie in [0, source_vocab = {c.source_vocab}); source {i} has "
+                f"{min(source)} … {max(source)}"
+            )
+    longest = -(-max(map(len, sources)) // 16) * 16
+    tokens = np.zeros((count, min(longest, c.max_length)), np.int32)
+    present = np.zeros_like(tokens)
+    for i, source in enumerate(sources):
+        tokens[i, : len(source)], present[i, : len(source)] = source, 1
+    return tokens, present
+
+
 def _until(row: np.ndarray, end: int | None) -> list[int]:
     """The tokens before the end."""
     return [int(t) for t in row if t not in (_NOTHING, end)]
 
 
-def _start(model: Decoder, tokens, present, new_tokens: int):
-    """Logits after the prompts, the cache, and which of its slots will hold a token."""
+class _Texts(NamedTuple):
+    """The network, and what it knows of all texts."""
+
+    model: Decoder | EncoderDecoder
+    present: Int[Array, "batch slot"]
+    """1 for the slots of the cache that will hold a token."""
+    context: tuple[Array, ...] | None
+    """Of an encoder-decoder."""
+
+    def extend(self, tokens, positions, cache, start):
+        context = () if self.context is None else (self.context,)
+        return self.model.extend(tokens, positions, cache, start, self.present, *context)
+
+    def repeated(self, times: int) -> _Texts:
+        """Each text some times, one after the other."""
+        context = jax.tree.map(lambda c: jnp.repeat(c, times, axis=1), self.context)
+        return self._replace(present=jnp.repeat(self.present, times, axis=0), context=context)
+
+
+def _start(model, tokens, present, sources, new_tokens: int):
+    """The texts, the logits after their prompts, and the cache."""
     batch, length = tokens.shape
     slots = length + new_tokens
+    positions = jnp.maximum(jnp.cumsum(present, axis=1) - 1, 0)
     present = jnp.concatenate([present, jnp.ones((batch, new_tokens), jnp.int32)], axis=1)
-    positions = jnp.maximum(jnp.cumsum(present[:, :length], axis=1) - 1, 0)
-    cache = model.new_cache(batch, slots)
-    return *model.extend(tokens, positions, cache, 0, present), present
+    texts = _Texts(model, present, None if sources is None else model.context(*sources))
+    return texts, *texts.extend(tokens, positions, model.new_cache(batch, slots), 0)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("new_tokens", "draw", "end"))
-def _generate(graph, state, tokens, present, key, *, new_tokens: int, draw: _Draw, end):
+def _generate(graph, state, tokens, present, sources, key, *, new_tokens, draw: _Draw, end):
+    # A copy: the model keeps its mode.
     model = nnx.merge(graph, state)
-    logits, cache, all_present = _start(model, tokens, present, new_tokens)
+    model.eval()
+    texts, logits, cache = _start(model, tokens, present, sources, new_tokens)
     lengths = present.sum(axis=1)
 
     def step(carry, i):
@@ -188,8 +246,8 @@ def _generate(graph, state, tokens, present, key, *, new_tokens: int, draw: _Dra
         written = jnp.where(over, _NOTHING, token)
         if end is not None:
             over |= token == end
-        logits, cache = model.extend(
-            token[:, None], (lengths + i)[:, None], cache, tokens.shape[1] + i, all_present
+        logits, cache = texts.extend(
+            token[:, None], (lengths + i)[:, None], cache, tokens.shape[1] + i
         )
         return (logits, cache, over), written
 
@@ -209,12 +267,14 @@ class _Beams(NamedTuple):
     jax.jit, static_argnums=0,
     static_argnames=("new_tokens", "beams", "length_penalty", "end"),
 )  # fmt: skip
-def _beam_search(graph, state, tokens, present, *, new_tokens, beams, length_penalty, end):
+def _beam_search(graph, state, tokens, present, sources, *, new_tokens, beams, length_penalty, end):
+    # A copy: the model keeps its mode.
     model = nnx.merge(graph, state)
+    model.eval()
     batch, length = tokens.shape
-    logits, cache, all_present = _start(model, tokens, present, new_tokens)
-    lengths = jnp.repeat(present.sum(axis=1), beams)
-    logits, all_present = (jnp.repeat(a, beams, axis=0) for a in (logits, all_present))
+    texts, logits, cache = _start(model, tokens, present, sources, new_tokens)
+    lengths, texts = jnp.repeat(present.sum(axis=1), beams), texts.repeated(beams)
+    logits = jnp.repeat(logits, beams, axis=0)
     cache = jax.tree.map(lambda c: jnp.repeat(c, beams, axis=1), cache)
     vocabulary = logits.shape[-1]
 
@@ -225,25 +285,25 @@ def _beam_search(graph, state, tokens, present, *, new_tokens, beams, length_pen
         # Twice as many: half of them may be texts that end here.
         score, index = jax.lax.top_k(scores, 2 * beams)
         parent, token = index // vocabulary, (index % vocabulary).astype(jnp.int32)
-        texts = jnp.take_along_axis(live.tokens, parent[..., None], axis=1)
-        texts = texts.at[:, :, i].set(token)
+        written = jnp.take_along_axis(live.tokens, parent[..., None], axis=1)
+        written = written.at[:, :, i].set(token)
         ends = (token == end) if end is not None else jnp.zeros_like(token, bool)
         ends |= i == new_tokens - 1
         normalized = score / (i + 1.0) ** length_penalty
         finished = _best(
             _Beams(
-                jnp.concatenate([finished.tokens, texts], axis=1),
+                jnp.concatenate([finished.tokens, written], axis=1),
                 jnp.concatenate([finished.score, jnp.where(ends, normalized, -jnp.inf)], axis=1),
             ),
             beams,
         )[0]
-        live, chosen = _best(_Beams(texts, jnp.where(ends, -jnp.inf, score)), beams)
+        live, chosen = _best(_Beams(written, jnp.where(ends, -jnp.inf, score)), beams)
         parent = jnp.take_along_axis(parent, chosen, axis=1)
         token = jnp.take_along_axis(token, chosen, axis=1)
         rows = (jnp.arange(batch)[:, None] * beams + parent).reshape(-1)
         cache = jax.tree.map(lambda c: c[:, rows], cache)
-        logits, cache = model.extend(
-            token.reshape(-1, 1), (lengths + i)[:, None], cache, length + i, all_present
+        logits, cache = texts.extend(
+            token.reshape(-1, 1), (lengths + i)[:, None], cache, length + i
         )
         return (logits, cache, live, finished), None
 

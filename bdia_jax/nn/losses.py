@@ -9,9 +9,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from bdia_jax.fixed_point import accumulator
+
 
 class Sums(NamedTuple):
-    """Sums over positions, each times its weight, in float32."""
+    """Sums over positions, each times its weight, in float32 (float64)."""
 
     loss: Float[Array, ""]
     """Cross-entropy in nats."""
@@ -19,6 +21,14 @@ class Sums(NamedTuple):
     """Whether the target has the highest logit."""
     weight: Float[Array, ""]
     """1."""
+
+
+def logits(
+    features: Float[Array, "*batch width"], matrix: Float[Array, "vocab width"]
+) -> Float[Array, "*batch vocab"]:
+    """``features matrixᵀ``, in float32 (float64)."""
+    return jnp.einsum("...w,vw->...v", features, matrix.astype(features.dtype),
+                      preferred_element_type=accumulator(features.dtype))  # fmt: skip
 
 
 def cross_entropy(
@@ -37,7 +47,7 @@ def cross_entropy(
 
     Args:
       features: what comes out of the last norm.
-      matrix: of the output layer; products are accumulated in float32.
+      matrix: of the output layer; products are accumulated in float32 (float64).
       targets: in [0, vocab), or the loss is NaN; anything where the weight is 0.
       weights: of the positions; None for 1.
       label_smoothing: share of the target that is spread over the vocabulary, in [0, 1).
@@ -56,8 +66,9 @@ def cross_entropy(
         raise ValueError(f"chunk must be at least 1; got {chunk}")
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must lie in [0, 1); got {label_smoothing}")
+    wide = accumulator(features.dtype)
     if weights is None:
-        weights = jnp.ones_like(targets, jnp.float32)
+        weights = jnp.ones_like(targets, wide)
     elif weights.shape != targets.shape:
         raise ValueError(f"weights must have the shape {targets.shape}; got {weights.shape}")
     batch, length, _ = features.shape
@@ -72,14 +83,13 @@ def cross_entropy(
 
     @jax.checkpoint
     def part(matrix, features, targets, weights) -> Sums:
-        logits = jnp.einsum("blw,vw->blv", features, matrix.astype(features.dtype),
-                            preferred_element_type=jnp.float32)  # fmt: skip
-        norm = jax.nn.logsumexp(logits, axis=-1)
-        target = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        each = logits(features, matrix)
+        norm = jax.nn.logsumexp(each, axis=-1)
+        target = jnp.take_along_axis(each, targets[..., None], axis=-1)[..., 0]
         loss = norm - target
         if label_smoothing:
-            loss += label_smoothing * (target - logits.mean(axis=-1))
-        correct = logits.argmax(axis=-1) == targets
+            loss += label_smoothing * (target - each.mean(axis=-1))
+        correct = each.argmax(axis=-1) == targets
         # A target that does not exist makes the loss NaN, but where nobody asks for it.
         loss = jnp.where(weights == 0, 0, loss)
         return Sums(*(jnp.sum(weights * value) for value in (loss, correct, 1.0)))
@@ -87,6 +97,6 @@ def cross_entropy(
     def step(sums: Sums, chunk):
         return jax.tree.map(jnp.add, sums, part(matrix, *chunk)), None
 
-    zero = Sums(*(jnp.float32(0) for _ in Sums._fields))
-    chunks = tuple(cut(a) for a in (features, targets, weights.astype(jnp.float32)))
+    zero = Sums(*(jnp.zeros((), wide) for _ in Sums._fields))
+    chunks = tuple(cut(a) for a in (features, targets, weights.astype(wide)))
     return lax.scan(step, zero, chunks)[0]

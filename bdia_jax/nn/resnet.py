@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from bdia_jax.nn.dropout import Dropout
-from bdia_jax.nn.stack import ReversibleSettings, ReversibleStack, check_method
-from bdia_jax.nn.vit import DTYPES
+from bdia_jax.nn.stack import DTYPES, ReversibleSettings, ReversibleStack, check_dtype, check_method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +37,6 @@ class ResNetConfig(ReversibleSettings):
     """Groups of the normalization; divides every width."""
     dropout: float = 0.0
     """Probability of dropping, between the two convolutions of a block."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """What the blocks compute in; parameters are float32."""
 
     def __post_init__(self):
         if not self.widths:
@@ -60,8 +56,7 @@ class ResNetConfig(ReversibleSettings):
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1); got {self.dropout}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
+        check_dtype(self.dtype)
         check_method(self.method)
 
 
@@ -113,11 +108,8 @@ class ResNet(nnx.Module):
         )  # fmt: skip
         self.stages = nnx.List(
             [
-                ReversibleStack(
-                    functools.partial(_make_block, c, width), c.depth, **c.of_a_stack(),
-                    rngs=rngs,
-                )
-                for width in c.widths
+                ReversibleStack(functools.partial(_make_block, c, width), **options, rngs=rngs)
+                for width, options in zip(c.widths, c.of_stacks(*[c.depth] * len(c.widths)))
             ]
         )  # fmt: skip
         self.norm = nnx.GroupNorm(c.widths[-1], c.groups, rngs=rngs)

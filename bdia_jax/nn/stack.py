@@ -22,6 +22,20 @@ METHODS: tuple[str, ...] = get_args(Method)
 CoupledMethod = Literal["coupled", "coupled-stored"]
 
 
+DTYPES = {
+    "float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16,
+    "float64": jnp.float64,
+}  # fmt: skip
+
+
+def check_dtype(name: str, what: str = "dtype") -> None:
+    """A ``ValueError`` for what is none of the names, or cannot be had."""
+    if name not in DTYPES:
+        raise ValueError(f"{what} must be one of {', '.join(DTYPES)}; got {name!r}")
+    if name == "float64" and not jax.config.jax_enable_x64:
+        raise ValueError(f"{what}='float64' needs jax_enable_x64; it is not set")
+
+
 def check_method(method: str, methods: tuple[str, ...] = METHODS) -> str:
     """``method`` itself, or a ``ValueError`` that lists the methods."""
     if method not in methods:
@@ -45,13 +59,28 @@ class ReversibleSettings:
     """How many blocks, from the last one down, keep their activations: more memory, less time."""
     quantize_standard: bool = False
     """Whether the standard methods run on the grid, too."""
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
+    """What the blocks compute in."""
 
-    def of_a_stack(self) -> dict[str, Any]:
-        """Arguments of :class:`ReversibleStack`."""
-        return {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(ReversibleSettings)
+    def of_stacks(self, *depths: int) -> list[dict[str, Any]]:
+        """Arguments of a :class:`ReversibleStack` for each of some depths, in their order."""
+        total = sum(depths)
+        if isinstance(self.stored_blocks, bool) or not 0 <= self.stored_blocks <= total:
+            raise ValueError(
+                f"stored_blocks must lie in [0, {total}], the number of blocks; got "
+                f"{self.stored_blocks!r}"
+            )
+        common = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(ReversibleSettings)
+            if f.name != "dtype"
         }
+        stacks, above = [], total
+        for depth in depths:
+            above -= depth
+            stored = min(depth, max(0, self.stored_blocks - above))
+            stacks.append(common | {"depth": depth, "stored_blocks": stored})
+        return stacks
 
 
 class Probe(nnx.Variable):

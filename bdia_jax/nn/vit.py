@@ -15,15 +15,15 @@ from bdia_jax.nn.attention import LinearAttention, SelfAttention
 from bdia_jax.nn.blocks import TransformerBlock
 from bdia_jax.nn.dropout import Dropout
 from bdia_jax.nn.stack import (
+    DTYPES,
     CoupledMethod,
     CoupledStack,
     Method,
     ReversibleSettings,
     ReversibleStack,
+    check_dtype,
     check_method,
 )
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +66,6 @@ class ViTConfig(ReversibleSettings):
     method: Method | CoupledMethod = "bdia"
     """How the blocks are trained. Two are other networks: midpoint (x_{k-1} + 2 h(x_k)), and
     coupled (RevViT: attention and feed-forward network update two streams in turns)."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """What the blocks compute in; parameters are float32."""
 
     def __post_init__(self):
         sizes = ("image_size", "channels", "num_classes", "patch_size", "width", "depth", "heads",
@@ -86,8 +84,7 @@ class ViTConfig(ReversibleSettings):
             raise ValueError(f'pool must be "cls" or "mean"; got {self.pool!r}')
         if self.attention not in ("local", "full", "linear"):
             raise ValueError(f"attention must be local, full or linear; got {self.attention!r}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}; got {self.dtype!r}")
+        check_dtype(self.dtype)
         check_method(self.method, (*get_args(Method), *get_args(CoupledMethod)))
 
     @property
@@ -125,7 +122,7 @@ class ViT(nnx.Module):
         if c.coupled:
             self.blocks = CoupledStack(make_block, c.depth, method=c.method, dtype=dtype, rngs=rngs)
         else:
-            self.blocks = ReversibleStack(make_block, c.depth, **c.of_a_stack(), rngs=rngs)
+            self.blocks = ReversibleStack(make_block, **c.of_stacks(c.depth)[0], rngs=rngs)
         width = c.width * (2 if c.coupled else 1)
         self.norm = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
         self.head = nnx.Linear(width, c.num_classes, rngs=rngs)

@@ -15,7 +15,13 @@ from bdia_jax.train.loop import (
 )
 from bdia_jax.train.metrics import read_metrics
 from bdia_jax.train.optimizers import make_optimizer
-from bdia_jax.train.tasks import ImageClassification, LanguageModelling, PackedTexts, Task
+from bdia_jax.train.tasks import (
+    ImageClassification,
+    LanguageModelling,
+    PackedTexts,
+    Task,
+    Translation,
+)
 
 __all__ = [
     "EXIT_TERMINATED",
@@ -29,6 +35,7 @@ __all__ = [
     "StepMemory",
     "Task",
     "TrainSettings",
+    "Translation",
     "evaluate",
     "make_optimizer",
     "plot_curves",

@@ -12,8 +12,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key, PyTree
 
 from bdia_jax.data import images as image_data
+from bdia_jax.data.pairs import PackedPairs
 from bdia_jax.data.text import Packed, TextData
 from bdia_jax.nn.decoder import Decoder
+from bdia_jax.nn.encoder_decoder import EncoderDecoder
+from bdia_jax.nn.losses import Sums
 
 
 class Task(Protocol):
@@ -141,23 +144,22 @@ class _NextToken:
 
     best = "-loss"
 
-    def loss(self, model: Decoder, batch: Tokens, key):
+    def loss(self, model: nnx.Module, batch, key):
         """Means over all tokens of the batch that are to be learned."""
-        sums = _sums(model, batch, key)
+        sums = self._sums(model, batch, key, training=True)
         # A batch may have nothing to learn: then there is nothing to do.
         weight = jnp.maximum(sums.weight, 1)
         return sums.loss / weight, {"accuracy": sums.correct / weight}
 
-    def _evaluate(self, model: Decoder, batch: Tokens):
-        sums = _sums(model, batch, None)
+    def _evaluate(self, model: nnx.Module, batch):
+        sums = self._sums(model, batch, None, training=False)
         return {"loss": sums.loss, "accuracy": sums.correct}, sums.weight
 
-
-def _sums(model: Decoder, batch: Tokens, key):
-    return model.loss(
-        batch.tokens, batch.targets, batch.weights, segments=batch.segments,
-        positions=batch.positions, key=key,
-    )  # fmt: skip
+    def _sums(self, model: Decoder, batch: Tokens, key, training: bool) -> Sums:
+        return model.loss(
+            batch.tokens, batch.targets, batch.weights, segments=batch.segments,
+            positions=batch.positions, key=key,
+        )  # fmt: skip
 
 
 class LanguageModelling(_NextToken):
@@ -203,11 +205,10 @@ class LanguageModelling(_NextToken):
         return Tokens(windows[:, :-1], windows[:, 1:])
 
 
-class PackedTexts(_NextToken):
-    """Short texts, many in a row; each attends to itself only."""
+class _Rows(_NextToken):
+    """Rows of one shape, each once in an epoch."""
 
-    def __init__(self, name: str, train: Packed, evaluation: Packed, *, eval_batch: int = 8):
-        """``name`` is that of the data; the splits come from :func:`bdia_jax.data.pack`."""
+    def __init__(self, name: str, train, evaluation, *, eval_batch: int = 8):
         if eval_batch < 1:
             raise ValueError(f"eval_batch must be at least 1; got {eval_batch}")
         for split, packed in (("training", train), ("evaluation", evaluation)):
@@ -216,11 +217,11 @@ class PackedTexts(_NextToken):
         self.name, self.train, self.evaluation = name, train, evaluation
         self.eval_batch = min(eval_batch, len(evaluation.tokens))
 
-    def arrays(self) -> dict[str, Tokens]:
+    def arrays(self) -> dict[str, Any]:
         """Both splits; what the last evaluation batch lacks has nothing to learn."""
         missing = -len(self.evaluation.tokens) % self.eval_batch
-        padded = Tokens(*(np.pad(a, ((0, missing), (0, 0))) for a in self.evaluation))
-        return {"train": Tokens(*self.train), "eval": padded}
+        padded = jax.tree.map(lambda a: np.pad(a, ((0, missing), (0, 0))), self.evaluation)
+        return {"train": self.train, "eval": padded}
 
     def eval_steps(self) -> int:
         """Number of evaluation batches."""
@@ -240,3 +241,38 @@ class PackedTexts(_NextToken):
                 lambda a: jax.lax.dynamic_slice_in_dim(a, start, self.eval_batch), arrays["eval"]
             ),
         )
+
+
+class PackedTexts(_Rows):
+    """Short texts, many in a row; each attends to itself only."""
+
+    def __init__(self, name: str, train: Packed, evaluation: Packed, *, eval_batch: int = 8):
+        """``name`` is that of the data; the splits come from :func:`bdia_jax.data.pack`."""
+        super().__init__(name, train, evaluation, eval_batch=eval_batch)
+
+
+class Translation(_Rows):
+    """Texts and their translations, many in a row; each looks into its own source only."""
+
+    def __init__(
+        self,
+        name: str,
+        train: PackedPairs,
+        evaluation: PackedPairs,
+        *,
+        label_smoothing: float = 0.0,
+        eval_batch: int = 8,
+    ):
+        """The splits come from :func:`bdia_jax.data.pack_pairs`; evaluation is not smoothed."""
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must lie in [0, 1); got {label_smoothing}")
+        super().__init__(name, train, evaluation, eval_batch=eval_batch)
+        self.label_smoothing = label_smoothing
+
+    def _sums(self, model: EncoderDecoder, batch: PackedPairs, key, training: bool) -> Sums:
+        return model.loss(
+            batch.source, batch.tokens, batch.targets, batch.weights,
+            label_smoothing=self.label_smoothing if training else 0.0,
+            source_segments=batch.source_segments, segments=batch.segments,
+            source_positions=batch.source_positions, positions=batch.positions, key=key,
+        )  # fmt: skip

@@ -1,0 +1,299 @@
+"""The encoder-decoder transformer, for translation: two reversible stacks."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, Key
+
+from bdia_jax.nn.decoder import (
+    Attention,
+    DecoderBlock,
+    DecoderConfig,
+    lookup,
+    make_feed_forward,
+    make_norm,
+)
+from bdia_jax.nn.dropout import Dropout
+from bdia_jax.nn.losses import Sums, cross_entropy, logits
+from bdia_jax.nn.stack import DTYPES, ReversibleSettings, ReversibleStack, check_method
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderDecoderConfig(ReversibleSettings):
+    """A pre-norm encoder-decoder transformer (Vaswani et al. 2017, norms before the sublayers)."""
+
+    source_vocab: int = 8000
+    """Number of tokens of the sources."""
+    target_vocab: int | None = None
+    """Number of tokens of the targets; None for one vocabulary, and one embedding, of both."""
+    max_length: int = 256
+    """Most positions of a sequence, on either side."""
+    width: int = 512
+    """Features of the residual stream."""
+    encoder_depth: int = 6
+    """Blocks of the encoder."""
+    decoder_depth: int = 6
+    """Blocks of the decoder."""
+    heads: int = 8
+    """Attention heads."""
+    hidden: int | None = None
+    """Features of the hidden layer of the feed-forward networks; None for 4 width."""
+    positions: Literal["sinusoidal", "learned"] = "sinusoidal"
+    """What is added to the embeddings."""
+    tied_head: bool = True
+    """Whether the output matrix is the embedding of the targets."""
+    dropout: float = 0.1
+    """Probability of dropping: on the embeddings, the attention weights and all updates."""
+    param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """What the parameters are kept in."""
+
+    def __post_init__(self):
+        for name in ("source_vocab", "target_vocab", "encoder_depth", "decoder_depth"):
+            value = getattr(self, name)
+            if value is None and name == "target_vocab":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an int >= 1; got {value!r}")
+        if self.positions not in ("sinusoidal", "learned"):
+            raise ValueError(f"positions must be sinusoidal or learned; got {self.positions!r}")
+        if self.positions == "sinusoidal" and self.width % 2:
+            raise ValueError(f"sinusoidal positions need an even width; got {self.width}")
+        check_method(self.method)
+        _ = self.block
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens that a translation is made of."""
+        return self.target_vocab or self.source_vocab
+
+    @property
+    def block(self) -> DecoderConfig:
+        """The settings of a block, which are a decoder's."""
+        return DecoderConfig(
+            vocab_size=self.vocab_size, max_length=self.max_length, width=self.width,
+            heads=self.heads, hidden=self.hidden, dropout=self.dropout, dtype=self.dtype,
+            param_dtype=self.param_dtype,
+        )  # fmt: skip
+
+
+class CrossBlock(nnx.Module):
+    """A block that looks into ``memory``, too.
+
+    ``h(x) = a + c + ffn(norm(x + a + c))`` with causal ``a = attn(norm(x))`` and
+    ``c = attn(norm(x + a), memory)``.
+    """
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        c = config
+        self.attention_norm = make_norm(c, c.width, rngs)
+        self.attention = Attention(c, rngs=rngs)
+        self.cross_norm = make_norm(c, c.width, rngs)
+        self.cross = Attention(c, causal=False, rngs=rngs)
+        self.ffn_norm = make_norm(c, c.width, rngs)
+        self.ffn = make_feed_forward(c, rngs)
+        self.dropout = Dropout(c.dropout, rngs=rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch length width"],
+        memory: Float[Array, "batch source width"],
+        segments: Int[Array, "batch length"],
+        memory_segments: Int[Array, "batch source"],
+    ) -> Float[Array, "batch length width"]:
+        """The update ``h(x)``."""
+        a = self.dropout(self.attention(self.attention_norm(x), None, segments))
+        looked_up = self.cross(self.cross_norm(x + a), None, segments, (memory, memory_segments))
+        a += self.dropout(looked_up)
+        return a + self.dropout(self.ffn(self.ffn_norm(x + a)))
+
+    def extend(self, x, cache, start, present, keys_values, memory_present):
+        """The update after what is in a cache, and the longer cache."""
+        a, cache = self.attention.extend(self.attention_norm(x), None, cache, start, present)
+        a += self.cross.look_up(self.cross_norm(x + a), keys_values, memory_present)
+        return a + self.ffn(self.ffn_norm(x + a)), cache
+
+
+class EncoderDecoder(nnx.Module):
+    """Sources, and the beginning of their translations, to logits of the next token.
+
+    The encoder is one reversible stack, the decoder another: the encoder's output, its memory, is
+    a differentiable constant of all its blocks.
+    """
+
+    def __init__(self, config: EncoderDecoderConfig, *, rngs: nnx.Rngs):
+        c, block = config, config.block
+        self.config = c
+
+        def table(rows):
+            init = nnx.initializers.normal(c.width**-0.5)
+            return nnx.Param(init(rngs.params(), (rows, c.width), DTYPES[c.param_dtype]))
+
+        self.source_embedding = table(c.source_vocab)
+        self.embedding = None if c.target_vocab is None else table(c.target_vocab)
+        learned = c.positions == "learned"
+        self.source_positions = table(c.max_length) if learned else None
+        self.positions = table(c.max_length) if learned else None
+        self.dropout = Dropout(c.dropout)
+        of_encoder, of_decoder = c.of_stacks(c.encoder_depth, c.decoder_depth)
+        self.encoder = ReversibleStack(
+            lambda rngs: DecoderBlock(block, causal=False, rngs=rngs), **of_encoder, rngs=rngs
+        )
+        self.encoder_norm = make_norm(block, c.width, rngs)
+        self.decoder = ReversibleStack(
+            lambda rngs: CrossBlock(block, rngs=rngs), **of_decoder, rngs=rngs
+        )
+        self.norm = make_norm(block, c.width, rngs)
+        self.head = None if c.tied_head else table(c.vocab_size)
+
+    def __call__(
+        self,
+        sources: Int[Array, "batch source"],
+        tokens: Int[Array, "batch length"],
+        *,
+        source_segments: Int[Array, "batch source"] | None = None,
+        segments: Int[Array, "batch length"] | None = None,
+        source_positions: Int[Array, "batch source"] | None = None,
+        positions: Int[Array, "batch length"] | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "batch length vocab"]:
+        """Logits in float32.
+
+        Args:
+          sources: tokens in [0, source_vocab); others give NaN.
+          tokens: of the translations so far.
+          source_segments, segments: numbers of the texts that are packed into a sequence; text i
+            of the targets looks into text i of the sources. None for one text. (Padding is a
+            text of its own, with a number that no other has.)
+          source_positions, positions: of the tokens in their texts; None for 0, 1, 2, …
+          key: PRNG key for dropout and γ; None in evaluation mode.
+        """
+        x = self.features(
+            sources, tokens, source_segments=source_segments, segments=segments,
+            source_positions=source_positions, positions=positions, key=key,
+        )  # fmt: skip
+        return self.logits(x)
+
+    def features(
+        self, sources, tokens, *, source_segments=None, segments=None, source_positions=None,
+        positions=None, key=None,
+    ):  # fmt: skip
+        """What the logits are computed from: ``[batch, length, width]``, arguments as above."""
+        source_key, key = (None, None) if key is None else jax.random.split(key)
+        if source_segments is None:
+            source_segments = jnp.ones_like(sources)
+        if segments is None:
+            segments = jnp.ones_like(tokens)
+        memory = self.encode(sources, source_segments, source_positions, key=source_key)
+        x, key = self._embed(tokens, positions, key, of_source=False)
+        return self.norm(self.decoder(x, memory, segments, source_segments, key=key))
+
+    def encode(
+        self, sources, source_segments, source_positions=None, *, key=None
+    ) -> Float[Array, "batch source width"]:
+        """The memory; arguments as above."""
+        x, key = self._embed(sources, source_positions, key, of_source=True)
+        return self.encoder_norm(self.encoder(x, None, source_segments, key=key))
+
+    def logits(self, features: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
+        """In float32 (float64)."""
+        return logits(features, self.output_matrix())
+
+    def output_matrix(self) -> Float[Array, "vocab width"]:
+        """That of the head, or of the targets' embedding."""
+        if self.head is not None:
+            return self.head[...]
+        return (self.source_embedding if self.embedding is None else self.embedding)[...]
+
+    def loss(
+        self, sources, tokens, targets, weights=None, *, label_smoothing: float = 0.0,
+        chunk: int = 1024, **options,
+    ) -> Sums:  # fmt: skip
+        """Cross-entropy of the targets, without the logits of more than ``chunk`` tokens at once.
+
+        Args:
+          sources, tokens: as above.
+          targets: ``[batch, length]``, the tokens to predict; any where the weight is 0.
+          weights: of them; None for 1.
+          label_smoothing: share of the target that is spread over the vocabulary.
+          chunk: number of tokens.
+          **options: segments, positions and key, as above.
+        """
+        x = self.features(sources, tokens, **options)
+        return cross_entropy(
+            x, self.output_matrix(), targets, weights, label_smoothing=label_smoothing, chunk=chunk
+        )
+
+    # What generation asks of a network.
+
+    def context(
+        self, sources: Int[Array, "batch source"], present: Int[Array, "batch source"]
+    ) -> tuple[Array, Array, Array]:
+        """Keys and values of the memory, of all blocks, and where there is something in it.
+
+        The batch is the second axis of each.
+        """
+        memory = self.encode(sources, present)
+        keys_values, params = self.decoder._pure(lambda block, x: block.cross.keys_values(x))
+        keys, values = jax.lax.map(lambda params: keys_values(params, memory, None), params)
+        return keys, values, present[None]
+
+    def new_cache(self, batch: int, slots: int) -> tuple[Array, Array]:
+        """Room for the keys and values of ``slots`` positions, of all blocks."""
+        c = self.config
+        shape = (c.decoder_depth, batch, slots, c.heads, c.width // c.heads)
+        return tuple(jnp.zeros(shape, DTYPES[c.dtype]) for _ in range(2))
+
+    def extend(self, tokens, positions, cache, start, present, context):
+        """As :meth:`bdia_jax.nn.Decoder.extend`, with the sources' :meth:`context`."""
+        x, _ = self._embed(tokens, positions, None, of_source=False)
+        extend, params = self.decoder._pure(lambda block, *args: block.extend(*args))
+        *keys_values, memory_present = context
+
+        def step(x, block):
+            params, cache, keys_values = block
+            h, cache = extend(
+                params, x, None, cache, start, present, keys_values, memory_present[0]
+            )
+            return x + h, cache
+
+        x, cache = jax.lax.scan(step, x, (params, cache, tuple(keys_values)))
+        return self.logits(self.norm(x[:, -1])), cache
+
+    def _embed(self, tokens, positions, key, *, of_source: bool):
+        """The input of the first block of a stack; and the key that is left."""
+        c = self.config
+        if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+            raise ValueError(
+                "tokens must be integers of the shape [batch, length]; got "
+                f"{tokens.dtype}{list(tokens.shape)}"
+            )
+        if tokens.shape[1] > c.max_length:
+            raise ValueError(
+                f"sequences may have {c.max_length} tokens (max_length); got {tokens.shape[1]}"
+            )
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        of_source_too = of_source or self.embedding is None
+        embedding = self.source_embedding if of_source_too else self.embedding
+        # The output matrix wants small entries, the stream large ones.
+        x = lookup(embedding[...], tokens) * math.sqrt(c.width)
+        if c.positions == "sinusoidal":
+            x += sinusoids(positions, c.width)
+        else:
+            table = self.source_positions if of_source else self.positions
+            x += lookup(table[...], positions) * math.sqrt(c.width)
+        dropout_key, key = (None, None) if key is None else jax.random.split(key)
+        return self.dropout(x.astype(DTYPES[c.dtype]), rngs=dropout_key), key
+
+
+def sinusoids(positions: Int[Array, "*shape"], width: int) -> Float[Array, "*shape width"]:
+    """Sines, then cosines, of wavelengths from 2π to 10,000 · 2π (Vaswani et al. 2017)."""
+    frequency = 10_000.0 ** (-jnp.arange(width // 2, dtype=jnp.float32) / (width // 2))
+    angle = positions[..., None].astype(jnp.float32) * frequency
+    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)

@@ -1,0 +1,321 @@
+"""Translates: trains an encoder-decoder reversibly, evaluates it, and uses it.
+
+    python experiments/translate.py                          # names and phrases; minutes on 2 cores
+    python experiments/translate.py --translate "3 kilometers"
+    python experiments/translate.py --pairs fra-eng.zip --longest 40
+    python experiments/translate.py --pairs fra-eng.zip --longest 40 --translate - < texts.txt
+    python experiments/translate.py --pairs fra-eng.zip --methods standard bdia --seeds 3
+
+Without a file of pairs, the data are English and French names and phrases from Unicode's locale
+data. Both languages share a byte-pair vocabulary, made from the training split and saved with the
+run. Several methods or seeds are compared in a table and in curves.
+
+What is cleaned away: pairs with an empty side, or of very different lengths, or that are there
+twice; white space is made plain. What is held out shares no sentence, of either language, with what
+is trained on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+import results
+import sacrebleu
+import safetensors.flax
+import tyro
+from curves import best, draw, summary, table
+from flax import nnx
+
+from bdia_jax import files
+from bdia_jax.data import (
+    Tokenizer,
+    cldr_pairs,
+    clean,
+    load_tokenizer,
+    pack_pairs,
+    read_pairs,
+    split_pairs,
+    tfds_pairs,
+    train_tokenizer,
+)
+from bdia_jax.nn import EncoderDecoder, EncoderDecoderConfig, beam_search
+from bdia_jax.train import TrainSettings, Translation, train
+
+SMALL = EncoderDecoderConfig(
+    width=128, heads=4, hidden=256, encoder_depth=3, decoder_depth=3, max_length=128
+)
+SOME = TrainSettings(
+    steps=900, batch_size=8, learning_rate=2e-3, warmup_steps=100, weight_decay=0.01,
+    log_every=50, eval_every=150, checkpoint_every=150, keep_last=1,
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Translate:
+    """Translates: trains an encoder-decoder reversibly, evaluates it, and uses it."""
+
+    pairs: pathlib.Path | None = None
+    """A file with a text, a tab and its translation per line, or a zip of one; by default, names
+    and phrases from Unicode's locale data."""
+    tfds: str | None = None
+    """Instead: a translation set of TensorFlow Datasets, such as para_crawl/enfr."""
+    languages: tuple[str, str] = ("en", "fr")
+    """Of that set: from, and to."""
+    data_dir: pathlib.Path | None = None
+    """Where the sets of TensorFlow Datasets are."""
+    count: int | None = None
+    """Number of pairs, drawn from all; None for all."""
+    longest: int | None = None
+    """Most characters of a text; None for all that fit into max_length tokens."""
+    held_out: float = 0.05
+    """Share of the pairs for evaluation."""
+    vocabulary: int = 2000
+    """Size of the byte-pair vocabulary."""
+    separate: bool = False
+    """A vocabulary for each language."""
+    methods: tuple[str, ...] = ("bdia",)
+    """How to train."""
+    seeds: int = 1
+    """Runs of each method."""
+    label_smoothing: float = 0.1
+    """Share of a target that is spread over the vocabulary."""
+    beams: int = 4
+    """Of the beam search."""
+    length_penalty: float = 0.6
+    """Of the beam search: the higher, the longer the translations."""
+    decode: int = 1000
+    """Most held-out pairs that are translated and scored."""
+    translate: str | None = None
+    """A text to translate with the trained network (of the first method and seed); - for the lines
+    of standard input."""
+    work: pathlib.Path = pathlib.Path("runs/translate")
+    """Folder of the runs; what is there is continued."""
+    out: pathlib.Path | None = None
+    """Folder of the results; by default experiments/results."""
+    model: EncoderDecoderConfig = SMALL
+    """The network; a row of pairs has its max_length. Vocabularies and method are set here."""
+    train: TrainSettings = SOME
+    """How to train it; a batch has batch_size rows, each full of pairs."""
+
+    def __post_init__(self):
+        if self.pairs is not None and self.tfds is not None:
+            raise ValueError(f"give pairs or tfds, not both; got {self.pairs} and {self.tfds}")
+        for name in ("seeds", "beams", "decode"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
+        if not self.methods:
+            raise ValueError("there must be at least one method; got none")
+
+    @property
+    def name(self) -> str:
+        """Of the data."""
+        if self.tfds is not None:
+            return self.tfds.replace("/", "-")
+        return "cldr" if self.pairs is None else self.pairs.stem
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Both splits, and the vocabularies."""
+
+    train: list[tuple[str, str]]
+    evaluation: list[tuple[str, str]]
+    source: Tokenizer
+    target: Tokenizer
+
+    def tokens(self, pairs: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
+        """Of pairs of texts."""
+        return [(self.source.encode(a), self.target.encode(b)) for a, b in pairs]
+
+
+def main(t: Translate) -> str:
+    """Trains what is missing, and translates."""
+    if t.translate is not None:
+        return use(t)
+    data = load(t)
+    length = t.model.max_length
+    fitting = [
+        [pair for pair in data.tokens(pairs)
+         if pair[0] and len(pair[0]) <= length and len(pair[1]) < length]
+        for pairs in (data.train, data.evaluation)
+    ]  # fmt: skip
+    if not all(fitting):
+        raise ValueError(
+            f"both splits need pairs of at most {length} tokens (model.max_length); there are "
+            f"{len(fitting[0])} to train on and {len(fitting[1])} to evaluate on"
+        )
+    order = np.random.default_rng(0).permutation(len(fitting[0]))
+    packed = pack_pairs([fitting[0][i] for i in order], length, end=data.target.end)
+    task = Translation(
+        t.name, packed, pack_pairs(fitting[1], length, end=data.target.end),
+        label_smoothing=t.label_smoothing,
+    )  # fmt: skip
+    print(
+        f"{t.name}: {len(fitting[0])} pairs to train on, in {len(packed.tokens)} rows of {length} "
+        f"tokens; {len(fitting[1])} held out", flush=True,
+    )  # fmt: skip
+    # Seeds of a method share its programs.
+    jax.config.update("jax_compilation_cache_dir", str((t.work / "compiled").resolve()))
+    curves: dict[str, list[list[dict[str, Any]]]] = {}
+    scores: dict[str, list[dict[str, float]]] = {}
+    some = data.evaluation[: t.decode]
+    for seed in range(t.seeds):
+        for method in t.methods:
+            folder = t.work / t.name / method / f"seed={seed}"
+            model = EncoderDecoder(config(t, data, method), rngs=nnx.Rngs(seed))
+            result = train(
+                model, task, dataclasses.replace(t.train, seed=seed), folder / "run", resume=True,
+                about={"model": dataclasses.asdict(model.config), **about(t)},
+            )  # fmt: skip
+            data.source.save(folder / "source")
+            data.target.save(folder / "target")
+            save(model, folder)
+            said = decode(t, model, data, [source for source, _ in some])
+            scores.setdefault(method, []).append(score(some, said))
+            curves.setdefault(method, []).append(result.history)
+            print(
+                f"{method}, seed {seed}: validation loss {result.last('eval', 'loss'):.3f}, at "
+                f"best {-best(result.history)[0]:.3f}; {result.seconds_per_step * 1e3:.0f} ms per "
+                f"step\n{examples(some, said)}", flush=True,
+            )  # fmt: skip
+    copied = score(some, [source for source, _ in some])
+    found = {
+        method: summary(runs) | {
+            name: [run[name] for run in scores[method]] for name in scores[method][0]
+        }
+        for method, runs in curves.items()
+    }  # fmt: skip
+    text = table(found, digits={"at step": 0, "BLEU": 1, "chrF": 1})
+    text += "\n\nCopying the source: " + ", ".join(f"{k} {v:.3g}" for k, v in copied.items()) + "."
+    path = results.write(
+        f"translate-{t.name}", t, {"found": found, "copied": copied, "curves": curves}, t.out
+    )
+    files.write_text(path.with_suffix(".md"), text + "\n")
+    draw(curves, path.with_suffix(".png"))
+    print(f"\n{text}\n\nSee {path}")
+    return text
+
+
+def about(t: Translate) -> dict[str, Any]:
+    """What the data are made from."""
+    return {
+        "count": t.count, "longest": t.longest, "held_out": t.held_out,
+        "vocabulary": t.vocabulary, "separate": t.separate,
+        "label_smoothing": t.label_smoothing, "languages": t.languages,
+    }  # fmt: skip
+
+
+def load(t: Translate) -> Data:
+    """Pairs, cleaned and split; vocabularies of the training split."""
+    if t.tfds is not None:
+        pairs = tfds_pairs(t.tfds, *t.languages, data_dir=t.data_dir)
+    else:
+        pairs = cldr_pairs() if t.pairs is None else read_pairs(t.pairs)
+    pairs = clean(pairs, longest=t.longest)
+    # In any order but the file's, in which short ones may come first.
+    pairs = [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))[: t.count]]
+    training, evaluation = split_pairs(pairs, t.held_out)
+    sides = [[pair[side] for pair in training] for side in (0, 1)]
+    if t.separate:
+        source, target = (train_tokenizer(texts, t.vocabulary) for texts in sides)
+    else:
+        source = target = train_tokenizer(sides[0] + sides[1], t.vocabulary)
+    return Data(training, evaluation, source, target)
+
+
+def config(t: Translate, data: Data, method: str) -> EncoderDecoderConfig:
+    """The network."""
+    return dataclasses.replace(
+        t.model, method=method, source_vocab=data.source.size,
+        target_vocab=data.target.size if t.separate else None,
+    )  # fmt: skip
+
+
+def decode(t: Translate, model: EncoderDecoder, data: Data, sources: list[str]) -> list[str]:
+    """Translations, those of similar length together."""
+    length = model.config.max_length
+    tokens = [data.source.encode(source)[:length] or [data.source.end] for source in sources]
+    order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
+    said, size = [""] * len(tokens), min(64, len(tokens))
+    for start in range(0, len(order), size):
+        some = order[start : start + size]
+        # Filled, and of few lengths: a program for each.
+        asked = [tokens[i] for i in some] + [tokens[some[-1]]] * (size - len(some))
+        new = min(length - 1, -(-max(map(len, asked)) // 16) * 16 + 16)
+        told = beam_search(
+            model, [[data.target.end]] * size, new, sources=asked, beams=t.beams,
+            length_penalty=t.length_penalty, end=data.target.end,
+        )  # fmt: skip
+        for i, (translation, _) in zip(some, told):
+            said[i] = " ".join(data.target.decode(translation).split())
+    return said
+
+
+def score(pairs: list[tuple[str, str]], said: list[str]) -> dict[str, float]:
+    """BLEU and chrF (sacrebleu's defaults), and the share that is right to the letter."""
+    references = [target for _, target in pairs]
+    return {
+        "BLEU": sacrebleu.corpus_bleu(said, [references]).score,
+        "chrF": sacrebleu.corpus_chrf(said, [references]).score,
+        "exact": float(np.mean([a == b for a, b in zip(said, references, strict=True)])),
+    }
+
+
+def examples(pairs: list[tuple[str, str]], said: list[str], count: int = 10) -> str:
+    """Some translations, beside their references."""
+    rows = [[source, told, target] for (source, target), told in zip(pairs, said)][:count]
+    return results.markdown(["source", "translation", "reference"], rows)
+
+
+def save(model: EncoderDecoder, folder: pathlib.Path) -> None:
+    """The weights and the configuration."""
+    arrays = {".".join(map(str, path)): leaf[...] for path, leaf in _params(model)}
+    # Renamed when complete.
+    safetensors.flax.save_file(arrays, folder / "model.safetensors.tmp")
+    (folder / "model.safetensors.tmp").rename(folder / "model.safetensors")
+    files.write_json(folder / "model.json", dataclasses.asdict(model.config))
+
+
+def load_network(folder: pathlib.Path) -> EncoderDecoder:
+    """The inverse of :func:`save`."""
+    settings = EncoderDecoderConfig(**json.loads((folder / "model.json").read_text()))
+    model = EncoderDecoder(settings, rngs=nnx.Rngs(0))
+    arrays = safetensors.flax.load_file(folder / "model.safetensors")
+    for path, leaf in _params(model):
+        leaf.set_value(arrays[".".join(map(str, path))])
+    return model
+
+
+def _params(model: EncoderDecoder):
+    return nnx.to_flat_state(nnx.state(model, nnx.Param))
+
+
+def use(t: Translate) -> str:
+    """Translates with a saved run."""
+    folder = t.work / t.name / t.methods[0] / "seed=0"
+    if not (folder / "model.json").exists():
+        raise FileNotFoundError(
+            f"there is no trained network in {folder}: run the same command without --translate "
+            "first"
+        )
+    data = Data([], [], load_tokenizer(folder / "source"), load_tokenizer(folder / "target"))
+    texts = sys.stdin.read().splitlines() if t.translate == "-" else [t.translate]
+    texts = [" ".join(text.split()) for text in texts]
+    said = decode(t, load_network(folder), data, texts) if texts else []
+    print("\n".join(said))
+    return "\n".join(said)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        main(tyro.cli(Translate, description=__doc__))
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
