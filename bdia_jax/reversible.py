@@ -121,7 +121,7 @@ def reversible_scan(
       stored_blocks: with online back-propagation, the number of blocks at the end of the stack
         that are not taken back: the residuals of their derivatives are kept, as plain automatic
         differentiation keeps them, which costs memory and saves the time of computing these
-        blocks again. States and gradients are the same to the last bit, whatever the number.
+        blocks again. The states are the same to the last bit, whatever the number.
       probe: differentiate with respect to it for a report of the backward pass.
       update: what to do with the gradient of a block as soon as it is known (online
         back-propagation only).
