@@ -144,8 +144,9 @@ def _need(name, config: DecoderConfig, task, settings: TrainSettings, lora, opti
     side = 0
     if config.method == "bdia":
         tokens = settings.batch_size * task.length
-        bits = config.depth * tokens * config.width * (1 + config.tolerance_bits)
-        side = (bits // 8 + config.depth * settings.batch_size * 4) // found.batch_shards
+        taken_back = config.depth - config.stored_blocks
+        bits = taken_back * tokens * config.width * (1 + config.tolerance_bits)
+        side = (bits // 8 + taken_back * settings.batch_size * 4) // found.batch_shards
     return Need(
         name, found.parameters, found.frozen, found.optimizer, found.gradients, side,
         found.memory.results + found.memory.temporaries, found.memory.total,
@@ -159,6 +160,23 @@ def largest_batch(config: DecoderConfig, length: int, limit: int, method: str, *
         return plan(config, batch, length, methods=[method], **options)[0].total <= limit
 
     return memory.largest(fits)
+
+
+def most_stored_blocks(
+    config: DecoderConfig, batch: int, length: int, limit: int, method: str, **options
+) -> int | None:
+    """How many blocks may keep their activations within ``limit`` bytes; None if not even 0.
+
+    The more, the faster: as many as fit are the best use of a memory that is there.
+    """
+
+    def fits(stored: int) -> bool:
+        some = dataclasses.replace(config, stored_blocks=stored)
+        return plan(some, batch, length, methods=[method], **options)[0].total <= limit
+
+    if not fits(0):
+        return None
+    return memory.largest(fits, config.depth)
 
 
 def parse_size(text: str) -> int:
@@ -228,7 +246,8 @@ class Plan:
     here: bool = False
     """For training on this device, if it is a CPU; not an estimate of an accelerator."""
     fit: str | None = None
-    """A memory, such as 24GiB: the largest batch that fits in it is searched for."""
+    """A memory, such as 24GiB: the largest batch that fits in it is searched for, and how many
+    blocks may keep their activations at the batch that was given (stored_blocks: the faster)."""
     figure: pathlib.Path | None = None
     """A PNG with a bar per method."""
 
@@ -260,7 +279,13 @@ def main(p: Plan) -> list[Need]:
             needs.append(dataclasses.replace(need, method=name))
             if limit is not None:
                 batch = largest_batch(config, p.length, limit, need.method, **options)
-                print(f"{name}: {batch or 'no'} sequences of {p.length} tokens fit in {p.fit}")
+                line = f"{name}: {batch or 'no'} sequences of {p.length} tokens fit in {p.fit}"
+                if METHODS[need.method] == "bdia" and p.batch <= batch:
+                    stored = most_stored_blocks(
+                        config, p.batch, p.length, limit, need.method, **options
+                    )
+                    line += f"; with {p.batch}, stored_blocks={stored} of {config.depth} do"
+                print(line, flush=True)
     title = f"{p.model}, {p.batch} × {p.length} tokens, {p.dtype}"
     print(f"\n{title}; compiled for {jax.devices()[0].device_kind}\n\n{table(needs)}")
     if p.figure is not None:

@@ -12,6 +12,7 @@ from bdia_jax.train.loop import (
     evaluate,
     step_memory,
     train,
+    training_step,
 )
 from bdia_jax.train.metrics import read_metrics
 from bdia_jax.train.optimizers import make_optimizer
@@ -42,4 +43,5 @@ __all__ = [
     "read_metrics",
     "step_memory",
     "train",
+    "training_step",
 ]

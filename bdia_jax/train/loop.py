@@ -10,7 +10,7 @@ import pathlib
 import signal
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -309,6 +309,21 @@ def step_memory(
       compiler_options: for XLA.
     """
     return _programs(model, task, settings, optimizer).memory(compiler_options)
+
+
+def training_step(
+    model: nnx.Module,
+    task: Task,
+    settings: TrainSettings,
+    optimizer: optax.GradientTransformation | None = None,
+) -> tuple[Callable[[State], tuple[State, dict[str, Any]]], State]:
+    """The step that :func:`train` repeats, compiled when it is first taken, and its first state.
+
+    For measurements, and for loops of one's own. A state is used up by its step; metrics are
+    arrays on the device. Arguments as in :func:`train`.
+    """
+    programs = _programs(model, task, settings, optimizer)
+    return programs.step, programs.initial_state()
 
 
 def _bytes_per_device(leaf) -> int:
