@@ -41,7 +41,16 @@ from blocks import BLOCKS, stacked_params
 from flax import nnx
 
 from bdia_jax import BackwardReport, check_reversible, fixed_point, maps, reversible_scan
-from bdia_jax.nn import Decoder, DecoderConfig, Probe, ViT, ViTConfig, llama
+from bdia_jax.nn import (
+    Decoder,
+    DecoderConfig,
+    EncoderDecoder,
+    EncoderDecoderConfig,
+    Probe,
+    ViT,
+    ViTConfig,
+    llama,
+)
 from bdia_jax.nn.decoder import rotary_angles
 
 FACTORS = {
@@ -185,14 +194,40 @@ def decoder(family: str, dtype: str, integers: int, seed: int) -> Case:
     return model_case({"model": family, **dataclasses.asdict(config)}, model, tokens, [stack])
 
 
-def model_case(settings: dict[str, Any], model: nnx.Module, data: Any, stacks: list[Stack]) -> Case:
+def encoder_decoder(dtype: str, integers: int, seed: int) -> Case:
+    """A small encoder-decoder, with dropout: both its stacks."""
+    config = EncoderDecoderConfig(
+        source_vocab=256, width=128, heads=4, max_length=128, dropout=0.1, dtype=dtype
+    )
+    model = EncoderDecoder(config, rngs=nnx.Rngs(seed))
+    blocks = config.encoder_depth + config.decoder_depth
+    shape = (math.ceil(integers / (blocks * config.max_length * config.width)), 128)
+    tokens = jax.random.randint(jax.random.key(seed), (2, *shape), 0, 256)
+    present = jnp.ones(shape, jnp.int32)
+    x = model.source_embedding[...][tokens].astype(dtype)
+    of_encoder, encoder = model.encoder.functional()
+    of_decoder, decoder = model.decoder.functional()
+    stacks = [
+        Stack(lambda params, x, key: of_encoder(params, x, key, None, present), encoder, x[0],
+              config.gamma, config.frac_bits),
+        Stack(lambda params, y, key: of_decoder(params, y, key, x[0], present, present), decoder,
+              x[1], config.gamma, config.frac_bits),
+    ]  # fmt: skip
+    settings = {"model": "encoder-decoder", **dataclasses.asdict(config)}
+    return model_case(settings, model, tokens, stacks, lambda model, t, key: model(*t, key=key))
+
+
+def model_case(
+    settings: dict[str, Any], model: nnx.Module, data: Any, stacks: list[Stack],
+    call: Callable[..., Any] = lambda model, data, key: model(data, key=key),
+) -> Case:  # fmt: skip
     """A case of a Flax model and its stacks."""
     graph, params, probes, rest = nnx.split(model, nnx.Param, Probe, ...)
 
     @jax.jit
     def gradient(params, probes, data, key):
         def loss(probes, params):
-            y = nnx.merge(graph, params, probes, rest)(data, key=key)
+            y = call(nnx.merge(graph, params, probes, rest), data, key)
             return jnp.mean(jnp.sin(y))
 
         return jax.grad(loss, (0, 1))(probes, params)
@@ -214,6 +249,7 @@ def cases(e: Exactness) -> Iterator[Case]:
         yield vit(dtype, integers, e.seed, e.quick)
         for family in FAMILIES:
             yield decoder(family, dtype, integers // 2, e.seed)
+        yield encoder_decoder(dtype, integers // 2, e.seed)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@
     python experiments/translate.py --pairs fra-eng.zip --longest 40
     python experiments/translate.py --pairs fra-eng.zip --longest 40 --translate - < texts.txt
     python experiments/translate.py --pairs fra-eng.zip --methods standard bdia --seeds 3
+    python experiments/translate.py --memory                 # of a base-size model; not run
 
 Without a file of pairs, the data are English and French names and phrases from Unicode's locale
 data. Both languages share a byte-pair vocabulary, made from the training split and saved with the
@@ -46,7 +47,7 @@ from bdia_jax.data import (
     train_tokenizer,
 )
 from bdia_jax.nn import EncoderDecoder, EncoderDecoderConfig, beam_search
-from bdia_jax.train import TrainSettings, Translation, train
+from bdia_jax.train import TrainSettings, Translation, step_memory, train
 
 SMALL = EncoderDecoderConfig(
     width=128, heads=4, hidden=256, encoder_depth=3, decoder_depth=3, max_length=128
@@ -95,6 +96,8 @@ class Translate:
     translate: str | None = None
     """A text to translate with the trained network (of the first method and seed); - for the lines
     of standard input."""
+    memory: bool = False
+    """Only compile: the memory of training steps of a base-size model, by method and depth."""
     work: pathlib.Path = pathlib.Path("runs/translate")
     """Folder of the runs; what is there is continued."""
     out: pathlib.Path | None = None
@@ -137,6 +140,8 @@ class Data:
 
 def main(t: Translate) -> str:
     """Trains what is missing, and translates."""
+    if t.memory:
+        return measure_memory(t)
     if t.translate is not None:
         return use(t)
     data = load(t)
@@ -311,6 +316,37 @@ def use(t: Translate) -> str:
     said = decode(t, load_network(folder), data, texts) if texts else []
     print("\n".join(said))
     return "\n".join(said)
+
+
+def measure_memory(t: Translate) -> str:
+    """Peak temporaries of training steps, by method, of 6 + 6 and 24 + 24 blocks."""
+    rows, batch, length = [], 32, 256
+    pairs = pack_pairs([([1] * length, [1] * (length - 1))] * batch, length, end=0)
+    task, settings = Translation("nothing", pairs, pairs), TrainSettings(batch_size=batch)
+    for dtype in ("float32", "bfloat16"):
+        for method in ("standard", "standard-checkpoint", "bdia"):
+            row = {"dtype": dtype, "method": method, "temporaries": {}}
+            for depth in (6, 24):
+                made = EncoderDecoderConfig(
+                    method=method, dtype=dtype, encoder_depth=depth, decoder_depth=depth,
+                    source_vocab=8000, max_length=length,
+                )  # fmt: skip
+                model = nnx.eval_shape(lambda c=made: EncoderDecoder(c, rngs=nnx.Rngs(0)))
+                found = step_memory(model, task, settings)
+                # The gradient is there in any case.
+                row["temporaries"][depth] = found.memory.temporaries - found.gradients
+            rows.append(row)
+            print(row, flush=True)
+    text = results.markdown(
+        ["GB beside weights, their gradient and the optimizer's state", "6 + 6", "24 + 24"],
+        [[f"{row['dtype']}, {row['method']}",
+          *(f"{n / 1e9:.3f}" for n in row["temporaries"].values())] for row in rows],
+    )  # fmt: skip
+    path = results.write("translate_memory", t, {"batch": batch, "length": length, "rows": rows},
+                         t.out)  # fmt: skip
+    files.write_text(path.with_suffix(".md"), text + "\n")
+    print(text)
+    return text
 
 
 if __name__ == "__main__":
