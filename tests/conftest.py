@@ -1,7 +1,17 @@
-"""Settings shared by all tests: virtual devices, and property tests that can be repeated."""
+"""Settings shared by all tests: compiled programs, virtual devices, repeatable property tests."""
 
-import hypothesis
-import jax
+import os
+import shutil
+import tempfile
+
+# Tests, their workers and the processes that they start compile many a program twice.
+SHARED = "JAX_COMPILATION_CACHE_DIR"
+if made_here := SHARED not in os.environ:
+    os.environ[SHARED] = tempfile.mkdtemp(prefix="bdia_jax-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.02"
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
 
 # Eight virtual devices, for the tests of sharded arrays; everything else runs on the first.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -10,3 +20,8 @@ hypothesis.settings.register_profile(
     "bdia_jax", deadline=None, derandomize=True, max_examples=50, print_blob=True
 )
 hypothesis.settings.load_profile("bdia_jax")
+
+
+def pytest_unconfigure():
+    if made_here:
+        shutil.rmtree(os.environ[SHARED], ignore_errors=True)
