@@ -13,6 +13,8 @@ them alike.
 - *steps*: time per step, and peak memory as compiled.
 - *depth*: peak memory over the number of blocks.
 - *budget*: time and memory over the number of blocks that BDIA stores.
+- *besides*: time of all that BDIA's loops do besides the blocks: rounding, stepping, packing bits,
+  checksums, comparing, and adding up cotangents.
 - *equal*: the largest batch that fits a memory, and the throughput there.
 
 Writes results/benchmark-DEVICE.json, .md and figures. What other parts found earlier stays.
@@ -38,7 +40,8 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from bdia_jax import coupling, files, memory
+from bdia_jax import coupling, files, fixed_point, maps, memory, reversible, side_bits
+from bdia_jax._arguments import prepare
 from bdia_jax.data import ImageData, TextData
 from bdia_jax.nn import Decoder, DecoderConfig, ReversibleStack, ViT, ViTConfig, llama
 from bdia_jax.nn.decoder import rotary_angles
@@ -51,7 +54,7 @@ from bdia_jax.train import (
 )
 from bdia_jax.train.figures import figure, style
 
-Part = Literal["steps", "depth", "budget", "equal"]
+Part = Literal["steps", "depth", "budget", "besides", "equal"]
 Shape = Literal["vit", "gpt2", "llama"]
 
 
@@ -59,7 +62,7 @@ Shape = Literal["vit", "gpt2", "llama"]
 class Benchmark:
     """What each way of training costs: step time, throughput and peak memory of whole steps."""
 
-    parts: tuple[Part, ...] = ("steps", "depth", "budget")
+    parts: tuple[Part, ...] = ("steps", "depth", "budget", "besides")
     """What is measured; equal takes longest."""
     shapes: tuple[Shape, ...] = ("vit", "gpt2", "llama")
     """Which networks."""
@@ -338,6 +341,68 @@ def budget(b: Benchmark, shape: Shape) -> list[dict[str, Any]]:
     return timed({name: (s, way) for name, way in ways.items()}, b.rounds)
 
 
+def besides(b: Benchmark, shape: Shape) -> list[dict[str, Any]]:
+    """What both loops do besides a block, apart from it; and a whole step, per block."""
+    s = size(b, shape)
+    make, task, settings = prepared(s, WAYS["BDIA"])
+    model = make()
+    positions = s.config.length if shape == "vit" else s.length
+    x = jax.random.normal(jax.random.key(0), (s.batch, positions, s.config.width), s.config.dtype)
+    block, params = model.blocks.functional()
+    consts = () if shape == "vit" else (model._angles(jnp.broadcast_to(
+        jnp.arange(positions), x.shape[:2])), None)  # fmt: skip
+    scan, _ = prepare(
+        block, params, (x, x), 0, jax.random.key(0), consts, s.config.gamma, "random",
+        s.config.frac_bits, 0, "online", 0, None, None, None,
+    )  # fmt: skip
+    n = fixed_point.to_grid(x.astype(scan.wide), scan.frac_bits)
+    sign = maps.sample_signs(jax.random.key(1), (s.batch,))
+
+    @jax.jit
+    def up(n_prev, n, h):
+        x = fixed_point.from_grid(n, scan.frac_bits, scan.dtype)
+        _, y, q = reversible._update(scan, n, h, sign)
+        n_next = maps.bdia_step(n_prev, q, reversible._per_sample(sign, n), scan.m)
+        side = side_bits.pack_bits(maps.side_information(n_prev, scan.m, 0), scan.bits)
+        return x, n_next, side, reversible.checksum(n_prev), reversible._in_range(y, n_next)
+
+    @jax.jit
+    def down(n_next, n, h, side, expected, a_next, a, d_x):
+        x = fixed_point.from_grid(n, scan.frac_bits, scan.dtype)
+        gamma, _, q = reversible._update(scan, n, h, sign)
+        unpacked = side_bits.unpack_bits(side, scan.bits, n.shape[-1])
+        n_prev = maps.bdia_inverse(n_next, q, unpacked, reversible._per_sample(sign, n), scan.m)
+        a_next = reversible._nan_unless(reversible.checksum(n_prev) == expected, a_next)
+        a += (a_next - gamma * a_next) + d_x.astype(scan.wide)
+        return x, n_prev, (a_next + gamma * a_next).astype(h.dtype), a, gamma * a_next
+
+    _, n_next, side, expected, _ = up(n, n, x)
+    cotangent = x.astype(scan.wide)
+    step = stepper(model, task, settings)
+    runs = {
+        "forward, besides a block": lambda: up(n, n, x),
+        "backward, besides a block": lambda: down(
+            n_next, n, x, side, expected, cotangent, cotangent, x
+        ),
+        "step, by blocks": step,
+    }
+    samples: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(b.rounds + 1):
+        for name, run in runs.items():
+            repeats = 1 if run is step else 20
+            start = time.perf_counter()
+            for _ in range(repeats):
+                jax.block_until_ready(run())
+            samples[name].append((time.perf_counter() - start) / repeats)
+    samples["step, by blocks"] = [t / s.config.depth for t in samples["step, by blocks"]]
+    whole = np.median(samples["step, by blocks"][1:])
+    return [
+        {"way": name, "batch": s.batch, "seconds": float(np.median(t[1:])), "rounds": t[1:],
+         "share": float(np.median(t[1:]) / whole)}
+        for name, t in samples.items()
+    ]  # fmt: skip
+
+
 def equal(b: Benchmark, shape: Shape) -> list[dict[str, Any]]:
     """The largest batch of every way that fits, and its throughput."""
     s, sizes = size(b, shape), {}
@@ -362,13 +427,13 @@ def equal(b: Benchmark, shape: Shape) -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     """Of what was timed."""
     header = ["way", "batch", "peak in GB", "s per step", "per second", "over plain",
-              "over checkpointed"]  # fmt: skip
+              "over checkpointed", "over BDIA"]  # fmt: skip
     lines = []
     for row in rows:
         if "error" in row:
-            lines.append([row["way"], str(row["batch"]), f"not here: {row['error']}", *[""] * 4])
+            lines.append([row["way"], str(row["batch"]), f"not here: {row['error']}", *[""] * 5])
             continue
-        ratios = [row.get(f"over {base}") for base in ("plain", "checkpointed blocks")]
+        ratios = [row.get(f"over {base}") for base in ("plain", "checkpointed blocks", "BDIA")]
         lines.append([
             row["way"], str(row["batch"]), f"{row['memory'] / 1e9:.2f}", f"{row['seconds']:.3f}",
             f"{row['per_second']:.3g}",
@@ -385,6 +450,14 @@ def depth_table(rows: list[dict[str, Any]]) -> str:
         [[row["way"], *("" if m is None else f"{m / 1e9:.2f}" for m in row["memory"])]
          for row in rows],
     )  # fmt: skip
+
+
+def besides_table(rows: list[dict[str, Any]]) -> str:
+    """Of what the loops do besides the blocks."""
+    return results.markdown(
+        ["per block", "milliseconds", "of the step"],
+        [[row["way"], f"{row['seconds'] * 1e3:.2f}", f"{row['share']:.1%}"] for row in rows],
+    )
 
 
 def draw_depth(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
@@ -437,7 +510,10 @@ def draw_equal(rows: list[dict[str, Any]], path: pathlib.Path, fit: float) -> No
         axis.set_xlabel(f"per second, at the largest batch in {fit:g} GB")
 
 
-MEASURES = {"steps": steps, "depth": over_depth, "budget": budget, "equal": equal}
+MEASURES = {
+    "steps": steps, "depth": over_depth, "budget": budget, "besides": besides, "equal": equal,
+}  # fmt: skip
+TABLES = {"depth": depth_table, "besides": besides_table}
 
 
 def main(b: Benchmark) -> dict[str, Any]:
@@ -450,7 +526,7 @@ def main(b: Benchmark) -> dict[str, Any]:
             s = size(b, shape)
             what = {"batch": s.batch, "length": s.length, "dtype": s.config.dtype}
             found.setdefault(shape, {})[part] = {**what, "rows": rows}
-            print(f"\n{shape}, {part}\n{(depth_table if part == 'depth' else table)(rows)}",
+            print(f"\n{shape}, {part}\n{TABLES.get(part, table)(rows)}",
                   flush=True)  # fmt: skip
             results.write("benchmark", b, {"found": found}, b.out)
     texts = []
@@ -459,7 +535,7 @@ def main(b: Benchmark) -> dict[str, Any]:
             rows = kept["rows"]
             place = path.with_stem(f"{path.stem}-{shape}-{part}").with_suffix(".png")
             title = f"{shape}: {part} ({kept['batch']} × {kept['length']}, {kept['dtype']})"
-            texts.append(f"## {title}\n\n{(depth_table if part == 'depth' else table)(rows)}")
+            texts.append(f"## {title}\n\n{TABLES.get(part, table)(rows)}")
             if part == "depth":
                 draw_depth(rows, place)
             elif part == "budget":

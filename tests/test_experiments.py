@@ -8,10 +8,14 @@ import sys
 from xml.etree import ElementTree
 
 import jax
+import numpy as np
+import optax
 import pytest
+from flax import nnx
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "experiments"))
 
+import benchmark
 import demo
 import exactness
 import memory_and_time
@@ -20,7 +24,7 @@ import vision_costs
 import vision_tables
 import vit
 
-from bdia_jax.nn import ViTConfig
+from bdia_jax.nn import Decoder, ViTConfig, llama
 from bdia_jax.train import TrainSettings
 
 SMALL = ViTConfig(
@@ -171,6 +175,55 @@ def test_vision_costs(tmp_path, monkeypatch):
     found = json.loads(path.read_text())
     assert found["memory"]["residuals"][0]["bytes"] > 0
     assert is_png(path.with_name(f"{path.stem}-memory.png"))
+
+
+def test_benchmark(tmp_path, monkeypatch):
+    ways = ("plain", "checkpointed blocks", "BDIA")
+    monkeypatch.setattr(benchmark, "WAYS", {name: benchmark.WAYS[name] for name in ways})
+    small = dataclasses.replace(SMALL, image_size=32, channels=3, patch_size=16)
+    monkeypatch.setattr(benchmark, "size", lambda *_: benchmark.Size(small, 2, 1))
+    settings = benchmark.Benchmark(
+        parts=("steps", "depth", "besides"), shapes=("vit",), rounds=2, depths=(2,), out=tmp_path
+    )
+    found = benchmark.main(settings)["vit"]
+    (steps, depth, besides) = (found[part]["rows"] for part in settings.parts)
+    assert [row["way"] for row in steps] == [*ways]
+    assert all(row["seconds"] > 0 and len(row["rounds"]) == 2 for row in steps)
+    # The same step, of which two thirds are compiled for its memory alone.
+    assert [row["memory"] for row in steps] == [row["memory"][0] for row in depth]
+    assert len(besides) == 3
+    (path,) = tmp_path.glob("*.json")
+    assert path.with_suffix(".md").read_text().count("| BDIA") == 2
+    assert is_png(path.with_name(f"{path.stem}-vit-depth.png"))
+
+
+def test_ways_of_the_benchmark_are_the_same_network():
+    """Groups of checkpoints, and checkpoints on the host, change nothing but costs."""
+    config = llama(
+        vocab_size=31, max_length=8, width=16, depth=4, heads=2, kv_heads=1, hidden=16,
+        method="standard",
+    )  # fmt: skip
+    tokens = jax.random.randint(jax.random.key(0), (2, 8), 0, 31)
+    losses = {}
+    for wrap in (None, benchmark.GroupedCheckpoints, benchmark.OffloadedCheckpoints,
+                 lambda stack: benchmark.Coupled(stack, config)):  # fmt: skip
+        model = Decoder(config, rngs=nnx.Rngs(0))
+        if wrap is not None:
+            model.blocks = wrap(model.blocks)
+        graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+        @jax.jit
+        @jax.value_and_grad
+        def loss(params, graph=graph, rest=rest):
+            return nnx.merge(graph, params, rest).loss(tokens, tokens, key=jax.random.key(1)).loss
+
+        value, gradient = loss(params)
+        losses[wrap] = value, optax.tree.norm(gradient)
+    plain, grouped, offloaded, coupled = losses.values()
+    np.testing.assert_allclose(grouped, plain, rtol=1e-5)
+    np.testing.assert_allclose(offloaded, plain, rtol=1e-5)
+    assert abs(coupled[0] - plain[0]) > 1e-4 * plain[0]
+    assert np.isfinite(coupled).all()
 
 
 def test_reliability_counts_cases_and_what_was_skipped_or_failed():

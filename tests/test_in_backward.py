@@ -220,6 +220,21 @@ def test_bisection():
     assert memory.largest(lambda n: True, limit=100) == 100
 
 
+def test_as_many_blocks_are_stored_as_fit():
+    def total(stored):
+        config = dataclasses.replace(TINY, stored_blocks=stored)
+        return plan.plan(config, 4, 8, methods=["BDIA"])[0].total
+
+    none, two = total(0), total(2)
+    assert none < two
+    options = TINY, 4, 8
+    most = plan.most_stored_blocks(*options, two, "BDIA")
+    assert total(most) <= two
+    assert most == TINY.depth or total(most + 1) > two
+    assert plan.most_stored_blocks(*options, none, "BDIA") == 0
+    assert plan.most_stored_blocks(*options, none - 1, "BDIA") is None
+
+
 def test_plans_that_cannot_be(tmp_path):
     with pytest.raises(ValueError, match=r"methods must be of standard.*got magic"):
         plan.plan(TINY, 1, 8, methods=["magic"])
