@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that a GPU or TPU should confirm, in this order: exactness, reliability, memory and
-# time, costs of all vision systems and of decoders, and a long run of the paper's network. Results
+# time, costs of all systems, benchmarks of ways to train, and a long run of the paper's network. Results
 # go to experiments/results, under the device's name; a run that is cut off continues when the script
 # is started again.
 #
@@ -20,6 +20,7 @@ python reliability.py
 python memory_and_time.py --widths 512
 python vision_costs.py --rounds 12
 python decoder_memory.py
+python benchmark.py --device-sized --parts steps depth budget besides equal --fit 24
 
 # Six blocks of width 512, batch 128, the paper's schedule; BDIA-ViT and its ViT twin in turns.
 for method in bdia standard; do

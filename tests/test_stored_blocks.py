@@ -135,3 +135,33 @@ def test_a_thousand_blocks():
     assert texts[0] == texts[1]
     # A bit per element, 4 bytes of checksum per sample; the block's number and key.
     assert (needed[1000] - needed[500]) / 500 < x.size / 8 + 2 * 4 + 64
+
+
+def test_over_devices():
+    """Each with its samples, parameters on all: gradients are those of one device."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    params = {"up": 0.2 * jax.random.normal(keys[0], (4, 16, 32)),
+              "down": 0.2 * jax.random.normal(keys[1], (4, 32, 16))}  # fmt: skip
+    x = jax.random.normal(keys[2], (8, 16))
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    samples, everywhere = jax.P("data"), jax.P()
+
+    def gradient(stored, params, x):
+        def loss(params, x):
+            # Positive γ, the same on every device: what is drawn depends on who draws it.
+            y = reversible_scan(
+                block, params, x, key=jax.random.key(1), signs="positive", stored_blocks=stored
+            )
+            return jnp.sum(jnp.sin(y))
+
+        return jax.grad(loss, (0, 1))(params, x)
+
+    expected = jax.jit(functools.partial(gradient, 0))(params, x)
+    for stored in (1, 4):
+        found = jax.jit(
+            jax.shard_map(
+                functools.partial(gradient, stored), mesh=mesh, in_specs=(everywhere, samples),
+                out_specs=(everywhere, samples),
+            )
+        )(params, x)  # fmt: skip
+        alike(found, expected)
