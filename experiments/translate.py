@@ -47,7 +47,7 @@ from bdia_jax.data import (
     train_tokenizer,
 )
 from bdia_jax.nn import EncoderDecoder, EncoderDecoderConfig, beam_search
-from bdia_jax.train import TrainSettings, Translation, step_memory, train
+from bdia_jax.train import Result, TrainSettings, Translation, step_memory, train
 
 SMALL = EncoderDecoderConfig(
     width=128, heads=4, hidden=256, encoder_depth=3, decoder_depth=3, max_length=128
@@ -145,44 +145,17 @@ def main(t: Translate) -> str:
     if t.translate is not None:
         return use(t)
     data = load(t)
-    length = t.model.max_length
-    fitting = [
-        [pair for pair in data.tokens(pairs)
-         if pair[0] and len(pair[0]) <= length and len(pair[1]) < length]
-        for pairs in (data.train, data.evaluation)
-    ]  # fmt: skip
-    if not all(fitting):
-        raise ValueError(
-            f"both splits need pairs of at most {length} tokens (model.max_length); there are "
-            f"{len(fitting[0])} to train on and {len(fitting[1])} to evaluate on"
-        )
-    order = np.random.default_rng(0).permutation(len(fitting[0]))
-    packed = pack_pairs([fitting[0][i] for i in order], length, end=data.target.end)
-    task = Translation(
-        t.name, packed, pack_pairs(fitting[1], length, end=data.target.end),
-        label_smoothing=t.label_smoothing,
-    )  # fmt: skip
-    print(
-        f"{t.name}: {len(fitting[0])} pairs to train on, in {len(packed.tokens)} rows of {length} "
-        f"tokens; {len(fitting[1])} held out", flush=True,
-    )  # fmt: skip
+    task = packed_task(t, data)
     # Seeds of a method share its programs.
     jax.config.update("jax_compilation_cache_dir", str((t.work / "compiled").resolve()))
+    some = data.evaluation[: t.decode]
+    sources = [source for source, _ in some]
     curves: dict[str, list[list[dict[str, Any]]]] = {}
     scores: dict[str, list[dict[str, float]]] = {}
-    some = data.evaluation[: t.decode]
     for seed in range(t.seeds):
         for method in t.methods:
-            folder = t.work / t.name / method / f"seed={seed}"
-            model = EncoderDecoder(config(t, data, method), rngs=nnx.Rngs(seed))
-            result = train(
-                model, task, dataclasses.replace(t.train, seed=seed), folder / "run", resume=True,
-                about={"model": dataclasses.asdict(model.config), **about(t)},
-            )  # fmt: skip
-            data.source.save(folder / "source")
-            data.target.save(folder / "target")
-            save(model, folder)
-            said = decode(t, model, data, [source for source, _ in some])
+            model, result = trained(t, data, task, method, seed)
+            said = decode(t, model, data, sources)
             scores.setdefault(method, []).append(score(some, said))
             curves.setdefault(method, []).append(result.history)
             print(
@@ -190,13 +163,13 @@ def main(t: Translate) -> str:
                 f"best {-best(result.history)[0]:.3f}; {result.seconds_per_step * 1e3:.0f} ms per "
                 f"step\n{examples(some, said)}", flush=True,
             )  # fmt: skip
-    copied = score(some, [source for source, _ in some])
     found = {
         method: summary(runs) | {
             name: [run[name] for run in scores[method]] for name in scores[method][0]
         }
         for method, runs in curves.items()
     }  # fmt: skip
+    copied = score(some, sources)
     text = table(found, digits={"at step": 0, "BLEU": 1, "chrF": 1})
     text += "\n\nCopying the source: " + ", ".join(f"{k} {v:.3g}" for k, v in copied.items()) + "."
     path = results.write(
@@ -206,6 +179,49 @@ def main(t: Translate) -> str:
     draw(curves, path.with_suffix(".png"))
     print(f"\n{text}\n\nSee {path}")
     return text
+
+
+def packed_task(t: Translate, data: Data) -> Translation:
+    """What is trained: all pairs that fit, in rows.
+
+    Raises:
+      ValueError: if none of a split does.
+    """
+    length = t.model.max_length
+    training, evaluation = (
+        [(source, target) for source, target in data.tokens(pairs)
+         if 1 <= len(source) <= length and len(target) < length]
+        for pairs in (data.train, data.evaluation)
+    )  # fmt: skip
+    if not training or not evaluation:
+        raise ValueError(
+            f"both splits need pairs of at most {length} tokens (model.max_length); there are "
+            f"{len(training)} to train on and {len(evaluation)} to evaluate on"
+        )
+    order = np.random.default_rng(0).permutation(len(training))
+    rows = pack_pairs([training[i] for i in order], length, end=data.target.end)
+    print(
+        f"{t.name}: {len(training)} pairs to train on, in {len(rows.tokens)} rows of {length} "
+        f"tokens; {len(evaluation)} held out", flush=True,
+    )  # fmt: skip
+    held_out = pack_pairs(evaluation, length, end=data.target.end)
+    return Translation(t.name, rows, held_out, label_smoothing=t.label_smoothing)
+
+
+def trained(
+    t: Translate, data: Data, task: Translation, method: str, seed: int
+) -> tuple[EncoderDecoder, Result]:
+    """A network, trained and saved; or the rest of its training."""
+    folder = t.work / t.name / method / f"seed={seed}"
+    model = EncoderDecoder(config(t, data, method), rngs=nnx.Rngs(seed))
+    result = train(
+        model, task, dataclasses.replace(t.train, seed=seed), folder / "run", resume=True,
+        about={"model": dataclasses.asdict(model.config), **about(t)},
+    )  # fmt: skip
+    data.source.save(folder / "source")
+    data.target.save(folder / "target")
+    save(model, folder)
+    return model, result
 
 
 def about(t: Translate) -> dict[str, Any]:
