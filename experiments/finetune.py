@@ -70,6 +70,9 @@ class FineTune:
     """Fractional bits of the grid."""
     tolerance_bits: int = 0
     """Bits for hardware that is not deterministic."""
+    stored_blocks: int = 0
+    """How many of the blocks keep their activations, for speed; python -m bdia_jax.plan --fit says
+    how many fit."""
     dtype: str = "bfloat16"
     """What the blocks compute in: bfloat16, float32 or float16."""
     param_dtype: str = "float32"
@@ -107,7 +110,7 @@ def main(f: FineTune) -> dict[str, float]:
     )
     model = interop.load(
         folder, method=f.method, frac_bits=f.frac_bits, tolerance_bits=f.tolerance_bits,
-        dtype=f.dtype, param_dtype=f.param_dtype, dropout=f.dropout,
+        stored_blocks=f.stored_blocks, dtype=f.dtype, param_dtype=f.param_dtype, dropout=f.dropout,
     )  # fmt: skip
     if f.lora.rank:
         paths = add_lora(
