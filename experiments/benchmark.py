@@ -24,18 +24,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 import math
 import pathlib
-import sys
 import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import command
 import jax
 import jax.numpy as jnp
 import numpy as np
 import results
-import tyro
 from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
@@ -549,7 +549,4 @@ def main(b: Benchmark) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Benchmark, description=__doc__))
-    except (ValueError, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    command.run(main, Benchmark, __doc__, told=logging.WARNING)

@@ -12,12 +12,12 @@ Writes results/decoder_memory-DEVICE.json, .md and a figure per model.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import pathlib
-import sys
 from typing import Any
 
+import command
 import results
-import tyro
 
 from bdia_jax import files, plan
 
@@ -74,7 +74,4 @@ def main(d: DecoderMemory) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(DecoderMemory, description=__doc__))
-    except (ValueError, OSError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    command.run(main, DecoderMemory, __doc__, told=logging.WARNING)

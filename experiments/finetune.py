@@ -17,9 +17,8 @@ import json
 import logging
 import pathlib
 import shutil
-import sys
 
-import tyro
+import command
 from flax import nnx
 
 from bdia_jax import interop
@@ -170,9 +169,4 @@ def show(model, tokenizer, example: Example) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("absl").setLevel(logging.WARNING)
-    try:
-        main(tyro.cli(FineTune, description=__doc__))
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    command.run(main, FineTune, __doc__, told=logging.INFO)

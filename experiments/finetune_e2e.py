@@ -15,15 +15,14 @@ import json
 import logging
 import pathlib
 import shutil
-import sys
 import zipfile
 from typing import Any
 
+import command
 import e2e_metrics
 import jax
 import numpy as np
 import results
-import tyro
 from flax import nnx
 
 from bdia_jax import files, interop
@@ -273,8 +272,4 @@ def draw(found: list[dict[str, Any]], path: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        main(tyro.cli(E2E, description=__doc__))
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    command.run(main, E2E, __doc__, told=logging.WARNING)

@@ -12,12 +12,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import pathlib
-import sys
 from typing import Any
 
+import command
 import jax
 import results
-import tyro
 from curves import best, draw, summary, table
 from flax import nnx
 
@@ -152,8 +151,4 @@ def run(
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        main(tyro.cli(SmallData, description=__doc__))
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    command.run(main, SmallData, __doc__, told=logging.WARNING)

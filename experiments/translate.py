@@ -25,12 +25,12 @@ import pathlib
 import sys
 from typing import Any
 
+import command
 import jax
 import numpy as np
 import results
 import sacrebleu
 import safetensors.flax
-import tyro
 from curves import best, draw, summary, table
 from flax import nnx
 
@@ -366,8 +366,4 @@ def measure_memory(t: Translate) -> str:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        main(tyro.cli(Translate, description=__doc__))
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    command.run(main, Translate, __doc__, told=logging.WARNING)

@@ -30,15 +30,14 @@ import math
 import pathlib
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
+import command
 import jax
 import numpy as np
 import results
-import tyro
 from flax import nnx
 
 from bdia_jax import files
@@ -694,8 +693,4 @@ def under(out: pathlib.Path, least: float) -> list[str]:
 
 
 if __name__ == "__main__":
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    try:
-        main(tyro.cli(VisionTables, description=__doc__))
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    command.run(main, VisionTables, __doc__, told=logging.ERROR)

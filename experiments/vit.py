@@ -13,9 +13,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import pathlib
-import sys
 
-import tyro
+import command
 from flax import nnx
 
 from bdia_jax.data import load_images
@@ -80,9 +79,4 @@ def main(experiment: Experiment) -> float:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("absl").setLevel(logging.WARNING)
-    try:
-        main(tyro.cli(Experiment, description=__doc__))
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    command.run(main, Experiment, __doc__, told=logging.INFO)
