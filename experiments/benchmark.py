@@ -469,6 +469,7 @@ def draw_depth(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
                 row["depths"], [m and m / 1e9 for m in row["memory"]], label=row["way"],
                 linestyle="--" if i >= 7 else "-", **style(i),
             )  # fmt: skip
+        axis.set_xticks(rows[0]["depths"])
         axis.set_xlabel("blocks")
         axis.set_ylabel("peak memory in GB")
         axis.set_ylim(bottom=0)
@@ -496,7 +497,7 @@ def draw_budget(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
             )  # fmt: skip
         axis.set_xlabel("peak memory in GB")
         axis.set_ylabel("seconds per step")
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.15 * max(row["seconds"] for row in rows))
         axis.legend()
 
 

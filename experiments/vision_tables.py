@@ -99,7 +99,7 @@ SCALES = {
     "reduced": Scale(
         data="cifar10",
         vit=ViTConfig(patch_size=8, width=64, heads=4, head_dim=16, hidden=64),
-        resnet=ResNetConfig(widths=(8, 16, 32), depth=1, groups=4),
+        resnet=ResNetConfig(widths=(8, 16, 32), depth=2, groups=4),
         epochs=20,
         train=TrainSettings(
             batch_size=50, optimizer="set-adam", learning_rate=1e-3, clip_norm=None
