@@ -70,7 +70,9 @@ class Translate:
     languages: tuple[str, str] = ("en", "fr")
     """Of that set: from, and to."""
     data_dir: pathlib.Path | None = None
-    """Where the sets of TensorFlow Datasets are."""
+    """Where prepared sets of TensorFlow Datasets are."""
+    download: bool = False
+    """Prepare the set if it is not there, which needs TensorFlow."""
     count: int | None = None
     """Number of pairs, drawn from all; None for all."""
     longest: int | None = None
@@ -236,7 +238,7 @@ def about(t: Translate) -> dict[str, Any]:
 def load(t: Translate) -> Data:
     """Pairs, cleaned and split; vocabularies of the training split."""
     if t.tfds is not None:
-        pairs = tfds_pairs(t.tfds, *t.languages, data_dir=t.data_dir)
+        pairs = tfds_pairs(t.tfds, *t.languages, t.data_dir, download=t.download)
     else:
         pairs = cldr_pairs() if t.pairs is None else read_pairs(t.pairs)
     pairs = clean(pairs, longest=t.longest)

@@ -27,6 +27,7 @@ from PIL import Image
 
 from bdia_jax import data
 from bdia_jax.data import images as image_data
+from bdia_jax.data import sets
 from bdia_jax.train import ImageClassification
 
 KEY = jax.random.key(0)
@@ -340,7 +341,7 @@ def test_folders_that_cannot_be_read(tmp_path, monkeypatch):
     with pytest.raises(NotADirectoryError, match=r"a folder; got the file .*file"):
         data.load_images("cifar10", file)
     # The superuser, whom many containers run as, may read all folders.
-    monkeypatch.setattr(image_data.os, "access", lambda *_: False)
+    monkeypatch.setattr(sets.os, "access", lambda *_: False)
     with pytest.raises(PermissionError, match="no permission to read"):
         data.load_images("cifar10", tmp_path)
 
@@ -460,7 +461,7 @@ def test_real_cifar10():
     folder = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data" / "tfds"
     if not (folder / "cifar10").is_dir():
         pytest.skip("no prepared CIFAR-10 beside the repository")
-    builder = image_data._tfds_builder("cifar10", folder)
+    builder = sets.find("cifar10", folder)
     assert image_data._splits(builder) == ("train", "test")
     pictures, labels = image_data._read(builder, "test[:200]")
     assert pictures.shape == (200, 32, 32, 3)

@@ -9,12 +9,13 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "experiments"))
 
 import translate
 
-from bdia_jax.data import cldr_pairs, clean, pack_pairs, read_pairs, split_pairs
+from bdia_jax.data import cldr_pairs, clean, pack_pairs, read_pairs, split_pairs, tfds_pairs
 from bdia_jax.nn import EncoderDecoderConfig
 from bdia_jax.train import TrainSettings
 
@@ -103,6 +104,31 @@ def test_files_of_pairs(tmp_path):
         archive.writestr("_about.txt", "of")
     with pytest.raises(ValueError, match="holds none"):
         read_pairs(tmp_path / "none.zip")
+
+
+def test_a_translation_set(tmp_path):
+    class Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        VERSION = tfds.core.Version("1.0.0")
+        name = "sentences"
+
+        def _info(self):
+            features = tfds.features.Translation(languages=["en", "fr"])
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, _):
+            return {"train": self._generate_examples("ab"), "test": self._generate_examples("c")}
+
+        def _generate_examples(self, letters):
+            for letter in letters:
+                yield letter, {"en": letter, "fr": f"é{letter}"}
+
+    Builder(data_dir=tmp_path).download_and_prepare(file_format="array_record")
+    found = tfds_pairs("sentences", "en", "fr", tmp_path)
+    assert sorted(found) == [("a", "éa"), ("b", "éb"), ("c", "éc")]
+    with pytest.raises(ValueError, match="must have the languages en and de; it has en, fr"):
+        tfds_pairs("sentences", "en", "de", tmp_path)
+    with pytest.raises(ValueError, match=r"unknown data set 'sentence'.*embedded \(none is"):
+        tfds_pairs("sentence", "en", "fr", tmp_path)
 
 
 def test_translate(tmp_path, capsys):

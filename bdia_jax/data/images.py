@@ -8,10 +8,7 @@ bit for bit. All of them can be traced, and work on arrays whose batch axis is s
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
-import importlib.util
-import os
 import pathlib
 import re
 
@@ -19,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Int32, Key, Num, UInt8
-from tqdm import tqdm
+
+from bdia_jax.data import sets
 
 EMBEDDED = ("digits",)
 
@@ -127,10 +125,9 @@ def load_images(
     """
     if name == "digits":
         return _digits()
-    builder = _tfds_builder(name, data_dir, may_be_missing=download)
+    builder = sets.find(name, data_dir, may_be_missing=download, embedded=EMBEDDED)
     _check_features(builder)
-    if not builder.is_prepared():
-        _prepare(builder, name, download)
+    sets.prepare(builder, name, download)
     train, evaluation = _splits(builder)
     return ImageData(
         name, *_read(builder, train), *_read(builder, evaluation),
@@ -151,51 +148,6 @@ def _digits() -> ImageData:
     return ImageData(
         "digits", images[~held_out], labels[~held_out], images[held_out], labels[held_out], 10
     )
-
-
-def _tfds_builder(name: str, data_dir, may_be_missing: bool = False):
-    """TFDS's description of a set, from its code, or else from the files of a prepared set."""
-    import tensorflow_datasets as tfds
-
-    if data_dir is not None:
-        data_dir = pathlib.Path(data_dir).expanduser()
-        _check_folder(data_dir, may_be_missing)
-    folder = data_dir or tfds.core.constants.DATA_DIR
-    try:
-        # Anything else, such as "huggingface:mnist", TFDS would look up in the internet.
-        if not (isinstance(name, str) and re.fullmatch(r"\w+(/[\w.+-]+)?(:[\d.*]+)?", name)):
-            raise tfds.core.registered.DatasetNotFoundError
-        return tfds.builder(name, data_dir=data_dir)
-    except tfds.core.registered.DatasetNotFoundError:
-        known = [*EMBEDDED, *tfds.list_builders(with_community_datasets=False)]
-        close = difflib.get_close_matches(str(name).lower(), known)
-        hint = f"; did you mean {' or '.join(close)}?" if close else ""
-        raise ValueError(
-            f"unknown data set {name!r}: neither embedded ({', '.join(EMBEDDED)}), nor a name of "
-            "TensorFlow Datasets (name, name/config or name:version; tfds.list_builders() lists "
-            f"the names), nor prepared in {folder}{hint}"
-        ) from None
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            f"TensorFlow Datasets cannot open {name!r} without a package: {error}"
-        ) from error
-    except Exception as error:
-        # A version or a configuration that there is not, or a file of a prepared set that is
-        # damaged: each has an exception type of its own.
-        raise ValueError(
-            f"TensorFlow Datasets cannot open {name!r} in {folder}: {error}"
-        ) from error
-
-
-def _check_folder(folder: pathlib.Path, may_be_missing: bool) -> None:
-    if not folder.exists():
-        if may_be_missing:
-            return
-        raise FileNotFoundError(f"data_dir must be an existing folder; got {str(folder)!r}")
-    if not folder.is_dir():
-        raise NotADirectoryError(f"data_dir must be a folder; got the file {str(folder)!r}")
-    if not os.access(folder, os.R_OK | os.X_OK):
-        raise PermissionError(f"data_dir must be readable; no permission to read {str(folder)!r}")
 
 
 def _check_features(builder) -> None:
@@ -231,70 +183,19 @@ def _splits(builder) -> tuple[str, str]:
     return "train", evaluation
 
 
-def _prepare(builder, name: str, download: bool) -> None:
-    if not download:
-        others = sorted(
-            info.parent.name
-            for info in pathlib.Path(builder.data_dir).parent.glob("*/dataset_info.json")
-        )
-        hint = f" (there is version {' and '.join(others)}: ask for name:version)" if others else ""
-        raise FileNotFoundError(
-            f"{name} is not prepared: looked in {builder.data_dir}{hint}. Give the folder of "
-            "prepared sets as data_dir, or ask for it to be downloaded with download=True"
-        )
-    missing = [
-        package
-        for package in ("tensorflow", "importlib_resources")
-        if importlib.util.find_spec(package) is None
-    ]
-    if missing:
-        raise ModuleNotFoundError(
-            f"{name} is not prepared (looked in {builder.data_dir}), and preparing it for the "
-            f"first time needs {' and '.join(missing)}: "
-            'pip install "bdia_jax[prepare]" (reading a prepared set needs neither)'
-        )
-    try:
-        # array_record can be read at random, and without TensorFlow.
-        builder.download_and_prepare(file_format="array_record")
-    except Exception as error:
-        # No connection, a wrong checksum, a full disk, files to be fetched by hand: each has an
-        # exception type of its own.
-        raise RuntimeError(
-            f"{name} could not be downloaded and prepared: {type(error).__name__}: {error}"
-        ) from error
-
-
 def _read(
     builder, split: str
 ) -> tuple[UInt8[np.ndarray, "split height width channel"], Int32[np.ndarray, "split"]]:
-    try:
-        source = builder.as_data_source(split=split)
-        images = np.empty((len(source), *builder.info.features["image"].shape), np.uint8)
-        labels = np.empty(len(source), np.int32)
-        about = f"{builder.name}, {split}"
-        with tqdm(total=len(source), desc=about, unit=" images", disable=None, leave=False) as bar:
-            # Many at a time: one by one takes more than twice as long.
-            for start in range(0, len(source), 1000):
-                some = range(start, min(start + 1000, len(source)))
-                for i, example in zip(some, source.__getitems__(list(some)), strict=True):
-                    if example["image"].shape != images.shape[1:]:
-                        raise ValueError(
-                            f"image {i} of {about} has the shape {example['image'].shape}; "
-                            f"its description says {images.shape[1:]}"
-                        )
-                    images[i], labels[i] = example["image"], example["label"]
-                bar.update(len(some))
-    except NotImplementedError as error:
-        raise ValueError(
-            f"{builder.name} in {builder.data_dir} was prepared as "
-            f"{builder.info.file_format.value}, which needs TensorFlow to be read; needed is "
-            "array_record: prepare it again in another data_dir with download=True"
-        ) from error
-    except RuntimeError as error:
-        raise OSError(
-            f"{builder.name} in {builder.data_dir} is damaged: {error}. Delete that folder, and "
-            "prepare the set again"
-        ) from error
+    count = builder.info.splits[split].num_examples
+    images = np.empty((count, *builder.info.features["image"].shape), np.uint8)
+    labels = np.empty(count, np.int32)
+    for i, example in enumerate(sets.read(builder, split)):
+        if example["image"].shape != images.shape[1:]:
+            raise ValueError(
+                f"image {i} of {builder.name}, {split} has the shape {example['image'].shape}; "
+                f"its description says {images.shape[1:]}"
+            )
+        images[i], labels[i] = example["image"], example["label"]
     return images, labels
 
 

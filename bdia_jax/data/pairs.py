@@ -15,6 +15,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int32
 
+from bdia_jax.data import sets
+
 Pair = tuple[str, str]
 """A text, and its translation."""
 
@@ -100,33 +102,37 @@ def read_pairs(path: str | os.PathLike) -> list[Pair]:
 
 
 def tfds_pairs(
-    name: str, source: str, target: str, data_dir: str | os.PathLike | None = None
+    name: str,
+    source: str,
+    target: str,
+    data_dir: str | os.PathLike | None = None,
+    *,
+    download: bool = False,
 ) -> list[Pair]:
     """Pairs of a translation set of TensorFlow Datasets, all its splits together.
 
     Args:
-      name: such as ``"ted_multi_translate"`` or ``"para_crawl/enfr"``; prepared already, or
-        prepared now (which needs TensorFlow).
+      name: such as ``"para_crawl/enfr"``.
       source, target: the languages, by the names that the set has for them (``"en"``).
-      data_dir: where the sets are.
+      data_dir, download: as in :func:`load_images`; so are the errors.
 
     Raises:
-      ValueError: for a set without these languages.
+      ValueError: also for a set without these languages.
     """
-    import tensorflow_datasets as tfds
-
-    builder = tfds.builder(name, data_dir=data_dir)
-    languages = [*builder.info.features]
+    builder = sets.find(name, data_dir, may_be_missing=download)
+    features = builder.info.features
+    languages = [*features.keys()] if hasattr(features, "keys") else []
     if not {source, target} <= {*languages}:
         raise ValueError(
-            f"{name} must have the languages {source} and {target}; it has {', '.join(languages)}"
+            f"{name} must have the languages {source} and {target}; it has "
+            f"{', '.join(languages) or 'none'}"
         )
-    builder.download_and_prepare(file_format="array_record")
-    found = []
-    for split in builder.as_data_source().values():
-        for record in split:
-            found.append(tuple(_text(record[language]) for language in (source, target)))
-    return found
+    sets.prepare(builder, name, download)
+    return [
+        (_text(example[source]), _text(example[target]))
+        for split in builder.info.splits
+        for example in sets.read(builder, split)
+    ]
 
 
 def _text(value) -> str:
