@@ -213,7 +213,7 @@ def encoder_decoder(dtype: str, integers: int, seed: int) -> Case:
         Stack(lambda params, y, key: of_decoder(params, y, key, x[0], present, present), decoder,
               x[1], config.gamma, config.frac_bits),
     ]  # fmt: skip
-    settings = {"model": "encoder-decoder", **dataclasses.asdict(config)}
+    settings = {"model": "encoder-decoder", "depth": blocks, **dataclasses.asdict(config)}
     return model_case(settings, model, tokens, stacks, lambda model, t, key: model(*t, key=key))
 
 

@@ -54,6 +54,7 @@ def test_a_case_of_exactness():
     assert found["mismatched"] == found["samples_mismatched_in_gradient"] == 0
     assert 0 <= found["naive_mismatched"] <= found["compared"]
     assert len(exactness.line(found)) >= len(exactness.COLUMNS) - 1
+    assert exactness.encoder_decoder("float32", 1000, 0).settings["depth"] == 12
 
 
 def test_memory_and_time(tmp_path, monkeypatch, capsys):
