@@ -3,12 +3,14 @@
     python -m bdia_jax.plan --model gpt2-medium                          # an example by name
     python -m bdia_jax.plan --model ./Llama-3.2-1B --length 2048 --fit 24GiB
     python -m bdia_jax.plan --model llama-8b --length 4096 --batch 1 --param-dtype bfloat16
+    python -m bdia_jax.plan --model llama-1b --tpu v5e:2x2 --mesh fsdp=4 # for TPUs, on any machine
 
 Every training method is compiled, for the shapes only: no weights are made, and nothing is run.
-What the compiler then says is what the step will need on the device it is compiled for. Compiled
-on a CPU, it is an estimate for an accelerator, rather too high in bfloat16, because matrix products
-give float32 there. (Two things that only a CPU's compiler does are left out; ``--here`` counts
-them, for training on that CPU.)
+What the compiler then says is what the step will need on the device it is compiled for: the one
+that is there, or a TPU that is not (``pip install libtpu``). Compiled on a CPU, it is an estimate
+for an accelerator, rather too high in bfloat16, because matrix products give float32 there. (Two
+things that only a CPU's compiler does are left out; ``--here`` counts them, for training on that
+CPU.)
 """
 
 from __future__ import annotations
@@ -17,13 +19,14 @@ import dataclasses
 import pathlib
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import jax
 import numpy as np
 import tyro
 from flax import nnx
+from jax.experimental import topologies
 
 from bdia_jax import memory
 from bdia_jax.data.text import TextData
@@ -96,6 +99,7 @@ def plan(
     mesh: str | None = None,
     methods: Iterable[str] | None = None,
     here: bool = True,
+    tpu: str | None = None,
 ) -> list[Need]:
     """What a training step of a decoder needs by each method, without running anything.
 
@@ -109,6 +113,7 @@ def plan(
       optimizer, mesh: as in :class:`bdia_jax.train.TrainSettings`.
       methods: some of those in :data:`METHODS`; None for all.
       here: for this device; False for a better estimate of an accelerator, from a CPU.
+      tpu: a TPU to compile for, as in :func:`tpu_devices`; None for what is there.
 
     Raises:
       ValueError: for unknown methods, a length above ``max_length``, a mesh without its devices.
@@ -124,12 +129,36 @@ def plan(
     text = TextData("nothing", *(np.zeros(length + 2, np.int32),) * 2, config.vocab_size)
     task = LanguageModelling(text, length)
     settings = TrainSettings(batch_size=batch, optimizer=optimizer, mesh=mesh)
-    elsewhere = not here and jax.default_backend() == "cpu"
-    options = LIKE_AN_ACCELERATOR if elsewhere else None
-    return [_need(name, config, task, settings, lora, options) for name in methods]
+    compiler = {"devices": None if tpu is None else tpu_devices(tpu)}
+    if tpu is None and not here and jax.default_backend() == "cpu":
+        compiler["compiler_options"] = LIKE_AN_ACCELERATOR
+    return [_need(name, config, task, settings, lora, compiler) for name in methods]
 
 
-def _need(name, config: DecoderConfig, task, settings: TrainSettings, lora, options) -> Need:
+def tpu_devices(name: str) -> Sequence[jax.Device]:
+    """TPUs to compile for, which need not be there; by libtpu.
+
+    Args:
+      name: kind and arrangement, such as ``"v5e:2x2"`` or ``"v5p:2x2x1"``.
+
+    Raises:
+      ImportError: without libtpu.
+      ValueError: for what libtpu does not know.
+    """
+    try:
+        import libtpu  # noqa: F401
+    except ImportError as error:
+        raise ImportError("to compile for a TPU needs libtpu: pip install libtpu") from error
+    try:
+        return topologies.get_topology_desc(name, "tpu").devices
+    except jax.errors.JaxRuntimeError as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(
+            f'tpu must be like "v5e:2x2" or "v5p:2x2x1"; got {name!r}: {first}'
+        ) from error
+
+
+def _need(name, config: DecoderConfig, task, settings: TrainSettings, lora, compiler) -> Need:
     config = dataclasses.replace(config, method=METHODS[name])
     in_backward = name.endswith("updated in the backward pass")
     settings = dataclasses.replace(settings, update_in_backward=in_backward)
@@ -140,7 +169,7 @@ def _need(name, config: DecoderConfig, task, settings: TrainSettings, lora, opti
             add_lora(model, lora, rngs=nnx.Rngs(0))
         return model
 
-    found = step_memory(nnx.eval_shape(make), task, settings, compiler_options=options)
+    found = step_memory(nnx.eval_shape(make), task, settings, **compiler)
     side = 0
     if config.method == "bdia":
         tokens = settings.batch_size * task.length
@@ -245,6 +274,9 @@ class Plan:
     """Devices, such as data=4,fsdp=2; on a CPU, as many virtual ones are made."""
     here: bool = False
     """For training on this device, if it is a CPU; not an estimate of an accelerator."""
+    tpu: str | None = None
+    """A TPU to compile for, which need not be there: v5e:2x2, for instance (needs libtpu). With
+    a mesh it is of all devices, otherwise one is used."""
     fit: str | None = None
     """A memory, such as 24GiB: the largest batch that fits in it is searched for, and how many
     blocks may keep their activations at the batch that was given (stored_blocks: the faster)."""
@@ -267,13 +299,14 @@ class Plan:
 def main(p: Plan) -> list[Need]:
     """Prints the plan."""
     limit = None if p.fit is None else parse_size(p.fit)
-    if p.mesh:
+    if p.mesh and not p.tpu:
         devices = np.prod([int(n) for n in re.findall(r"=(\d+)", p.mesh)], dtype=int)
         # Before the first use of a device; where there are accelerators, it changes nothing.
         jax.config.update("jax_num_cpu_devices", max(1, int(devices)))
     config, needs = p.config(), []
     for rank in p.lora:
-        options = {"lora": rank, "optimizer": p.optimizer, "mesh": p.mesh, "here": p.here}
+        options = {"lora": rank, "optimizer": p.optimizer, "mesh": p.mesh, "here": p.here,
+                   "tpu": p.tpu}  # fmt: skip
         for need in plan(config, p.batch, p.length, **options):
             name = f"{need.method}, LoRA {rank}" if rank else need.method
             needs.append(dataclasses.replace(need, method=name))
@@ -287,7 +320,8 @@ def main(p: Plan) -> list[Need]:
                     line += f"; with {p.batch}, stored_blocks={stored} of {config.depth} do"
                 print(line, flush=True)
     title = f"{p.model}, {p.batch} × {p.length} tokens, {p.dtype}"
-    print(f"\n{title}; compiled for {jax.devices()[0].device_kind}\n\n{table(needs)}")
+    kind = (tpu_devices(p.tpu) if p.tpu else jax.devices())[0].device_kind
+    print(f"\n{title}; compiled for {kind}\n\n{table(needs)}")
     if p.figure is not None:
         draw(needs, p.figure, title)
     return needs
@@ -296,5 +330,5 @@ def main(p: Plan) -> list[Need]:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Plan, description=__doc__))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(f"{type(error).__name__}: {error}")

@@ -12,6 +12,22 @@ from jaxtyping import Array, Float
 from bdia_jax.nn.dropout import Dropout
 
 
+class LayerNorm(nnx.LayerNorm):
+    """As ``flax.nnx.LayerNorm``; the derivative keeps the argument, not a copy of it in float32."""
+
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        """Over the last axis."""
+        return jax.checkpoint(super().__call__)(x)
+
+
+class RMSNorm(nnx.RMSNorm):
+    """As ``flax.nnx.RMSNorm``, likewise."""
+
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        """Over the last axis."""
+        return jax.checkpoint(super().__call__)(x)
+
+
 class FeedForward(nnx.Module):
     """Linear, GELU, linear, with dropout after both; or gated, ``down(silu(gate(x)) * up(x))``.
 
@@ -68,9 +84,9 @@ class TransformerBlock(nnx.Module):
         rngs: nnx.Rngs,
     ):
         """``attention`` is called with ``rngs=`` and builds the attention module."""
-        self.attention_norm = nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
+        self.attention_norm = LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
         self.attention = attention(rngs=rngs)
-        self.ffn_norm = nnx.LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
+        self.ffn_norm = LayerNorm(width, epsilon=1e-5, dtype=dtype, rngs=rngs)
         self.ffn = FeedForward(width, hidden, dropout=dropout, dtype=dtype, rngs=rngs)
         self.dropout = Dropout(dropout, rngs=rngs)
 

@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
 from bdia_jax.fixed_point import accumulator
-from bdia_jax.nn.blocks import FeedForward
+from bdia_jax.nn.blocks import FeedForward, LayerNorm, RMSNorm
 from bdia_jax.nn.chunked_attention import chunked_attention
 from bdia_jax.nn.dropout import Dropout
 from bdia_jax.nn.losses import Sums, cross_entropy, logits
@@ -175,7 +175,7 @@ def rotate(
 
 def make_norm(config: DecoderConfig, width: int, rngs: nnx.Rngs) -> nnx.Module:
     """Layer or root-mean-square normalization, as configured."""
-    kind = nnx.LayerNorm if config.norm == "layer" else nnx.RMSNorm
+    kind = LayerNorm if config.norm == "layer" else RMSNorm
     return kind(
         width, epsilon=config.norm_epsilon, dtype=DTYPES[config.dtype],
         param_dtype=DTYPES[config.param_dtype], rngs=rngs,
@@ -372,7 +372,7 @@ class Decoder(nnx.Module):
         segments: Int[Array, "batch length"] | None = None,
         positions: Int[Array, "batch length"] | None = None,
         key: Key[Array, ""] | None = None,
-        chunk: int = 1024,
+        chunk: int | None = None,
     ) -> Sums:
         """Cross-entropy of the targets, without the logits of more than ``chunk`` tokens at once.
 
@@ -380,7 +380,7 @@ class Decoder(nnx.Module):
           targets: the tokens to predict; any where the weight is 0.
           weights: of the positions; None for 1.
           tokens, segments, positions, key: as above.
-          chunk: number of tokens.
+          chunk: number of tokens; None as in :func:`cross_entropy`.
         """
         x = self.features(tokens, segments=segments, positions=positions, key=key)
         return cross_entropy(x, self.output_matrix(), targets, weights, chunk=chunk)

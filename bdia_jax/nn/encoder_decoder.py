@@ -212,7 +212,7 @@ class EncoderDecoder(nnx.Module):
 
     def loss(
         self, sources, tokens, targets, weights=None, *, label_smoothing: float = 0.0,
-        chunk: int = 1024, **options,
+        chunk: int | None = None, **options,
     ) -> Sums:  # fmt: skip
         """Cross-entropy of the targets, without the logits of more than ``chunk`` tokens at once.
 
@@ -221,7 +221,7 @@ class EncoderDecoder(nnx.Module):
           targets: ``[batch, length]``, the tokens to predict; any where the weight is 0.
           weights: of them; None for 1.
           label_smoothing: share of the target that is spread over the vocabulary.
-          chunk: number of tokens.
+          chunk: number of tokens; None as in :func:`cross_entropy`.
           **options: segments, positions and key, as above.
         """
         x = self.features(sources, tokens, **options)

@@ -38,7 +38,7 @@ def cross_entropy(
     weights: Float[Array, "batch length"] | None = None,
     *,
     label_smoothing: float = 0.0,
-    chunk: int = 1024,
+    chunk: int | None = None,
 ) -> Sums:
     """Cross-entropy of ``targets`` under the logits ``features matrixᵀ``, in chunks of tokens.
 
@@ -51,7 +51,8 @@ def cross_entropy(
       targets: in [0, vocab), or the loss is NaN; anything where the weight is 0.
       weights: of the positions; None for 1.
       label_smoothing: share of the target that is spread over the vocabulary, in [0, 1).
-      chunk: number of tokens whose logits exist at once (at least one per sequence).
+      chunk: number of tokens whose logits exist at once (at least one per sequence); None for
+        1,024, or fewer if these have more than 2^26 logits.
     """
     if features.ndim != 3 or targets.shape != features.shape[:2]:
         raise ValueError(
@@ -62,6 +63,8 @@ def cross_entropy(
         raise ValueError(
             f"matrix must have the shape [vocab, {features.shape[2]}]; got {matrix.shape}"
         )
+    if chunk is None:
+        chunk = max(1, min(1024, 2**26 // matrix.shape[0]))
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1; got {chunk}")
     if not 0 <= label_smoothing < 1:
@@ -85,8 +88,11 @@ def cross_entropy(
     def part(matrix, features, targets, weights) -> Sums:
         each = logits(features, matrix)
         norm = jax.nn.logsumexp(each, axis=-1)
-        target = jnp.take_along_axis(each, targets[..., None], axis=-1)[..., 0]
-        loss = norm - target
+        # By comparing, not by indexing: the derivative of that would scatter into a copy of each.
+        hit = targets[..., None] == jnp.arange(each.shape[-1])
+        target = jnp.sum(jnp.where(hit, each, 0), axis=-1)
+        exists = (targets >= 0) & (targets < each.shape[-1])
+        loss = norm - jnp.where(exists, target, jnp.nan)
         if label_smoothing:
             loss += label_smoothing * (target - each.mean(axis=-1))
         correct = each.argmax(axis=-1) == targets

@@ -10,7 +10,7 @@ import pathlib
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -300,6 +300,7 @@ def step_memory(
     optimizer: optax.GradientTransformation | None = None,
     *,
     compiler_options: dict[str, str] | None = None,
+    devices: Sequence[jax.Device] | None = None,
 ) -> StepMemory:
     """What a training step will need, by compiling it for shapes; nothing is run.
 
@@ -307,8 +308,10 @@ def step_memory(
       model: may be abstract: ``nnx.eval_shape(lambda: Decoder(config, rngs=nnx.Rngs(0)))``.
       task, settings, optimizer: as in :func:`train`.
       compiler_options: for XLA.
+      devices: to compile for, which need not be there (``jax.experimental.topologies``); None for
+        those that are.
     """
-    return _programs(model, task, settings, optimizer).memory(compiler_options)
+    return _programs(model, task, settings, optimizer, devices).memory(compiler_options)
 
 
 def training_step(
@@ -347,9 +350,9 @@ def _means(batches: Iterable[tuple[dict[str, Array], Array]]) -> dict[str, float
 # ---------------------------------------------------------------------------------------------
 
 
-def _programs(model, task: Task, settings: TrainSettings, optimizer) -> _Programs:
-    """With the optimizer and on the mesh of the settings."""
-    mesh = meshes.parse_mesh(settings.mesh)
+def _programs(model, task: Task, settings: TrainSettings, optimizer, elsewhere=None) -> _Programs:
+    """With the optimizer and on the mesh of the settings; maybe for devices that are not there."""
+    mesh = meshes.parse_mesh(settings.mesh, elsewhere)
     if mesh is not None and settings.batch_size // settings.accumulate % mesh.size:
         raise ValueError(
             f"the {mesh.size} devices of mesh {settings.mesh!r} must divide a micro-batch of "
@@ -364,13 +367,13 @@ def _programs(model, task: Task, settings: TrainSettings, optimizer) -> _Program
             settings.optimizer, schedule, weight_decay=settings.weight_decay,
             clip_norm=None if settings.update_in_backward else settings.clip_norm,
         )  # fmt: skip
-    return _Programs(model, task, settings, optimizer, schedule, mesh)
+    return _Programs(model, task, settings, optimizer, schedule, mesh, elsewhere)
 
 
 class _Programs:
     """The training step and the evaluation step of a model, compiled once each."""
 
-    def __init__(self, model, task: Task, settings, optimizer, schedule, mesh):
+    def __init__(self, model, task: Task, settings, optimizer, schedule, mesh, elsewhere):
         model.eval()
         self._eval_graph = nnx.split(model, nnx.Param, ...)[0]
         model.train()
@@ -379,7 +382,7 @@ class _Programs:
         self._probes = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), probes)
         self._depths = in_backward.depths(model) if settings.update_in_backward else {}
         self._task, self._settings, self._optimizer = task, settings, optimizer
-        self._schedule, self._mesh = schedule, mesh
+        self._schedule, self._mesh, self._elsewhere = schedule, mesh, elsewhere
         self.task = task
         self._arrays = self._place(task.arrays())
         shardings = None
@@ -397,7 +400,8 @@ class _Programs:
 
     def _place(self, tree, shardings=None):
         """On the device: where ``shardings`` say, or on every one; shapes stay shapes."""
-        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)):
+        shapes = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
+        if shapes or self._elsewhere is not None:
             return self._abstract(tree, shardings)
         if self._mesh is None:
             return jax.device_put(tree)
@@ -436,8 +440,11 @@ class _Programs:
 
     def _abstract(self, tree, shardings):
         if self._mesh is None:
-            device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+            devices = self._elsewhere or jax.devices()
+            device = jax.sharding.SingleDeviceSharding(devices[0])
             shardings = jax.tree.map(lambda _: device, tree)
+        elif shardings is None:
+            shardings = jax.tree.map(lambda _: meshes.replicated(self._mesh), tree)
         return jax.tree.map(
             lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
             tree, shardings,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -11,10 +12,14 @@ from jaxtyping import PyTree
 AXES = ("data", "fsdp")
 
 
-def parse_mesh(text: str | None) -> Mesh | None:
+def parse_mesh(text: str | None, devices: Sequence[jax.Device] | None = None) -> Mesh | None:
     """A mesh such as ``"data=4,fsdp=2"``; None for None or an empty text.
 
     Batches are split over both axes, parameters and optimizer state over ``fsdp``.
+
+    Args:
+      text: axes and their sizes.
+      devices: that it is of; None for all that there are.
 
     Raises:
       ValueError: for unknown axes, sizes that are no numbers, or not as many as there are devices.
@@ -28,11 +33,10 @@ def parse_mesh(text: str | None) -> Mesh | None:
             raise ValueError(f'mesh must look like "data=4,fsdp=2"; got {text!r}')
         sizes[name.strip()] = int(size)
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
-    if math.prod(shape) != jax.device_count():
-        raise ValueError(
-            f"mesh {text!r} is of {math.prod(shape)} devices; there are {jax.device_count()}"
-        )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    count = jax.device_count() if devices is None else len(devices)
+    if math.prod(shape) != count:
+        raise ValueError(f"mesh {text!r} is of {math.prod(shape)} devices; there are {count}")
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
