@@ -143,7 +143,7 @@ def tpu_devices(name: str) -> Sequence[jax.Device]:
 
     Raises:
       ImportError: without libtpu.
-      ValueError: for what libtpu does not know.
+      ValueError: for what libtpu does not know, with its reason.
     """
     try:
         import libtpu  # noqa: F401
@@ -154,7 +154,7 @@ def tpu_devices(name: str) -> Sequence[jax.Device]:
     except jax.errors.JaxRuntimeError as error:
         first = str(error).splitlines()[0]
         raise ValueError(
-            f'tpu must be like "v5e:2x2" or "v5p:2x2x1"; got {name!r}: {first}'
+            f'libtpu knows no TPU {name!r}, as it does "v5e:2x2" or "v5p:2x2x1": {first}'
         ) from error
 
 

@@ -1,10 +1,11 @@
 """What it takes to fine-tune well-known decoders, by each method: compiled, not run.
 
     python experiments/decoder_memory.py                    # two minutes, on any machine
+    python experiments/decoder_memory.py --tpu v5p:2x2x1    # for that, on any machine; with libtpu
 
 Whole training steps (AdamW) of GPT-2 medium's shape, of one like Llama 3.2 1B's and of one like
-Llama 3 8B's, all weights or low-rank updates only, with blocks in bfloat16. On a CPU, estimates for
-an accelerator: see :mod:`bdia_jax.plan`.
+Llama 3 8B's, with blocks in bfloat16: all weights, or low-rank updates only, of weights that are
+kept in bfloat16. On a CPU, estimates for an accelerator: see :mod:`bdia_jax.plan`.
 
 Writes results/decoder_memory-DEVICE.json, .md and a figure per model.
 """
@@ -17,6 +18,7 @@ import pathlib
 from typing import Any
 
 import command
+import jax
 import results
 
 from bdia_jax import files, plan
@@ -33,9 +35,11 @@ class DecoderMemory:
     lengths: tuple[int, ...] = (1024, 1024, 4096)
     """Tokens per sequence, of each model."""
     param_dtypes: tuple[str, ...] = ("float32", "float32", "bfloat16")
-    """What the weights are kept in, of each model."""
+    """What weights that are trained are kept in, of each model; frozen ones in bfloat16."""
     lora: tuple[int, ...] = (0, 8)
     """Ranks of low-rank updates of q and v; 0 trains all weights."""
+    tpu: str | None = None
+    """A TPU to compile for, which need not be there, such as v5p:2x2x1; None for this device."""
     out: pathlib.Path | None = None
     """Folder for the results; by default experiments/results."""
 
@@ -54,22 +58,26 @@ def main(d: DecoderMemory) -> str:
     """Compiles everything; the tables."""
     found: list[dict[str, Any]] = []
     parts = []
-    path = (d.out or results.FOLDER) / f"decoder_memory-{results.device_slug()}.json"
-    for name, batch, length, dtype in zip(d.models, d.batches, d.lengths, d.param_dtypes):
-        config = dataclasses.replace(plan.EXAMPLES[name], dtype="bfloat16", param_dtype=dtype)
+    folder = d.out or results.FOLDER
+    kind = (plan.tpu_devices(d.tpu) if d.tpu else jax.devices())[0].device_kind
+    for model, batch, length, dtype in zip(d.models, d.batches, d.lengths, d.param_dtypes):
         needs = []
         for rank in d.lora:
-            for need in plan.plan(config, batch, length, lora=rank, here=False):
+            config = dataclasses.replace(
+                plan.EXAMPLES[model], dtype="bfloat16", param_dtype="bfloat16" if rank else dtype
+            )
+            for need in plan.plan(config, batch, length, lora=rank, here=False, tpu=d.tpu):
                 what = f"{need.method}, LoRA {rank}" if rank else need.method
                 needs.append(dataclasses.replace(need, method=what))
-        title = f"{name}, {batch} × {length} tokens, weights in {dtype}"
-        found += [{"model": name, **dataclasses.asdict(need)} for need in needs]
+        title = f"{model}, {batch} × {length} tokens, {dtype} weights, {kind}"
+        found += [{"model": model, **dataclasses.asdict(need)} for need in needs]
         parts.append(f"## {title}\n\n{plan.table(needs)}")
         print(f"\n{parts[-1]}", flush=True)
-        plan.draw(needs, path.with_name(f"{path.stem}-{name}.png"), title)
-    results.write("decoder_memory", d, {"found": found}, d.out)
+        plan.draw(needs, folder / f"decoder_memory-{results.slug(kind)}-{model}.png", title)
+    path = results.write("decoder_memory", d, {"compiled for": kind, "found": found}, folder, kind)
     text = "\n\n".join(parts)
-    files.write_text(path.with_suffix(".md"), f"# Memory of a training step\n\n{text}\n")
+    about = "Frozen weights, of which there are low-rank updates, are in bfloat16."
+    files.write_text(path.with_suffix(".md"), f"# Memory of a training step\n\n{about}\n\n{text}\n")
     return text
 
 

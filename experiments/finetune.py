@@ -1,7 +1,7 @@
 """Fine-tunes a pretrained decoder (GPT-2, Llama, Qwen 2 or 3) reversibly, on a text of yours.
 
     python experiments/finetune.py --model gpt2-medium --data mine.jsonl --out runs/mine
-    python experiments/finetune.py --model ./Llama-3.2-1B --data mine.txt --out runs/mine --lora 8
+    python experiments/finetune.py --model ./Llama-3.2-1B --data mine.txt --out mine --lora.rank 8
     python experiments/finetune.py ... --resume                            # continue
 
 The data is a file of lines ``{"prompt": "...", "completion": "..."}`` (``*.jsonl``), of which the
@@ -74,8 +74,9 @@ class FineTune:
     how many fit."""
     dtype: str = "bfloat16"
     """What the blocks compute in: bfloat16, float32 or float16."""
-    param_dtype: str = "float32"
-    """What the weights are kept in: float32, or bfloat16."""
+    param_dtype: str | None = None
+    """What the weights are kept in: float32, or bfloat16. By default float32; but frozen ones, of
+    which there are low-rank updates, as they are in the folder."""
     dropout: float = 0.0
     """On the embedding, the attention weights and both updates of a block."""
     freeze_embedding: bool = False
@@ -107,9 +108,13 @@ def main(f: FineTune) -> dict[str, float]:
         f"{len(train_texts)} texts in {len(task.train.tokens)} sequences of {length} tokens; "
         f"{len(eval_texts)} texts for evaluation"
     )
+    written = json.loads((folder / "config.json").read_text())
+    stored = written.get("dtype", written.get("torch_dtype"))
+    frozen = stored if f.lora.rank and stored == "bfloat16" else "float32"
     model = interop.load(
         folder, method=f.method, frac_bits=f.frac_bits, tolerance_bits=f.tolerance_bits,
-        stored_blocks=f.stored_blocks, dtype=f.dtype, param_dtype=f.param_dtype, dropout=f.dropout,
+        stored_blocks=f.stored_blocks, dtype=f.dtype, param_dtype=f.param_dtype or frozen,
+        dropout=f.dropout,
     )  # fmt: skip
     if f.lora.rank:
         paths = add_lora(
@@ -126,7 +131,6 @@ def main(f: FineTune) -> dict[str, float]:
     plot_curves({f.method: f.out}, f.out / "loss.png", metric="loss")
     if f.lora.rank:
         merge_lora(model)
-    written = json.loads((folder / "config.json").read_text())
     interop.save(model, f.out / "model", config=written)
     if f.tokenizer is None:
         for name in BESIDE:

@@ -19,13 +19,23 @@ FOLDER = pathlib.Path(__file__).resolve().parent / "results"
 
 def device_slug() -> str:
     """The kind of the first device, as a part of a file name."""
-    kind = jax.devices()[0].device_kind
+    return slug(jax.devices()[0].device_kind)
+
+
+def slug(kind: str) -> str:
+    """A kind of device, as a part of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-")
 
 
-def write(experiment: str, settings: Any, found: dict[str, Any], folder: pathlib.Path | None):
-    """Writes ``found``, what it was run on and with which settings; returns the file's path."""
-    path = (folder or FOLDER) / f"{experiment}-{device_slug()}.json"
+def write(
+    experiment: str, settings: Any, found: dict[str, Any], folder: pathlib.Path | None,
+    device: str | None = None,
+) -> pathlib.Path:  # fmt: skip
+    """Writes ``found``, what it was run on and with which settings; returns the file's path.
+
+    The file is named after the experiment and ``device``, by default the first that is there.
+    """
+    path = (folder or FOLDER) / f"{experiment}-{slug(device) if device else device_slug()}.json"
     asked = dataclasses.asdict(settings)
     for name in ("out", "work"):
         asked.pop(name, None)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 import unittest.mock
 
 import jax
@@ -195,6 +196,24 @@ def test_a_plan_is_of_the_real_training_step(monkeypatch):
     assert 2 * weights <= needs[0].optimizer <= 2 * weights + 16
     # 3 blocks, 4 × 8 positions of 16 features, a bit each; a checksum of 4 samples.
     assert needs[0].side == 3 * (4 * 8 * 16 // 8 + 4 * 4)
+
+
+def test_a_plan_for_a_tpu_that_is_not_there():
+    pytest.importorskip("libtpu", reason="to compile for a TPU needs libtpu")
+    (one,) = plan.plan(TINY, 4, 8, methods=["BDIA"], tpu="v5e:2x2")
+    (each,) = plan.plan(TINY, 4, 8, methods=["BDIA"], tpu="v5e:2x2", mesh="fsdp=4")
+    assert each.parameters < one.parameters == plan.plan(TINY, 4, 8, methods=["BDIA"])[0].parameters
+    assert one.temporaries > one.gradients
+    with pytest.raises(ValueError, match="there are 4"):
+        plan.plan(TINY, 4, 8, tpu="v5e:2x2", mesh="fsdp=2")
+    with pytest.raises(ValueError, match=r"libtpu knows no TPU 'v0:2x2'"):
+        plan.tpu_devices("v0:2x2")
+
+
+def test_a_plan_for_a_tpu_without_its_compiler(monkeypatch):
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    with pytest.raises(ImportError, match="pip install libtpu"):
+        plan.plan(TINY, 4, 8, tpu="v5e:2x2")
 
 
 def test_the_command_plans(tmp_path, capsys, monkeypatch):

@@ -69,6 +69,11 @@ def test_finetune(folder, tmp_path, rank, capsys):
     texts = tmp_path / "texts.jsonl"
     lines = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(40)]
     texts.write_text("\n".join(map(json.dumps, lines)))
+    if rank:
+        # Frozen weights stay as they are in the folder.
+        model = interop.load(folder)
+        folder = shutil.copytree(folder, tmp_path / "half")
+        interop.save(model, folder, dtype="bfloat16")
     given = finetune.FineTune(
         model=str(folder), data=texts, out=tmp_path / "run", length=32, train=FEW,
         lora=finetune.LowRank(rank=rank), freeze_embedding=rank == 0,
@@ -77,6 +82,8 @@ def test_finetune(folder, tmp_path, rank, capsys):
     assert found["loss"] < found["loss before"]
     assert "36 texts in" in capsys.readouterr().out
     assert is_png(tmp_path / "run/loss.png")
+    written = json.loads((tmp_path / "run/model/config.json").read_text())
+    assert written["dtype"] == ("bfloat16" if rank else "float32")
     before, after = (interop.load(f) for f in (folder, tmp_path / "run/model"))
     assert np.array_equal(before.embedding[...], after.embedding[...])
     q = "blocks", "stacked", "attention", "q", "kernel"
