@@ -373,7 +373,7 @@ def _programs(model, task: Task, settings: TrainSettings, optimizer, elsewhere=N
 class _Programs:
     """The training step and the evaluation step of a model, compiled once each."""
 
-    def __init__(self, model, task: Task, settings, optimizer, schedule, mesh, elsewhere):
+    def __init__(self, model, task: Task, settings, optimizer, schedule, mesh, elsewhere=None):
         model.eval()
         self._eval_graph = nnx.split(model, nnx.Param, ...)[0]
         model.train()
