@@ -76,7 +76,7 @@ class FineTune:
     """What the blocks compute in: bfloat16, float32 or float16."""
     param_dtype: str | None = None
     """What the weights are kept in: float32, or bfloat16. By default float32; but frozen ones, of
-    which there are low-rank updates, as they are in the folder."""
+    which there are low-rank updates, stay in bfloat16 if they are so in the folder."""
     dropout: float = 0.0
     """On the embedding, the attention weights and both updates of a block."""
     freeze_embedding: bool = False

@@ -187,21 +187,50 @@ def test_cross_entropy_in_chunks_is_cross_entropy(smoothing):
     trees_close(grads, expected_grads, rtol=1e-5, atol=1e-6)
 
 
-def test_logits_of_the_whole_batch_never_exist():
-    x = jax.ShapeDtypeStruct((4, 256, 8), jnp.float32)
-    matrix = jax.ShapeDtypeStruct((20_000, 8), jnp.float32)
-    targets = jax.ShapeDtypeStruct((4, 256), jnp.int32)
+def loss_gradient(chunk=None):
+    """Of the loss, by features and matrix."""
 
     def gradient(x, matrix, targets):
-        return jax.grad(lambda x, m: cross_entropy(x, m, targets, chunk=64).loss, (0, 1))(x, matrix)
+        def loss(x, matrix):
+            return cross_entropy(x, matrix, targets, chunk=chunk).loss
 
+        return jax.grad(loss, (0, 1))(x, matrix)
+
+    return gradient
+
+
+def loss_inputs(vocabulary):
+    """Shapes of features, matrix and targets of 1,024 tokens."""
+    x = jax.ShapeDtypeStruct((4, 256, 8), jnp.float32)
+    matrix = jax.ShapeDtypeStruct((vocabulary, 8), jnp.float32)
+    return x, matrix, jax.ShapeDtypeStruct((4, 256), jnp.int32)
+
+
+def test_logits_of_the_whole_batch_never_exist():
     # All logits: 82 MB; those of a chunk: 5 MB, a few times.
-    assert memory.temporaries(gradient, x, matrix, targets) < 25e6
+    assert memory.temporaries(loss_gradient(chunk=64), *loss_inputs(20_000)) < 25e6
 
 
-def test_a_target_that_does_not_exist_is_nan():
+def test_a_chunk_of_a_large_vocabulary_is_smaller():
+    # 2^26 logits are 512 tokens of 2^17 words.
+    given = loss_inputs(2**17)
+    ours, half, whole = (
+        memory.temporaries(loss_gradient(chunk), *given) for chunk in (None, 512, 1024)
+    )
+    assert ours == half < whole
+
+
+def test_the_derivative_of_the_loss_scatters_nothing():
+    # It would scatter into copies of all logits of a chunk.
+    program = str(jax.make_jaxpr(loss_gradient())(*loss_inputs(50)))
+    assert "dot_general" in program
+    assert "scatter" not in program
+
+
+@pytest.mark.parametrize("target", [5, -1])
+def test_a_target_that_does_not_exist_is_nan(target):
     x, matrix = jnp.ones((1, 2, 3)), jnp.ones((5, 3))
-    assert np.isnan(cross_entropy(x, matrix, jnp.array([[1, 5]])).loss)
+    assert np.isnan(cross_entropy(x, matrix, jnp.array([[1, target]])).loss)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bdia_jax.nn import Dropout, Probe, ReversibleStack, ViT, ViTConfig
+from bdia_jax.nn.blocks import LayerNorm, RMSNorm
 from bdia_jax.nn.dropout import keep_mask
 from bdia_jax.nn.vit import patches, shifted
 
@@ -77,6 +78,23 @@ def test_online_and_stored_stacks_agree_and_dropout_follows_the_key():
     np.testing.assert_array_equal(y, y_stored)
     assert_close(grads, grads_stored, 1e-5)
     assert all(not leaf.any() for leaf in jax.tree.leaves(probes))
+
+
+@pytest.mark.parametrize(("ours", "theirs"), [(LayerNorm, nnx.LayerNorm), (RMSNorm, nnx.RMSNorm)])
+def test_norms_keep_their_argument_only(ours, theirs):
+    x = jax.random.normal(KEY, (4, 8, 16), jnp.bfloat16)
+    d_y = jax.random.normal(jax.random.key(1), x.shape, x.dtype)
+    kept, results = [], []
+    for kind in (ours, theirs):
+        norm = kind(16, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+        y, vjp = jax.vjp(norm, x)
+        kept.append([r.dtype for r in jax.tree.leaves(vjp) if r.size == x.size])
+        results.append((y, *vjp(d_y)))
+    assert kept[0] == [jnp.bfloat16]
+    # flax's own keeps float32 copies; if it no longer does, there is no need for ours.
+    assert jnp.float32 in kept[1]
+    for a, b in zip(*results):
+        np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), atol=0.02)
 
 
 def test_dropout_masks_differ_between_blocks():

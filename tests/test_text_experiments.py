@@ -89,6 +89,9 @@ def test_finetune(folder, tmp_path, rank, capsys):
     q = "blocks", "stacked", "attention", "q", "kernel"
     old, new = (dict(nnx.to_flat_state(nnx.state(m, nnx.Param)))[q] for m in (before, after))
     assert not np.array_equal(old[...], new[...])
+    k = *q[:-2], "k", "kernel"
+    old, new = (dict(nnx.to_flat_state(nnx.state(m, nnx.Param)))[k] for m in (before, after))
+    assert np.array_equal(old[...], new[...]) == bool(rank)
     transformers = pytest.importorskip("transformers", reason="parity needs transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/model")
     assert tokenizer.decode(tokenizer.encode("1 + 1 =")) == "1 + 1 ="
