@@ -416,9 +416,7 @@ def _backward(scan: Scan, saved: _Saved, cotangents) -> Inputs:
     def descend(down: _Down, k, gamma, derivative: Derivative, old) -> _Down:
         """The cotangents below block k, from those above it."""
         d_params, d_x, d_consts = derivative(down.a_next + gamma * down.a_next)
-        # Only now, or their sum would be a third array beside them while the block is taken back.
-        above, a_next, d_x = barrier((down.a, down.a_next, d_x))
-        a = above + (a_next - gamma * a_next) + d_x.astype(scan.wide)
+        a = down.a + (down.a_next - gamma * down.a_next) + d_x.astype(scan.wide)
         d_consts = [
             total + d.astype(total.dtype) for total, d in zip(down.d_consts, d_consts, strict=True)
         ]
@@ -426,7 +424,7 @@ def _backward(scan: Scan, saved: _Saved, cotangents) -> Inputs:
             stacked, pending = _write(down.stacked, d_params, k), None
         else:
             stacked, pending = down.stacked, scan.update(wanted.params, old[0], d_params, old[1])
-        return _Down(a, gamma * a_next, d_consts, stacked, pending)
+        return _Down(a, gamma * down.a_next, d_consts, stacked, pending)
 
     def arrive(down: _Down, k):
         """The parameters of block k; and with an update, those and its state, not updated yet."""
