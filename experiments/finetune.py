@@ -76,8 +76,8 @@ class FineTune:
     """What the blocks compute in: bfloat16, float32 or float16."""
     param_dtype: str | None = None
     """What the weights are kept in: float32, or bfloat16. By default float32; but frozen ones, of
-    which there are low-rank updates, stay in bfloat16 if they are so in the folder. What is saved is
-    in the same; updates are added in float32, and the sum is rounded."""
+    which there are low-rank updates, stay in bfloat16 if they are so in the folder. The folder
+    that is saved has the same; updates are added in float32, and the sum is rounded."""
     dropout: float = 0.0
     """On the embedding, the attention weights and both updates of a block."""
     freeze_embedding: bool = False
