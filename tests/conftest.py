@@ -12,6 +12,7 @@ if made_here := SHARED not in os.environ:
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 # Eight virtual devices, for the tests of sharded arrays; everything else runs on the first.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -20,6 +21,16 @@ hypothesis.settings.register_profile(
     "bdia_jax", deadline=None, derandomize=True, max_examples=50, print_blob=True
 )
 hypothesis.settings.load_profile("bdia_jax")
+
+
+@pytest.fixture
+def quick_compiles(monkeypatch):
+    """For tests of something else than arithmetic: LLVM does not optimize, here and in children."""
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 def pytest_unconfigure():

@@ -24,6 +24,7 @@ def test_the_readme_s_example_gives_finite_gradients():
     assert all(jnp.isfinite(g).all() and g.any() for g in jax.tree.leaves(names["gradients"]))
 
 
+@pytest.mark.usefixtures("quick_compiles")
 def test_the_tutorial_runs():
     notebook = nbformat.read(ROOT / "experiments" / "tutorial.ipynb", as_version=4)
     nbclient.NotebookClient(notebook, timeout=600).execute()

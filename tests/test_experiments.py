@@ -27,6 +27,8 @@ import vit
 from bdia_jax.nn import Decoder, ViTConfig, llama
 from bdia_jax.train import TrainSettings
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 SMALL = ViTConfig(
     image_size=8, channels=1, patch_size=4, width=8, depth=2, heads=2, head_dim=4, hidden=8,
     pool="mean", dropout=0.0,

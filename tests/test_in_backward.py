@@ -1,6 +1,7 @@
 """The optimizer in the backward pass; what a training step will need, and a plan of it."""
 
 import dataclasses
+import functools
 import json
 import sys
 import unittest.mock
@@ -216,6 +217,7 @@ def test_a_plan_for_a_tpu_without_its_compiler(monkeypatch):
         plan.plan(TINY, 4, 8, tpu="v5e:2x2")
 
 
+@pytest.mark.usefixtures("quick_compiles")
 def test_the_command_plans(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(plan.EXAMPLES, "tiny", TINY)
     monkeypatch.setattr(plan, "METHODS", {"BDIA": "bdia"})
@@ -239,11 +241,19 @@ def test_bisection():
     assert memory.largest(lambda n: True, limit=100) == 100
 
 
-def test_as_many_blocks_are_stored_as_fit():
-    def total(stored):
-        config = dataclasses.replace(TINY, stored_blocks=stored)
-        return plan.plan(config, 4, 8, methods=["BDIA"])[0].total
+@pytest.mark.usefixtures("quick_compiles")
+def test_as_many_blocks_are_stored_as_fit(monkeypatch):
+    planned = plan.plan
 
+    @functools.cache
+    def need(config):
+        return planned(config, 4, 8, methods=["BDIA"])
+
+    def total(stored):
+        return need(dataclasses.replace(TINY, stored_blocks=stored))[0].total
+
+    # A compilation for each number is enough.
+    monkeypatch.setattr(plan, "plan", lambda config, *_, **__: need(config))
     none, two = total(0), total(2)
     assert none < two
     options = TINY, 4, 8

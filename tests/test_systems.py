@@ -208,6 +208,7 @@ def test_linear_vit_is_reversible_and_all_of_it_is_trained():
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("quick_compiles")
 def test_resnet_trains_alike_by_every_method():
     images = jax.random.normal(KEY, (3, 8, 8, 1))
     found = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from bdia_jax.fixed_point import accumulator
+from bdia_jax.nn.chunks import cut, together
 from bdia_jax.nn.dropout import keep_mask
 
 
@@ -159,7 +160,7 @@ def _backward(options: _Options, saved, d_out):
 
     zeros = jnp.zeros_like(q, accumulator(q.dtype))
     d_q, (d_k, d_v) = lax.scan(step, zeros, _chunks(options, k, v, rest))
-    d_k, d_v = (_together(d, k) for d in (d_k, d_v))
+    d_k, d_v = (together(d, k.shape[1]) for d in (d_k, d_v))
     return d_q.astype(q.dtype), d_k, d_v, None
 
 
@@ -201,23 +202,9 @@ def _drop(options: _Options, weights, chunk: _Chunk, rest: _Rest):
 
 def _chunks(options: _Options, k, v, rest: _Rest) -> _Chunk:
     """The keys cut into chunks, to be scanned over."""
-    count = -(-k.shape[1] // options.chunk)
-    missing = count * options.chunk - k.shape[1]
-
-    def cut(a: Array) -> Array:
-        width = [(0, 0)] * a.ndim
-        width[1] = (0, missing)
-        a = jnp.pad(a, width) if missing else a
-        return jnp.moveaxis(a.reshape(a.shape[0], count, options.chunk, *a.shape[2:]), 1, 0)
-
-    segments = cut(rest.k_segments) if options.segmented else None
-    return _Chunk(jnp.arange(count), cut(k), cut(v), segments)
-
-
-def _together(chunks: Float[Array, "count batch chunk kv_head dim"], like: Any) -> Array:
-    """The inverse of cutting."""
-    whole = jnp.moveaxis(chunks, 0, 1).reshape(like.shape[0], -1, *like.shape[2:])
-    return whole[:, : like.shape[1]]
+    k, v = (cut(a, options.chunk) for a in (k, v))
+    segments = cut(rest.k_segments, options.chunk) if options.segmented else None
+    return _Chunk(jnp.arange(len(k)), k, v, segments)
 
 
 def _matmul(equation: str, a: Array, b: Array) -> Array:

@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from bdia_jax.fixed_point import accumulator
+from bdia_jax.nn.chunks import cut
 
 
 class Sums(NamedTuple):
@@ -75,14 +76,7 @@ def cross_entropy(
     elif weights.shape != targets.shape:
         raise ValueError(f"weights must have the shape {targets.shape}; got {weights.shape}")
     batch, length, _ = features.shape
-    # Along the sequence, so that a batch that is sharded stays so.
     size = min(length, max(1, chunk // batch))
-    count = -(-length // size)
-
-    def cut(a: Array) -> Array:
-        pad = [(0, 0)] * a.ndim
-        pad[1] = (0, count * size - length)
-        return jnp.moveaxis(jnp.pad(a, pad).reshape(batch, count, size, *a.shape[2:]), 1, 0)
 
     @jax.checkpoint
     def part(matrix, features, targets, weights) -> Sums:
@@ -104,5 +98,5 @@ def cross_entropy(
         return jax.tree.map(jnp.add, sums, part(matrix, *chunk)), None
 
     zero = Sums(*(jnp.zeros((), wide) for _ in Sums._fields))
-    chunks = tuple(cut(a) for a in (features, targets, weights.astype(wide)))
+    chunks = tuple(cut(a, size) for a in (features, targets, weights.astype(wide)))
     return lax.scan(step, zero, chunks)[0]
