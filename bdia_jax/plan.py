@@ -3,14 +3,15 @@
     python -m bdia_jax.plan --model gpt2-medium                          # an example by name
     python -m bdia_jax.plan --model ./Llama-3.2-1B --length 2048 --fit 24GiB
     python -m bdia_jax.plan --model llama-8b --length 4096 --batch 1 --param-dtype bfloat16
-    python -m bdia_jax.plan --model llama-1b --tpu v5e:2x2 --mesh fsdp=4 # for TPUs, on any machine
+    python -m bdia_jax.plan --model llama-1b --device rtx-4090           # on a machine without one
+    python -m bdia_jax.plan --model llama-1b --device v5e:2x2 --mesh fsdp=4
 
 Every training method is compiled, for the shapes only: no weights are made, and nothing is run.
 What the compiler then says is what the step will need on the device it is compiled for: the one
-that is there, or a TPU that is not (``pip install libtpu``). Compiled on a CPU, it is an estimate
-for an accelerator, rather too high in bfloat16, because matrix products give float32 there. (Two
-things that only a CPU's compiler does are left out; ``--here`` counts them, for training on that
-CPU.)
+that is there, or one that is not (:mod:`bdia_jax.targets`: GPUs with ``jax[cuda]``, TPUs with
+``libtpu``, on any machine). Compiled on a CPU, it is an estimate for an accelerator, rather too
+high in bfloat16, because matrix products give float32 there. (Two things that only a CPU's
+compiler does are left out; ``--here`` counts them, for training on that CPU.)
 """
 
 from __future__ import annotations
@@ -19,18 +20,17 @@ import dataclasses
 import pathlib
 import re
 import sys
-from collections.abc import Iterable, Sequence
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import jax
 import numpy as np
 import tyro
 from flax import nnx
-from jax.experimental import topologies
 
-from bdia_jax import memory
+from bdia_jax import memory, targets
 from bdia_jax.data.text import TextData
-from bdia_jax.nn.decoder import Decoder, DecoderConfig, llama
+from bdia_jax.nn.decoder import Decoder, DecoderConfig, fusible, llama
 from bdia_jax.nn.lora import add_lora
 from bdia_jax.train.figures import COLOURS, figure
 from bdia_jax.train.loop import TrainSettings, step_memory
@@ -60,12 +60,24 @@ LIKE_AN_ACCELERATOR = {
 }
 """Of a CPU's compiler, without what only a CPU does."""
 
-METHODS = {
-    "standard": "standard",
-    "checkpointed blocks": "standard-checkpoint",
-    "BDIA": "bdia",
-    "BDIA, updated in the backward pass": "bdia",
+FFN_CHUNK = 128
+"""Positions of a chunk, where the feed-forward network goes in chunks."""
+
+METHODS: dict[str, dict[str, Any]] = {
+    "standard": {"method": "standard"},
+    "checkpointed blocks": {"method": "standard-checkpoint"},
+    "checkpointed blocks, chunks": {"method": "standard-checkpoint", "ffn_chunk": FFN_CHUNK},
+    "BDIA": {"method": "bdia"},
+    "BDIA, chunks": {"method": "bdia", "ffn_chunk": FFN_CHUNK},
+    "BDIA, updated in the backward pass": {"method": "bdia"},
+    "BDIA, chunks, updated in the backward pass": {"method": "bdia", "ffn_chunk": FFN_CHUNK},
 }
+"""Settings of the network; "chunks" are those of the feed-forward network's positions."""
+
+
+def methods_for(lora: int) -> tuple[str, ...]:
+    """All methods, but for low-rank updates without those that differ by gradients of weights."""
+    return tuple(name for name in METHODS if not lora or not name.endswith("backward pass"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +111,7 @@ def plan(
     mesh: str | None = None,
     methods: Iterable[str] | None = None,
     here: bool = True,
-    tpu: str | None = None,
+    device: str | None = None,
 ) -> list[Need]:
     """What a training step of a decoder needs by each method, without running anything.
 
@@ -111,14 +123,14 @@ def plan(
       length: tokens per sequence.
       lora: rank of low-rank updates of q and v, with everything else frozen; 0 trains all.
       optimizer, mesh: as in :class:`bdia_jax.train.TrainSettings`.
-      methods: some of those in :data:`METHODS`; None for all.
+      methods: some of those in :data:`METHODS`; None for :func:`methods_for`.
       here: for this device; False for a better estimate of an accelerator, from a CPU.
-      tpu: a TPU to compile for, as in :func:`tpu_devices`; None for what is there.
+      device: to compile for, as in :func:`bdia_jax.targets.devices`; None for what is there.
 
     Raises:
       ValueError: for unknown methods, a length above ``max_length``, a mesh without its devices.
     """
-    methods = tuple(METHODS if methods is None else methods)
+    methods = methods_for(lora) if methods is None else tuple(methods)
     if unknown := [name for name in methods if name not in METHODS]:
         raise ValueError(f"methods must be of {', '.join(METHODS)}; got {', '.join(unknown)}")
     if not 1 <= length <= config.max_length or batch < 1:
@@ -129,37 +141,17 @@ def plan(
     text = TextData("nothing", *(np.zeros(length + 2, np.int32),) * 2, config.vocab_size)
     task = LanguageModelling(text, length)
     settings = TrainSettings(batch_size=batch, optimizer=optimizer, mesh=mesh)
-    compiler = {"devices": None if tpu is None else tpu_devices(tpu)}
-    if tpu is None and not here and jax.default_backend() == "cpu":
+    compiler = {"devices": None if device is None else targets.devices(device)}
+    if device is None and not here and jax.default_backend() == "cpu":
         compiler["compiler_options"] = LIKE_AN_ACCELERATOR
+    if targets.is_gpu(device) and config.attention == "auto" and fusible(config):
+        # What it would choose there.
+        config = dataclasses.replace(config, attention="cudnn")
     return [_need(name, config, task, settings, lora, compiler) for name in methods]
 
 
-def tpu_devices(name: str) -> Sequence[jax.Device]:
-    """TPUs to compile for, which need not be there; by libtpu.
-
-    Args:
-      name: kind and arrangement, such as ``"v5e:2x2"`` or ``"v5p:2x2x1"``.
-
-    Raises:
-      ImportError: without libtpu.
-      ValueError: for what libtpu does not know, with its reason.
-    """
-    try:
-        import libtpu  # noqa: F401
-    except ImportError as error:
-        raise ImportError("to compile for a TPU needs libtpu: pip install libtpu") from error
-    try:
-        return topologies.get_topology_desc(name, "tpu").devices
-    except jax.errors.JaxRuntimeError as error:
-        first = str(error).splitlines()[0]
-        raise ValueError(
-            f'libtpu knows no TPU {name!r}, as it does "v5e:2x2" or "v5p:2x2x1": {first}'
-        ) from error
-
-
 def _need(name, config: DecoderConfig, task, settings: TrainSettings, lora, compiler) -> Need:
-    config = dataclasses.replace(config, method=METHODS[name])
+    config = dataclasses.replace(config, **METHODS[name])
     in_backward = name.endswith("updated in the backward pass")
     settings = dataclasses.replace(settings, update_in_backward=in_backward)
 
@@ -274,9 +266,10 @@ class Plan:
     """Devices, such as data=4,fsdp=2; on a CPU, as many virtual ones are made."""
     here: bool = False
     """For training on this device, if it is a CPU; not an estimate of an accelerator."""
-    tpu: str | None = None
-    """A TPU to compile for, which need not be there: v5e:2x2, for instance (needs libtpu). With
-    a mesh it is of all devices, otherwise one is used."""
+    device: str | None = None
+    """What to compile for, which need not be there: h100, a100-80, a100-40, l4, rtx-4090, rtx-3090
+    (or h100:8), with jax[cuda]; v5e:2x2, for instance, with libtpu. With a mesh it is of all of
+    them, otherwise one is used."""
     fit: str | None = None
     """A memory, such as 24GiB: the largest batch that fits in it is searched for, and how many
     blocks may keep their activations at the batch that was given (stored_blocks: the faster)."""
@@ -299,28 +292,28 @@ class Plan:
 def main(p: Plan) -> list[Need]:
     """Prints the plan."""
     limit = None if p.fit is None else parse_size(p.fit)
-    if p.mesh and not p.tpu:
+    if p.mesh and not p.device:
         devices = np.prod([int(n) for n in re.findall(r"=(\d+)", p.mesh)], dtype=int)
         # Before the first use of a device; where there are accelerators, it changes nothing.
         jax.config.update("jax_num_cpu_devices", max(1, int(devices)))
     config, needs = p.config(), []
     for rank in p.lora:
         options = {"lora": rank, "optimizer": p.optimizer, "mesh": p.mesh, "here": p.here,
-                   "tpu": p.tpu}  # fmt: skip
+                   "device": p.device}  # fmt: skip
         for need in plan(config, p.batch, p.length, **options):
             name = f"{need.method}, LoRA {rank}" if rank else need.method
             needs.append(dataclasses.replace(need, method=name))
             if limit is not None:
                 batch = largest_batch(config, p.length, limit, need.method, **options)
                 line = f"{name}: {batch or 'no'} sequences of {p.length} tokens fit in {p.fit}"
-                if METHODS[need.method] == "bdia" and p.batch <= batch:
+                if METHODS[need.method]["method"] == "bdia" and p.batch <= batch:
                     stored = most_stored_blocks(
                         config, p.batch, p.length, limit, need.method, **options
                     )
                     line += f"; with {p.batch}, stored_blocks={stored} of {config.depth} do"
                 print(line, flush=True)
     title = f"{p.model}, {p.batch} × {p.length} tokens, {p.dtype}"
-    kind = (tpu_devices(p.tpu) if p.tpu else jax.devices())[0].device_kind
+    kind = (targets.devices(p.device) if p.device else jax.devices())[0].device_kind
     print(f"\n{title}; compiled for {kind}\n\n{table(needs)}")
     if p.figure is not None:
         draw(needs, p.figure, title)

@@ -1,7 +1,8 @@
 """What it takes to fine-tune well-known decoders, by each method: compiled, not run.
 
-    python experiments/decoder_memory.py                    # two minutes, on any machine
-    python experiments/decoder_memory.py --tpu v5p:2x2x1    # for that, on any machine; with libtpu
+    python experiments/decoder_memory.py --device h100          # on any machine, with jax[cuda]
+    python experiments/decoder_memory.py --device v5p:2x2x1     # on any machine, with libtpu
+    python experiments/decoder_memory.py                        # for this device
 
 Whole training steps (AdamW) of GPT-2 medium's shape, of one like Llama 3.2 1B's and of one like
 Llama 3 8B's, with blocks in bfloat16: all weights, or low-rank updates only, of weights that are
@@ -21,7 +22,7 @@ import command
 import jax
 import results
 
-from bdia_jax import files, plan
+from bdia_jax import files, plan, targets
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +39,8 @@ class DecoderMemory:
     """What weights that are trained are kept in, of each model; frozen ones in bfloat16."""
     lora: tuple[int, ...] = (0, 8)
     """Ranks of low-rank updates of q and v; 0 trains all weights."""
-    tpu: str | None = None
-    """A TPU to compile for, which need not be there, such as v5p:2x2x1; None for this device."""
+    device: str | None = None
+    """What to compile for, which need not be there, such as h100; None for this device."""
     out: pathlib.Path | None = None
     """Folder for the results; by default experiments/results."""
 
@@ -59,14 +60,14 @@ def main(d: DecoderMemory) -> str:
     found: list[dict[str, Any]] = []
     parts = []
     folder = d.out or results.FOLDER
-    kind = (plan.tpu_devices(d.tpu) if d.tpu else jax.devices())[0].device_kind
+    kind = (targets.devices(d.device) if d.device else jax.devices())[0].device_kind
     for model, batch, length, dtype in zip(d.models, d.batches, d.lengths, d.param_dtypes):
         needs = []
         for rank in d.lora:
             config = dataclasses.replace(
                 plan.EXAMPLES[model], dtype="bfloat16", param_dtype="bfloat16" if rank else dtype
             )
-            for need in plan.plan(config, batch, length, lora=rank, here=False, tpu=d.tpu):
+            for need in plan.plan(config, batch, length, lora=rank, here=False, device=d.device):
                 what = f"{need.method}, LoRA {rank}" if rank else need.method
                 needs.append(dataclasses.replace(need, method=what))
         title = f"{model}, {batch} × {length} tokens, {dtype} weights, {kind}"

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -21,6 +22,7 @@ from bdia_jax.nn import (
     beam_search,
     chunked_attention,
     cross_entropy,
+    decoder,
     freeze,
     generate,
     llama,
@@ -139,6 +141,24 @@ def test_attention_never_holds_the_matrix():
     assert memory.temporaries(gradient, *shapes) < 12e6
 
 
+def test_masks_are_computed_again_under_a_checkpoint():
+    # Kept, those of 8 chunks are 17 MB; of all else there is less.
+    shapes = [jax.ShapeDtypeStruct((2, 1024, 8, 8), jnp.bfloat16)] * 3
+
+    def gradient(q, k, v):
+        @jax.checkpoint
+        def block(q, k, v):
+            return chunked_attention(q, k, v, causal=True)
+
+        def step(x, _):
+            return block(x, k, v), None
+
+        return jax.grad(lambda q: jax.lax.scan(step, q, None, 2)[0].astype(float).sum())(q)
+
+    kept = jax.make_jaxpr(gradient)(*shapes)
+    assert "bool[8,2,8,1,1024,128]" not in str(kept)
+
+
 def test_attention_refuses():
     q, k, v, _ = attention_inputs(3, 3, dtype=jnp.float32)
     with pytest.raises(ValueError, match=r"kv_head must divide head; got \(2, 3, 3, 6\)"):
@@ -212,12 +232,12 @@ def test_logits_of_the_whole_batch_never_exist():
 
 
 def test_a_chunk_of_a_large_vocabulary_is_smaller():
-    # 2^26 logits are 512 tokens of 2^17 words.
+    # 2^25 logits are 256 tokens of 2^17 words.
     given = loss_inputs(2**17)
-    ours, half, whole = (
-        memory.temporaries(loss_gradient(chunk), *given) for chunk in (None, 512, 1024)
+    ours, quarter, whole = (
+        memory.temporaries(loss_gradient(chunk), *given) for chunk in (None, 256, 1024)
     )
-    assert ours == half < whole
+    assert ours == quarter < whole
 
 
 def test_the_derivative_of_the_loss_scatters_nothing():
@@ -225,6 +245,26 @@ def test_the_derivative_of_the_loss_scatters_nothing():
     program = str(jax.make_jaxpr(loss_gradient())(*loss_inputs(50)))
     assert "dot_general" in program
     assert "scatter" not in program
+
+
+def test_the_loss_of_bfloat16_features_multiplies_bfloat16_matrices():
+    # A float32 copy of the matrix would be larger than all logits of a chunk.
+    x, matrix, targets = loss_inputs(50)
+    x, matrix = (jax.ShapeDtypeStruct(a.shape, jnp.bfloat16) for a in (x, matrix))
+    program = jax.make_jaxpr(loss_gradient())(x, matrix, targets)
+    products = [e for e in equations(program.jaxpr) if e.primitive.name == "dot_general"]
+    assert len(products) >= 4
+    for product in products:
+        assert {v.aval.dtype.name for v in product.invars} == {"bfloat16"}
+        assert product.params["preferred_element_type"] == jnp.float32
+
+
+def equations(jaxpr):
+    """Those of a program, and of all programs in it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            yield from equations(inner)
 
 
 @pytest.mark.parametrize("target", [5, -1])
@@ -262,15 +302,82 @@ def test_online_gradients_are_those_of_the_forward_pass(family):
     assert optax.tree.norm(difference) < 1e-5 * min(online, stored)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_a_feed_forward_network_in_chunks_is_the_same_network(family):
+    tokens = tokens_of(GPT2, length=13)
+    with jax.enable_x64(True):
+        found = {}
+        for chunk in (None, 5):
+            config = dataclasses.replace(
+                FAMILIES[family], ffn_chunk=chunk, dtype="float64", param_dtype="float64"
+            )
+            model = Decoder(config, rngs=nnx.Rngs(0))
+            graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+            @jax.jit
+            @jax.value_and_grad
+            def loss(params, graph=graph, rest=rest):
+                model = nnx.merge(graph, params, rest)
+                return model.loss(tokens, jnp.roll(tokens, -1, 1), key=jax.random.key(1)).loss
+
+            found[chunk] = loss(params)
+        assert found[5][0] == found[None][0]
+        trees_close(found[5][1], found[None][1], rtol=1e-9, atol=1e-9)
+
+
+def test_the_hidden_layer_exists_in_chunks():
+    def gradient(chunk):
+        config = dataclasses.replace(
+            GPT2, max_length=512, hidden=2048, ffn_chunk=chunk, depth=2, method="bdia"
+        )
+        graph, params, rest = nnx.split(Decoder(config, rngs=nnx.Rngs(0)), nnx.Param, ...)
+
+        def loss(params, tokens):
+            return nnx.merge(graph, params, rest).loss(tokens, tokens, key=jax.random.key(1)).loss
+
+        shape = jax.ShapeDtypeStruct((4, 512), jnp.int32)
+        return memory.temporaries(jax.grad(loss), params, shape)
+
+    # 4 × 512 positions of 2048 hidden features are 17 MB.
+    whole, chunked = gradient(None), gradient(64)
+    assert whole > 2 * 17e6
+    assert chunked < whole - 30e6
+
+
+def test_fused_attention_is_chosen_where_it_can_be_had(monkeypatch):
+    config = dataclasses.replace(GPT2, dtype="bfloat16", head_dim=8, dropout=0.1)
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    asked = []
+
+    def fused(q, k, v, *, implementation, **_):
+        asked.append(implementation)
+        return q
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", fused)
+    model.eval()
+    model(tokens_of(config))
+    assert not asked, "there is none"
+    monkeypatch.setattr(decoder, "has_fused_attention", lambda: True)
+    model(tokens_of(config))
+    assert set(asked) == {"cudnn"}
+    asked.clear()
+    model(tokens_of(config, length=11))
+    model.train()
+    model(tokens_of(config), key=jax.random.key(0))
+    assert not asked, "neither for odd lengths, nor with dropout"
+    for other in ({"dtype": "float32"}, {"head_dim": 6}, {"head_dim": 136}):
+        assert not decoder.fusible(dataclasses.replace(config, **other))
+
+
 @pytest.mark.parametrize(
-    ("family", "attention"),
-    [*((family, "chunked") for family in FAMILIES), ("gpt2", "xla"), ("qwen3", "xla")],
+    ("family", "attention", "chunk"),
+    [*((family, "chunked", None) for family in FAMILIES), ("gpt2", "xla", 5), ("qwen3", "xla", 8)],
 )
-def test_every_family_is_reversible_in_bfloat16(family, attention):
+def test_every_family_is_reversible_in_bfloat16(family, attention, chunk):
     dropout = 0.1 if attention == "chunked" else 0.0
     config = dataclasses.replace(
         FAMILIES[family], dtype="bfloat16", attention=attention, dropout=dropout, depth=6, width=64,
-        head_dim=16,
+        head_dim=16, ffn_chunk=chunk,
     )  # fmt: skip
     model = Decoder(config, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (4, 24, 64), jnp.bfloat16)
@@ -310,6 +417,8 @@ def test_the_network_refuses():
         ({"norm": "batch"}, "norm must be one of layer, rms; got 'batch'"),
         ({"attention": "xla", "dropout": 0.1}, 'needs attention="chunked"'),
         ({"depth": 0}, "depth must be an int >= 1; got 0"),
+        ({"ffn_chunk": 0}, "ffn_chunk must be an int >= 1; got 0"),
+        ({"attention": "flash"}, "attention must be one of auto, chunked, xla, cudnn; got 'flash'"),
         ({"method": "magic"}, "method must be one of"),
     ]:
         with pytest.raises(ValueError, match=message):

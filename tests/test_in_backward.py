@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.util
 import json
 import sys
 import unittest.mock
@@ -13,7 +14,7 @@ import pytest
 from flax import nnx
 
 import bdia_jax
-from bdia_jax import memory, plan
+from bdia_jax import memory, plan, targets
 from bdia_jax.data import TextData
 from bdia_jax.nn import Decoder, DecoderConfig
 from bdia_jax.train import LanguageModelling, TrainSettings, step_memory, train
@@ -199,28 +200,37 @@ def test_a_plan_is_of_the_real_training_step(monkeypatch):
     assert needs[0].side == 3 * (4 * 8 * 16 // 8 + 4 * 4)
 
 
-def test_a_plan_for_a_tpu_that_is_not_there():
-    pytest.importorskip("libtpu", reason="to compile for a TPU needs libtpu")
-    (one,) = plan.plan(TINY, 4, 8, methods=["BDIA"], tpu="v5e:2x2")
-    (each,) = plan.plan(TINY, 4, 8, methods=["BDIA"], tpu="v5e:2x2", mesh="fsdp=4")
+@pytest.mark.parametrize(
+    ("device", "needs"), [("v5e:2x2", "libtpu"), ("rtx-4090:4", "jax_cuda13_plugin")]
+)
+def test_a_plan_for_devices_that_are_not_there(device, needs):
+    pytest.importorskip(needs, reason=f"to compile for {device} needs {needs}")
+    (one,) = plan.plan(TINY, 4, 8, methods=["BDIA"], device=device)
+    (each,) = plan.plan(TINY, 4, 8, methods=["BDIA"], device=device, mesh="fsdp=4")
     assert each.parameters < one.parameters == plan.plan(TINY, 4, 8, methods=["BDIA"])[0].parameters
     assert one.temporaries > one.gradients
     with pytest.raises(ValueError, match="there are 4"):
-        plan.plan(TINY, 4, 8, tpu="v5e:2x2", mesh="fsdp=2")
-    with pytest.raises(ValueError, match=r"libtpu knows no TPU 'v0:2x2'"):
-        plan.tpu_devices("v0:2x2")
+        plan.plan(TINY, 4, 8, device=device, mesh="fsdp=2")
 
 
-def test_a_plan_for_a_tpu_without_its_compiler(monkeypatch):
+def test_a_plan_for_devices_that_nobody_knows(monkeypatch):
+    with pytest.raises(ValueError, match=r"number of GPUs must be an int >= 1.*got 'h100:2x2'"):
+        targets.devices("h100:2x2")
+    if importlib.util.find_spec("libtpu"):
+        with pytest.raises(ValueError, match=r"'v0:2x2' is none of the GPUs h100.*no such TPU"):
+            targets.devices("v0:2x2")
     monkeypatch.setitem(sys.modules, "libtpu", None)
-    with pytest.raises(ImportError, match="pip install libtpu"):
-        plan.plan(TINY, 4, 8, tpu="v5e:2x2")
+    with pytest.raises(ImportError, match=r"none of the GPUs.*pip install libtpu"):
+        plan.plan(TINY, 4, 8, device="v5e:2x2")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r'pip install "bdia_jax\[cuda\]"'):
+        plan.plan(TINY, 4, 8, device="h100")
 
 
 @pytest.mark.usefixtures("quick_compiles")
 def test_the_command_plans(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(plan.EXAMPLES, "tiny", TINY)
-    monkeypatch.setattr(plan, "METHODS", {"BDIA": "bdia"})
+    monkeypatch.setattr(plan, "METHODS", {"BDIA": {"method": "bdia"}})
     given = plan.Plan(
         model="tiny", batch=2, length=8, lora=(2,), figure=tmp_path / "plan.png",
         dtype="float32", fit="0.001MB",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from bdia_jax._pinned import barrier
 from bdia_jax.fixed_point import accumulator
 from bdia_jax.nn.chunks import cut, together
 from bdia_jax.nn.dropout import keep_mask
@@ -132,6 +133,7 @@ def _forward(options: _Options, q, k, v, rest: _Rest):
         pv = _matmul("bkgqc,bckd->bkgqd", p.astype(v.dtype), chunk.v)
         return (total * shrink[..., None] + pv, norm, higher), None
 
+    rest = _unknown(rest, q)
     # From q, so that it is sharded like it.
     zeros = jnp.moveaxis(jnp.zeros_like(q, accumulator(q.dtype)), 1, 3)
     start = (zeros, zeros[..., 0], jnp.full_like(zeros[..., 0], -jnp.inf))
@@ -158,6 +160,7 @@ def _backward(options: _Options, saved, d_out):
         d_k = _matmul("bkgqc,bqkgd->bckd", d_s, q)
         return d_q, (d_k.astype(k.dtype), d_v.astype(v.dtype))
 
+    rest = _unknown(rest, q)
     zeros = jnp.zeros_like(q, accumulator(q.dtype))
     d_q, (d_k, d_v) = lax.scan(step, zeros, _chunks(options, k, v, rest))
     d_k, d_v = (together(d, k.shape[1]) for d in (d_k, d_v))
@@ -165,6 +168,15 @@ def _backward(options: _Options, saved, d_out):
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _unknown(rest: _Rest, q) -> _Rest:
+    """``rest``, of which nothing is known before ``q`` is.
+
+    Under ``jax.checkpoint``, what does not depend on differentiated values is kept rather than
+    computed again: the masks of all chunks, each as large as all weights.
+    """
+    return rest._replace(offset=barrier((rest.offset, q))[0])
 
 
 def _logits(options: _Options, q, chunk: _Chunk, rest: _Rest):

@@ -2,8 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Float, Shaped
+
+
+def by_chunks(
+    function: Callable[[Array], Array], x: Float[Array, "batch length width"], size: int | None
+) -> Float[Array, "batch length outputs"]:
+    """A ``function`` of single positions, applied to ``size`` of them at a time (None: to all).
+
+    The derivative computes every chunk again, so that of what ``function`` needs on the way to its
+    result, never more exists than that of a chunk. Gradients by what it closes over are summed over
+    the chunks in their own dtype.
+    """
+    if size is None or size >= x.shape[1]:
+        return function(x)
+    return together(jax.lax.map(jax.checkpoint(function), cut(x, size)), x.shape[1])
 
 
 def cut(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import Literal
 
 import jax
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float, Int, Key
 from bdia_jax.fixed_point import accumulator
 from bdia_jax.nn.blocks import FeedForward, LayerNorm, RMSNorm
 from bdia_jax.nn.chunked_attention import chunked_attention
+from bdia_jax.nn.chunks import by_chunks
 from bdia_jax.nn.dropout import Dropout
 from bdia_jax.nn.losses import Sums, cross_entropy, logits
 from bdia_jax.nn.stack import DTYPES, ReversibleSettings, ReversibleStack, check_dtype, check_method
@@ -77,19 +79,23 @@ class DecoderConfig(ReversibleSettings):
     """Whether the output matrix is that of the embedding."""
     dropout: float = 0.0
     """Probability of dropping: on the embedding, the attention weights and both updates."""
-    attention: Literal["chunked", "xla", "cudnn"] = "chunked"
+    attention: Literal["auto", "chunked", "xla", "cudnn"] = "auto"
     """chunked: over the keys in chunks, without the length × length matrix; xla, cudnn:
     implementations of jax.nn.dot_product_attention (no dropout of the weights; cudnn: NVIDIA's
-    fused one, in bfloat16 or float16, without segments)."""
+    fused one, in bfloat16 or float16; segments are a length × length mask to both). auto: cudnn
+    where it can be had, chunked elsewhere."""
+    ffn_chunk: int | None = None
+    """Positions of which the hidden layer of the feed-forward network exists at a time. It is then
+    computed once more in the backward pass: less memory, more time. None for all positions."""
     param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """What the parameters are kept in."""
 
     def __post_init__(self):
         sizes = ("vocab_size", "max_length", "width", "depth", "heads", "kv_heads", "head_dim",
-                 "hidden")  # fmt: skip
+                 "hidden", "ffn_chunk")  # fmt: skip
         for name in sizes:
             value = getattr(self, name)
-            if value is None and name in ("kv_heads", "head_dim", "hidden"):
+            if value is None and name in ("kv_heads", "head_dim", "hidden", "ffn_chunk"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an int >= 1; got {value!r}")
@@ -106,7 +112,8 @@ class DecoderConfig(ReversibleSettings):
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1); got {self.dropout}")
         choices = {"norm": ("layer", "rms"), "positions": ("learned", "rotary"),
-                   "feed_forward": ("gelu", "swiglu"), "attention": ("chunked", "xla", "cudnn"),
+                   "feed_forward": ("gelu", "swiglu"),
+                   "attention": ("auto", "chunked", "xla", "cudnn"),
                    "param_dtype": ("float32", "bfloat16", "float64")}  # fmt: skip
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -115,7 +122,7 @@ class DecoderConfig(ReversibleSettings):
                 )
         for name in ("dtype", "param_dtype"):
             check_dtype(getattr(self, name), name)
-        if self.dropout and self.attention != "chunked":
+        if self.dropout and self.attention not in ("auto", "chunked"):
             raise ValueError(
                 f'dropout={self.dropout} needs attention="chunked"; got {self.attention!r}'
             )
@@ -191,6 +198,24 @@ def make_feed_forward(c: DecoderConfig, rngs: nnx.Rngs) -> FeedForward:
     )  # fmt: skip
 
 
+def fusible(config: DecoderConfig) -> bool:
+    """Whether cuDNN's fused attention can do what is configured, without dropout."""
+    return (
+        config.dtype in ("bfloat16", "float16")
+        and config.size_of_head % 8 == 0
+        and config.size_of_head <= 128
+    )
+
+
+def has_fused_attention() -> bool:
+    """Whether there is a device with cuDNN's fused attention."""
+    if jax.default_backend() != "gpu":
+        return False
+    # Of AMD's GPUs it is a name, such as gfx942.
+    capability = getattr(jax.devices()[0], "compute_capability", "")
+    return re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= 8
+
+
 class Attention(nnx.Module):
     """Grouped-query attention, to the sequence itself or to another one."""
 
@@ -235,8 +260,14 @@ class Attention(nnx.Module):
         """
         other, other_segments = (x, segments) if memory is None else memory
         q, (k, v) = self.queries(x, angles), self.keys_values(other, angles)
-        if self.config.attention == "chunked":
-            dropping = self.dropout.rate and not self.dropout.deterministic
+        dropping = self.dropout.rate and not self.dropout.deterministic
+        implementation = self.config.attention
+        if implementation == "auto":
+            # Of odd lengths it does not take a mask.
+            even = q.shape[1] % 2 == k.shape[1] % 2 == 0
+            fused = even and not dropping and fusible(self.config) and has_fused_attention()
+            implementation = "cudnn" if fused else "chunked"
+        if implementation == "chunked":
             attended = chunked_attention(
                 q, k, v, causal=self.causal,
                 segments=None if segments is None else (segments, other_segments),
@@ -248,7 +279,7 @@ class Attention(nnx.Module):
             if segments is not None:
                 mask = (segments[:, :, None] == other_segments[:, None, :])[:, None]
             attended = jax.nn.dot_product_attention(
-                q, k, v, mask=mask, is_causal=self.causal, implementation=self.config.attention
+                q, k, v, mask=mask, is_causal=self.causal, implementation=implementation
             )
         return self._out(attended)
 
@@ -280,6 +311,13 @@ class Attention(nnx.Module):
         return self._out(attended), cache
 
 
+def feed_forward(
+    block: nnx.Module, x: Float[Array, "batch length width"]
+) -> Float[Array, "batch length width"]:
+    """``ffn(norm(x))`` of a block; a chunk of positions at a time, if it says so."""
+    return by_chunks(lambda x: block.ffn(block.ffn_norm(x)), x, block.ffn_chunk)
+
+
 class DecoderBlock(nnx.Module):
     """``h(x) = a + ffn(norm(x + a))`` with causal ``a = attn(norm(x))`` (or, on request, not)."""
 
@@ -290,6 +328,7 @@ class DecoderBlock(nnx.Module):
         self.ffn_norm = make_norm(c, c.width, rngs)
         self.ffn = make_feed_forward(c, rngs)
         self.dropout = Dropout(c.dropout, rngs=rngs)
+        self.ffn_chunk = c.ffn_chunk
 
     def __call__(
         self,
@@ -299,7 +338,7 @@ class DecoderBlock(nnx.Module):
     ) -> Float[Array, "batch length width"]:
         """The update ``h(x)``."""
         a = self.dropout(self.attention(self.attention_norm(x), angles, segments))
-        return a + self.dropout(self.ffn(self.ffn_norm(x + a)))
+        return a + self.dropout(feed_forward(self, x + a))
 
     def extend(self, x, angles, cache, start, present):
         """The update after what is in a cache, and the longer cache."""

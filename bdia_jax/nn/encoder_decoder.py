@@ -15,6 +15,7 @@ from bdia_jax.nn.decoder import (
     Attention,
     DecoderBlock,
     DecoderConfig,
+    feed_forward,
     lookup,
     make_feed_forward,
     make_norm,
@@ -98,6 +99,7 @@ class CrossBlock(nnx.Module):
         self.ffn_norm = make_norm(c, c.width, rngs)
         self.ffn = make_feed_forward(c, rngs)
         self.dropout = Dropout(c.dropout, rngs=rngs)
+        self.ffn_chunk = c.ffn_chunk
 
     def __call__(
         self,
@@ -110,7 +112,7 @@ class CrossBlock(nnx.Module):
         a = self.dropout(self.attention(self.attention_norm(x), None, segments))
         looked_up = self.cross(self.cross_norm(x + a), None, segments, (memory, memory_segments))
         a += self.dropout(looked_up)
-        return a + self.dropout(self.ffn(self.ffn_norm(x + a)))
+        return a + self.dropout(feed_forward(self, x + a))
 
     def extend(self, x, cache, start, present, keys_values, memory_present):
         """The update after what is in a cache, and the longer cache."""

@@ -24,12 +24,35 @@ class Sums(NamedTuple):
     """1."""
 
 
+@jax.custom_vjp
 def logits(
     features: Float[Array, "*batch width"], matrix: Float[Array, "vocab width"]
 ) -> Float[Array, "*batch vocab"]:
-    """``features matrixᵀ``, in float32 (float64)."""
-    return jnp.einsum("...w,vw->...v", features, matrix.astype(features.dtype),
-                      preferred_element_type=accumulator(features.dtype))  # fmt: skip
+    """``features matrixᵀ``, in float32 (float64).
+
+    The derivative's products are of the dtype of ``features``, too, and accumulated likewise; by
+    itself JAX would multiply a float32 cotangent, for which the matrix is copied to float32.
+    """
+    return _product("...w,vw->...v", features, matrix.astype(features.dtype))
+
+
+def _logits_forward(features, matrix):
+    return logits(features, matrix), (features, matrix)
+
+
+def _logits_backward(saved, d_logits):
+    features, matrix = saved
+    d_logits = d_logits.astype(features.dtype)
+    d_features = _product("...v,vw->...w", d_logits, matrix.astype(features.dtype))
+    d_matrix = _product("...v,...w->vw", d_logits, features)
+    return d_features.astype(features.dtype), d_matrix.astype(matrix.dtype)
+
+
+logits.defvjp(_logits_forward, _logits_backward)
+
+
+def _product(equation: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(equation, a, b, preferred_element_type=accumulator(a.dtype))
 
 
 def cross_entropy(
@@ -53,7 +76,7 @@ def cross_entropy(
       weights: of the positions; None for 1.
       label_smoothing: share of the target that is spread over the vocabulary, in [0, 1).
       chunk: number of tokens whose logits exist at once (at least one per sequence); None for
-        1,024, or fewer if these have more than 2^26 logits.
+        1,024, or fewer if these have more than 2^25 logits.
     """
     if features.ndim != 3 or targets.shape != features.shape[:2]:
         raise ValueError(
@@ -65,7 +88,7 @@ def cross_entropy(
             f"matrix must have the shape [vocab, {features.shape[2]}]; got {matrix.shape}"
         )
     if chunk is None:
-        chunk = max(1, min(1024, 2**26 // matrix.shape[0]))
+        chunk = max(1, min(1024, 2**25 // matrix.shape[0]))
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1; got {chunk}")
     if not 0 <= label_smoothing < 1:
@@ -83,8 +106,9 @@ def cross_entropy(
         each = logits(features, matrix)
         norm = jax.nn.logsumexp(each, axis=-1)
         # By comparing, not by indexing: the derivative of that would scatter into a copy of each.
+        # A product, not a selection, of which the zeros would be kept for the derivative.
         hit = targets[..., None] == jnp.arange(each.shape[-1])
-        target = jnp.sum(jnp.where(hit, each, 0), axis=-1)
+        target = jnp.sum(each * hit, axis=-1)
         exists = (targets >= 0) & (targets < each.shape[-1])
         loss = norm - jnp.where(exists, target, jnp.nan)
         if label_smoothing:
