@@ -6,14 +6,16 @@ it is compiled alone and when it is compiled with its derivative. In bfloat16 mo
 integers differ then, and the error doubles with every block on the way down.
 
 Therefore both passes run the same sub-program, :func:`pinned_vjp`: the block together with the
-residuals of its derivative, fenced by ``lax.optimization_barrier`` on both sides, so that
-nothing is fused into it or out of it. A compiler drops what nobody reads, and would drop the
-residuals in the forward pass only; therefore both passes read one element of each
-(:func:`touch`), and fold it into a value that stays alive without being changed by it.
+residuals of its derivative, fenced on both sides (:func:`fence`), so that nothing is fused into it
+or out of it. A compiler drops what nobody reads, and would drop the residuals in the forward pass
+only; therefore both passes read one element of each (:func:`touch`), and fold it into a value that
+stays alive without being changed by it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import math
@@ -21,6 +23,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, UInt32
 
 
@@ -92,13 +95,49 @@ def pinned_vjp(
     residuals, rebuild = jax.tree.flatten(vjp)
     places = {id(leaf): i for i, leaf in enumerate([*params, *consts])}
     sources = tuple(places.get(id(residual)) for residual in residuals)
-    h, residuals = barrier((h, residuals))
+    h, residuals = fence((h, residuals))
     # A compiler reads an element by computing it from whatever the residual is made of, where the
     # result is used: late, and all of that has to be kept until then. A sort it fuses with nothing.
     touched = lax.sort(jnp.stack([jnp.uint32(0), *map(touch, residuals)]))
     alive = jnp.sum(touched, dtype=jnp.uint32)
     alive = reduce_to(varying(x), alive, lax.psum)
     return h, Derivative(residuals, rebuild, sources, h.dtype), alive
+
+
+def fence(tree):
+    """A :func:`barrier`; on a single accelerator, between arrays that are laid out by rows.
+
+    Fusion ends at a barrier, but the choice of layouts does not: as the derivative would like an
+    array to be laid out, the block would make it, in the backward pass only, and on a GPU another
+    kernel would then compute the product that reads the array. (With several devices there are
+    barriers only: a partitioner knows nothing of such a constraint, and gathers the array.)
+    """
+    if _ELSEWHERE.get() or jax.device_count() > 1:
+        return barrier(tree)
+    leaves, structure = jax.tree.flatten(tree)
+    # On a CPU it is not needed, and costs memory.
+    leaves = lax.platform_dependent(*leaves, cpu=lambda *a: a, default=_by_rows)
+    return barrier(structure.unflatten(leaves))
+
+
+_ELSEWHERE = contextvars.ContextVar("several devices that are not there", default=False)
+
+
+@contextlib.contextmanager
+def several_devices():
+    """What is traced within is for several devices, though there may be but one."""
+    token = _ELSEWHERE.set(True)
+    yield
+    _ELSEWHERE.reset(token)
+
+
+def _by_rows(*arrays: Array) -> tuple[Array, ...]:
+    def constrained(array):
+        if array.ndim < 2 or jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+            return array
+        return with_layout_constraint(array, Layout(major_to_minor=tuple(range(array.ndim))))
+
+    return tuple(map(constrained, arrays))
 
 
 def barrier(tree):

@@ -36,7 +36,16 @@ from jaxtyping import Array, Bool, Float, Int32, Key, PyTree, UInt, UInt32
 
 from bdia_jax import fixed_point, maps, side_bits
 from bdia_jax._arguments import Inputs, Scan, prepare
-from bdia_jax._pinned import Derivative, Wanted, barrier, merge, pinned_vjp, reduce_to, select
+from bdia_jax._pinned import (
+    Derivative,
+    Wanted,
+    barrier,
+    fence,
+    merge,
+    pinned_vjp,
+    reduce_to,
+    select,
+)
 
 Block = Callable[..., Array]
 
@@ -220,9 +229,9 @@ def _pinned_block(scan: Scan, wanted: Wanted, n, params, key, consts, sign):
     x = fixed_point.from_grid(n, scan.frac_bits, scan.dtype)
     # Sharded like the batch: over explicit mesh axes, a selection wants that of its condition.
     sign += jnp.sum(jnp.zeros_like(n), axis=tuple(range(1, n.ndim)), dtype=sign.dtype)
-    params, x, key, consts, sign = barrier((params, x, key, consts, sign))
+    params, x, key, consts, sign = fence((params, x, key, consts, sign))
     if wanted is None:
-        return barrier(scan.block(params, x, key, consts)), None, sign, None
+        return fence(scan.block(params, x, key, consts)), None, sign, None
     h, derivative, touched = pinned_vjp(scan.block, wanted, params, x, key, consts)
     # σ is never above 1, which no compiler knows: what is touched is read, and changes nothing.
     return h, derivative, sign, jnp.where(sign > 1, touched, jnp.uint32(0))

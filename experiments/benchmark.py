@@ -178,15 +178,19 @@ class Way(NamedTuple):
     stored: float = 0.0
     """Share of the blocks."""
     update_in_backward: bool = False
+    ffn_chunks: int = 1
+    """How many chunks of positions the feed-forward network goes in; of decoders only."""
 
 
 WAYS = {
     "plain": Way("standard"),
     "checkpointed blocks": Way("standard-checkpoint"),
+    "checkpointed blocks, 4 chunks": Way("standard-checkpoint", ffn_chunks=4),
     "√K groups of them": Way("standard", "grouped"),
     "checkpoints on the host": Way("standard", "offloaded"),
     "RevNet coupling": Way("coupled"),
     "BDIA": Way("bdia"),
+    "BDIA, 4 chunks": Way("bdia", ffn_chunks=4),
     "BDIA, r = 1": Way("bdia", tolerance_bits=1),
     "BDIA, half stored": Way("bdia", stored=0.5),
     "BDIA, updated in backward": Way("bdia", update_in_backward=True),
@@ -230,6 +234,8 @@ def prepared(s: Size, way: Way):
         c, method="standard" if coupled and decoder else way.method,
         tolerance_bits=way.tolerance_bits, stored_blocks=round(way.stored * c.depth),
     )  # fmt: skip
+    if decoder and way.ffn_chunks > 1:
+        config = dataclasses.replace(config, ffn_chunk=-(-s.length // way.ffn_chunks))
 
     def make():
         model = (Decoder if decoder else ViT)(config, rngs=nnx.Rngs(0))
@@ -250,6 +256,12 @@ def prepared(s: Size, way: Way):
     labels = rng.integers(0, 10, len(images)).astype(np.int32)
     data = ImageData("random", images, labels, images[:8], labels[:8], 10)
     return make, ImageClassification(data), settings
+
+
+def ways_for(s: Size) -> dict[str, Way]:
+    """Those that the network can be trained in."""
+    decoder = isinstance(s.config, DecoderConfig)
+    return {name: way for name, way in WAYS.items() if decoder or way.ffn_chunks == 1}
 
 
 def total_memory(s: Size, way: Way) -> int:
@@ -314,13 +326,13 @@ def stepper(model: nnx.Module, task, settings: TrainSettings) -> Callable[[], No
 def steps(b: Benchmark, shape: Shape) -> list[dict[str, Any]]:
     """Every way."""
     s = size(b, shape)
-    return timed({name: (s, way) for name, way in WAYS.items()}, b.rounds)
+    return timed({name: (s, way) for name, way in ways_for(s).items()}, b.rounds)
 
 
 def over_depth(b: Benchmark, shape: Shape) -> list[dict[str, Any]]:
     """Peak memory of every way."""
     s, rows = size(b, shape), []
-    for name, way in WAYS.items():
+    for name, way in ways_for(s).items():
         peaks = []
         for depth in b.depths:
             deep = s._replace(config=dataclasses.replace(s.config, depth=depth))
@@ -406,7 +418,7 @@ def besides(b: Benchmark, shape: Shape) -> list[dict[str, Any]]:
 def equal(b: Benchmark, shape: Shape) -> list[dict[str, Any]]:
     """The largest batch of every way that fits, and its throughput."""
     s, sizes = size(b, shape), {}
-    for name, way in WAYS.items():
+    for name, way in ways_for(s).items():
 
         def fits(batch: int, way=way) -> bool:
             return total_memory(s._replace(batch=batch), way) <= b.fit * 1e9

@@ -72,6 +72,12 @@ class FineTune:
     stored_blocks: int = 0
     """How many of the blocks keep their activations, for speed; python -m bdia_jax.plan --fit says
     how many fit."""
+    ffn_chunk: int | None = None
+    """Positions of which the hidden layer of a block exists at a time (128, say): less memory, and
+    more time, since it is computed once more. None for all."""
+    attention: str = "auto"
+    """chunked, xla or cudnn; auto is cudnn on a GPU that has it, without dropout, and chunked
+    elsewhere."""
     dtype: str = "bfloat16"
     """What the blocks compute in: bfloat16, float32 or float16."""
     param_dtype: str | None = None
@@ -114,8 +120,8 @@ def main(f: FineTune) -> dict[str, float]:
     frozen = stored if f.lora.rank and stored == "bfloat16" else "float32"
     model = interop.load(
         folder, method=f.method, frac_bits=f.frac_bits, tolerance_bits=f.tolerance_bits,
-        stored_blocks=f.stored_blocks, dtype=f.dtype, param_dtype=f.param_dtype or frozen,
-        dropout=f.dropout,
+        stored_blocks=f.stored_blocks, ffn_chunk=f.ffn_chunk, attention=f.attention,
+        dtype=f.dtype, param_dtype=f.param_dtype or frozen, dropout=f.dropout,
     )  # fmt: skip
     if f.lora.rank:
         paths = add_lora(

@@ -120,9 +120,14 @@ def test_several_files(tmp_path, monkeypatch):
 
 def test_settings_of_ours(tmp_path):
     small(tmp_path)
-    model = interop.load(tmp_path, method="standard", dtype="bfloat16", dropout=0.1)
+    model = interop.load(
+        tmp_path, method="standard", dtype="bfloat16", dropout=0.1, ffn_chunk=8, stored_blocks=1,
+    )  # fmt: skip
     assert model.config.method == "standard"
     assert model.blocks.stacked.dropout.rate == 0.1
+    # The folder knows nothing of them.
+    interop.save(model, tmp_path / "again")
+    assert same(interop.load(tmp_path / "again"), model)
     assert interop.read_config(tmp_path).depth == 3
 
 

@@ -254,7 +254,7 @@ def _as_written(c: DecoderConfig) -> DecoderConfig:
     """Of a configuration, what a config.json holds; the rest by default."""
     default = DecoderConfig()
     training = (field.name for field in dataclasses.fields(ReversibleSettings))
-    ours = ("dropout", *training, "attention", "dtype", "param_dtype")
+    ours = ("dropout", *training, "attention", "ffn_chunk", "dtype", "param_dtype")
     return dataclasses.replace(
         c, kv_heads=c.num_kv_heads if c.positions == "rotary" else None,
         head_dim=c.size_of_head if c.positions == "rotary" else None,

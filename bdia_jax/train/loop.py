@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -22,6 +23,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float, Int32, Key, PyTree, UInt32
 
 from bdia_jax import memory
+from bdia_jax._pinned import several_devices
 from bdia_jax.files import write_json
 from bdia_jax.nn.stack import Probe
 from bdia_jax.train import in_backward, optimizers
@@ -453,7 +455,9 @@ class _Programs:
     def memory(self, compiler_options: dict[str, str] | None) -> StepMemory:
         """What the training step needs."""
         state = self.abstract_state()
-        lowered = self.train_step.lower(state, self._rest, self._arrays)
+        one = self._mesh is None or self._mesh.size == 1
+        with contextlib.nullcontext() if one else several_devices():
+            lowered = self.train_step.lower(state, self._rest, self._arrays)
         compiled = lowered.compile(compiler_options)
         d_params = in_backward.without(state.params, self._depths)
         trees = state.params, self._rest, state.opt_state, d_params

@@ -1,0 +1,309 @@
+"""Does a GPU's compiler make the same kernels of a block in both passes? No GPU is needed.
+
+    python experiments/same_kernels.py                          # with jax[cuda]; ten minutes
+    python experiments/same_kernels.py --devices h100 --models gpt2
+
+A step is taken back exactly if the backward pass recomputes the block's update to the last bit. On
+a device that is there, that is run, and counted (``exactness.py``). Of one that is not, the
+compiled program can be read: every kernel of the pinned block in the loop of the forward pass is
+looked for in the loop of the backward pass. *Same*: the same instructions on the same shapes and
+layouts, with the same settings of the compiler (tiles of matrix products, for instance). *Moved*:
+the same elementwise arithmetic, of which the result is laid out otherwise. *Other*: neither; such a
+kernel may round otherwise. For comparison, the same where the block is between barriers only, which
+say nothing of layouts, and without any.
+
+This is no proof: which kernel a library picks at run time is not in the program.
+
+Writes results/same_kernels.json and .md. The exit status is 1 if a kernel of the pinned block is
+another one.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import logging
+import pathlib
+import re
+import sys
+import unittest.mock
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import command
+import jax
+import jax.numpy as jnp
+import results
+from flax import nnx
+
+from bdia_jax import _pinned, files, reversible, targets
+from bdia_jax.nn import Decoder, DecoderConfig, ViT, ViTConfig, llama
+
+LLAMA = llama(
+    vocab_size=4096, max_length=512, width=1024, depth=6, heads=16, kv_heads=4, hidden=4096,
+    tied_head=True,
+)  # fmt: skip
+MODELS: dict[str, Any] = {
+    "vit": ViTConfig(dropout=0.1),
+    "gpt2": DecoderConfig(vocab_size=4096, max_length=512, width=1024, depth=6, heads=16),
+    "llama": LLAMA,
+    "qwen3": dataclasses.replace(LLAMA, qk_norm=True),
+}
+CASES = (
+    ("vit", {"dtype": "float32"}),
+    ("vit", {"dtype": "bfloat16"}),
+    ("gpt2", {"dtype": "float32"}),
+    ("gpt2", {"dtype": "bfloat16", "attention": "chunked", "dropout": 0.1}),
+    ("gpt2", {"dtype": "bfloat16", "attention": "cudnn"}),
+    ("llama", {"dtype": "bfloat16", "attention": "cudnn", "ffn_chunk": 128}),
+    ("qwen3", {"dtype": "bfloat16", "attention": "chunked"}),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SameKernels:
+    """Does a GPU's compiler make the same kernels of a block in both passes?"""
+
+    devices: tuple[str, ...] = ("h100", "a100-40", "rtx-4090")
+    """To compile for; of bdia_jax.targets."""
+    models: tuple[str, ...] = tuple(MODELS)
+    """Of vit, gpt2, llama and qwen3."""
+    out: pathlib.Path | None = None
+    """Folder for the results; by default experiments/results."""
+
+    def __post_init__(self):
+        if unknown := [m for m in self.models if m not in MODELS]:
+            raise ValueError(f"models must be of {', '.join(MODELS)}; got {', '.join(unknown)}")
+
+
+FENCES: dict[str, Callable[[Any], Any]] = {
+    "fences": _pinned.fence, "barriers only": _pinned.barrier, "nothing": lambda tree: tree,
+}  # fmt: skip
+"""What is around the block."""
+
+
+def main(s: SameKernels) -> None:
+    """Compiles everything; the table."""
+    rows = []
+    for name in s.devices:
+        device = targets.devices(name)[0]
+        for model, settings in CASES:
+            if model not in s.models:
+                continue
+            config = dataclasses.replace(MODELS[model], **settings)
+            try:
+                found = {
+                    around: compare(compiled_text(config, device, fence))
+                    for around, fence in FENCES.items()
+                }
+            except jax.errors.JaxRuntimeError as error:
+                # Without a GPU to try tiles on, XLA finds none for some products.
+                print(f"{name}, {model} {settings}: not compiled: {str(error)[:100]}", flush=True)
+                continue
+            rows.append({"device": name, "model": model, "settings": settings, "found": found})
+            fenced = found["fences"]
+            print(
+                f"{name}, {model} {settings}: {fenced['same']} of {fenced['kernels']}", flush=True
+            )
+            for other in fenced["others"]:
+                print(f"  another: {other}", flush=True)
+    path = results.write("same_kernels", s, {"found": rows}, s.out or results.FOLDER, "gpus")
+    files.write_text(path.with_suffix(".md"), table(rows) + "\n")
+    print(f"\n{table(rows)}\n\nSee {path}")
+    if any(row["found"]["fences"]["other"] for row in rows):
+        sys.exit(1)
+
+
+def compiled_text(config, device: jax.Device, fence=_pinned.fence) -> str:
+    """The compiled gradient of a network's loss, as text; ``fence`` is around its blocks."""
+    kind = ViT if isinstance(config, ViTConfig) else Decoder
+    model = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0)))
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def loss(params, rest, inputs):
+        model, key = nnx.merge(graph, params, rest), jax.random.key(0)
+        if isinstance(config, ViTConfig):
+            return jnp.sum(model(inputs, key=key) ** 2)
+        return model.loss(inputs, inputs, key=key).loss
+
+    if isinstance(config, ViTConfig):
+        inputs = jax.ShapeDtypeStruct((8, config.image_size, config.image_size, 3), jnp.float32)
+    else:
+        inputs = jax.ShapeDtypeStruct((8, config.max_length), jnp.int32)
+    there = jax.sharding.SingleDeviceSharding(device)
+    gradient = jax.jit(jax.grad(loss), in_shardings=there, out_shardings=there)
+    replaced = functools.partial(unittest.mock.patch.object, attribute="fence", new=fence)
+    with replaced(_pinned), replaced(reversible):
+        return gradient.lower(params, rest, inputs).compile().as_text()
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading a compiled program
+# ---------------------------------------------------------------------------------------------
+
+
+class Instruction(NamedTuple):
+    """One line of a program."""
+
+    name: str
+    shape: str
+    opcode: str
+    operands: list[str]
+    attributes: str
+    origin: str
+    """Where in the traced function it comes from (op_name)."""
+
+
+Program = dict[str, list[Instruction]]
+"""Computations by name."""
+
+PINNED = re.compile(r"/jvp\(\)/while/body/closed_call/jvp\(\)/")
+BACKWARD = re.compile(r"transpose\(jvp\(\)\)/while/body/closed_call/")
+KERNELS = ("fusion", "custom-call", "dot", "reduce", "sort", "convolution")
+CALLED = re.compile(r"(calls|to_apply|body|condition)=%?([\w.\-]+)")
+ROUNDS_BY_ORDER = re.compile(r"\b(dot|reduce|convolution|sort|custom-call)\b")
+NOISE = re.compile(
+    r', metadata=\{[^}]*\}|, control-predecessors=\{[^}]*\}|"(operation_queue_id|'
+    r'wait_on_operation_queues|force_earliest_schedule|reification_cost)":(\[.*?\]|"[^"]*"|\w+),?'
+)
+
+
+def parse(text: str) -> Program:
+    """The computations of a program in XLA's text form."""
+    program: Program = {}
+    inside: list[Instruction] | None = None
+    for line in text.splitlines():
+        if header := re.match(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$", line):
+            inside = program.setdefault(header[1], [])
+        elif line.startswith("}"):
+            inside = None
+        elif inside is not None and (match := re.match(r"^\s+(?:ROOT )?%?([\w.\-]+) = ", line)):
+            inside.append(_instruction(match[1], line[match.end() :]))
+    return program
+
+
+def _instruction(name: str, rest: str) -> Instruction:
+    end = _closing(rest) if rest.startswith("(") else rest.index(" ")
+    shape, rest = rest[:end], rest[end:].strip()
+    opcode = rest[: rest.index("(")]
+    end = len(opcode) + _closing(rest[len(opcode) :])
+    origin = re.search(r'op_name="([^"]*)"', rest)
+    return Instruction(
+        name, shape, opcode, re.findall(r"%([\w.\-]+)", rest[len(opcode) : end]),
+        rest[len(opcode) : end] * (opcode in ("parameter", "constant")) + rest[end:],
+        origin[1] if origin else "",
+    )  # fmt: skip
+
+
+def _closing(text: str) -> int:
+    """Where the first parenthesis ends."""
+    depth = 0
+    for i, character in enumerate(text):
+        depth += (character == "(") - (character == ")")
+        if depth == 0:
+            return i + 1
+    raise ValueError(f"a parenthesis is open: {text[:80]}")
+
+
+def reachable(program: Program, name: str) -> Iterator[Instruction]:
+    """The instructions of a computation and of the loops in it; those of a fusion are one."""
+    for instruction in program[name]:
+        yield instruction
+        if instruction.opcode == "while":
+            yield from reachable(program, _called(instruction)["body"])
+        elif instruction.opcode == "call":
+            yield from reachable(program, _called(instruction)["to_apply"])
+
+
+def _called(instruction: Instruction) -> dict[str, str]:
+    return dict(CALLED.findall(instruction.attributes))
+
+
+def canonical(program: Program, name: str, layouts: bool = True) -> str:
+    """A computation without the names in it; maybe without layouts, and orders of dimensions."""
+    numbers = {instruction.name: str(i) for i, instruction in enumerate(program[name])}
+    lines = []
+    for instruction in program[name]:
+        line = kernel(program, name, instruction, layouts)
+        if layouts:
+            line += " " + " ".join(numbers.get(o, o) for o in instruction.operands)
+        lines.append(line)
+    return "\n".join(lines if layouts else sorted(filter(None, lines)))
+
+
+def kernel(program: Program, inside: str, i: Instruction, layouts: bool = True) -> str:
+    """An instruction without names: what is computed, from what shapes, and how."""
+    shapes = {other.name: other.shape for other in program[inside]}
+    called = "\n".join(
+        canonical(program, name, layouts) for _, name in CALLED.findall(i.attributes)
+    )
+    if not layouts:
+        if called:
+            return called
+        # Neither order nor grouping of dimensions matter to what is done to each element.
+        moves = ("bitcast", "transpose", "copy", "reshape", "broadcast", "parameter", "constant",
+                 "tuple", "get-tuple-element", "slice", "dynamic-slice")  # fmt: skip
+        return "" if i.opcode in moves else f"{i.opcode} {re.match(r'[(]*([a-z0-9]+)', i.shape)[1]}"
+    attributes = NOISE.sub("", CALLED.sub("", i.attributes))
+    given = ",".join(shapes.get(o, "") for o in i.operands)
+    return f"{i.shape} {i.opcode}({given}){attributes}\n{called}"
+
+
+def compare(text: str) -> dict[str, Any]:
+    """Of the kernels of the block in the forward pass: how many the backward pass has, too.
+
+    And those that it does not have: their names, shapes, and where they come from.
+    """
+    program = parse(text)
+    loops = [
+        _called(i)["body"] for name in program for i in program[name] if i.opcode == "while"
+    ]  # fmt: skip
+
+    def share(body: str, pattern: re.Pattern) -> int:
+        return sum(pattern.search(i.origin) is not None for i in program[body])
+
+    up = max(loops, key=lambda body: share(body, PINNED) * (share(body, BACKWARD) == 0))
+    down = max(loops, key=lambda body: share(body, BACKWARD))
+    places = {id(i): name for name, all_of_it in program.items() for i in all_of_it}
+
+    def kernels(body: str, layouts: bool, only: re.Pattern | None = None):
+        own = {id(i) for i in program[body]}
+        for i in reachable(program, body):
+            # All that is in loops within the loop is the block's.
+            if i.opcode in KERNELS and not (only and id(i) in own and not only.search(i.origin)):
+                yield i, kernel(program, places[id(i)], i, layouts)
+
+    same = {what for _, what in kernels(down, True)}
+    alike = {what for _, what in kernels(down, False)}
+    found, others = collections.Counter(kernels=0, same=0, moved=0), []
+    for i, what in kernels(up, True, PINNED):
+        found["kernels"] += 1
+        elementwise = kernel(program, places[id(i)], i, False)
+        if what in same:
+            found["same"] += 1
+        elif elementwise in alike and not ROUNDS_BY_ORDER.search(elementwise):
+            found["moved"] += 1
+        else:
+            others.append(f"{i.name}: {i.shape} {i.origin}")
+    return dict(found) | {"other": len(others), "others": others}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a row per case."""
+    counted = ("kernels", "same", "moved", "other")
+    lines = []
+    for row in rows:
+        settings = ", ".join(f"{name} {value}" for name, value in row["settings"].items())
+        fenced, *less = row["found"].values()
+        lines.append(
+            [row["device"], row["model"], settings, *(str(fenced[name]) for name in counted),
+             *(f"{found['other']} of {found['kernels']}" for found in less)]
+        )  # fmt: skip
+    header = ["compiled for", "model", "settings", *counted,
+              *(f"other, {around}" for around in list(FENCES)[1:])]  # fmt: skip
+    return results.markdown(header, lines)
+
+
+if __name__ == "__main__":
+    command.run(main, SameKernels, __doc__, told=logging.WARNING)

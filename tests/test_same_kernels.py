@@ -1,0 +1,106 @@
+"""Kernels of compiled programs, compared; and programs for GPUs that are not there."""
+
+import dataclasses
+import pathlib
+import sys
+
+import jax
+import pytest
+
+from bdia_jax import _pinned, targets
+
+EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
+
+TEXT = """HloModule jit_f
+
+%square (p: f32[4,8]) -> f32[4,8] {
+  %p = f32[4,8]{1,0} parameter(0)
+  ROOT %m = f32[4,8]{1,0} multiply(%p, %p)
+}
+
+%square.1 (q: f32[4,8]) -> f32[4,8] {
+  %q = f32[4,8]{1,0} parameter(0)
+  ROOT %m.1 = f32[4,8]{LAYOUT} multiply(%q, %q)
+}
+
+%product (a: f32[4,8], b: f32[8,4]) -> f32[4,4] {
+  %a = f32[4,8]{1,0} parameter(0)
+  %b = f32[8,4]{1,0} parameter(1)
+  ROOT %d = f32[4,4]{1,0} dot(%a, %b), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%product.1 (a.1: f32[4,8], b.1: f32[8,4]) -> f32[4,4] {
+  %a.1 = f32[4,8]{LAYOUT} parameter(0)
+  %b.1 = f32[8,4]{1,0} parameter(1)
+  ROOT %d.1 = f32[4,4]{1,0} dot(%a.1, %b.1), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+%round (r: f32[4,8]) -> f32[4,8] {
+  %r = f32[4,8]{1,0} parameter(0)
+  ROOT %n = f32[4,8]{1,0} round-nearest-even(%r)
+}
+
+%up (x: f32[4,8]) -> f32[4,8] {
+  %x = f32[4,8]{1,0} parameter(0)
+  %y = f32[4,8]{1,0} fusion(%x), kind=kLoop, calls=%square, metadata={op_name="UP/jvp()/mul"}
+  %z = f32[4,4]{1,0} fusion(%y, %w), kind=kCustom, calls=%product, metadata={op_name="UP/jvp()/d"}
+  %o = f32[4,8]{1,0} fusion(%x), kind=kLoop, calls=%round, metadata={op_name="UP/round"}
+}
+
+%down (x.1: f32[4,8]) -> f32[4,8] {
+  %x.1 = f32[4,8]{1,0} parameter(0)
+  %y.1 = f32[4,8]{LAYOUT} fusion(%x.1), kind=kLoop, calls=%square.1, metadata={op_name="DOWN/m"}
+  %z.1 = f32[4,4]{1,0} fusion(%y.1, %v), kind=kCustom, calls=%product.1, metadata={op_name="DOWN/d"}
+}
+
+ENTRY %main (e: f32[4,8]) -> f32[4,8] {
+  %e = f32[4,8]{1,0} parameter(0)
+  %l = f32[4,8]{1,0} while(%e), condition=%c, body=%up, metadata={op_name="jit(f)/jvp()/while"}
+  ROOT %k = f32[4,8]{1,0} while(%l), condition=%c, body=%down
+}
+"""
+
+
+@pytest.fixture
+def same_kernels(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXPERIMENTS))
+    import same_kernels
+
+    yield same_kernels
+    sys.modules.pop("same_kernels")
+
+
+def program(layout):
+    text = TEXT.replace("LAYOUT", layout)
+    text = text.replace("UP/", "jit(f)/jvp()/while/body/closed_call/")
+    return text.replace("DOWN/", "jit(f)/transpose(jvp())/while/body/closed_call/")
+
+
+def test_kernels_are_compared_by_what_they_do(same_kernels):
+    # What is outside the block does not count.
+    found = same_kernels.compare(program("1,0"))
+    assert found == {"kernels": 2, "same": 2, "moved": 0, "other": 0, "others": []}
+    # An elementwise result may lie otherwise, but not the argument of a product.
+    found = same_kernels.compare(program("0,1"))
+    assert {k: found[k] for k in ("same", "moved", "other")} == {"same": 0, "moved": 1, "other": 1}
+    assert found["others"] == ["z: f32[4,4]{1,0} jit(f)/jvp()/while/body/closed_call/jvp()/d"]
+
+
+def test_a_gpus_compiler_makes_the_same_kernels_in_both_passes(same_kernels, monkeypatch):
+    # Not for the virtual devices of the other tests.
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    pytest.importorskip("jax_cuda13_plugin", reason="to compile for a GPU needs jax[cuda]")
+    (device,) = targets.devices("h100")
+    config = dataclasses.replace(
+        same_kernels.MODELS["gpt2"], dtype="bfloat16", dropout=0.1, depth=3, attention="chunked"
+    )
+    found = same_kernels.compare(same_kernels.compiled_text(config, device))
+    assert found["kernels"] > 20
+    assert found["other"] == 0, found["others"]
+    # That the comparison would show it:
+    bare = same_kernels.compare(same_kernels.compiled_text(config, device, lambda tree: tree))
+    assert bare["other"] > 0
+    # For several devices there are barriers only, which no partitioner gathers.
+    with _pinned.several_devices():
+        barriers = same_kernels.compare(same_kernels.compiled_text(config, device))
+    assert barriers["other"] < bare["other"]
