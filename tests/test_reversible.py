@@ -307,6 +307,18 @@ def test_inside_scan_cond_and_checkpoint_with_integers_and_keys():
     assert_alike(function, params, x)
 
 
+@pytest.fixture(params=["several devices", "one CPU", "one accelerator"])
+def fences(request, monkeypatch):
+    """What is around the blocks: barriers; and on an accelerator, constraints of layouts."""
+    if request.param == "several devices":
+        return
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    if request.param == "one accelerator":
+        forced = lambda *arrays, cpu, default: default(*arrays)  # noqa: E731
+        monkeypatch.setattr(jax.lax, "platform_dependent", forced)
+
+
+@pytest.mark.usefixtures("fences")
 def test_vmap_over_inputs_and_keys():
     """As a loop over them: each with signs of its own."""
     block, params, x, _ = simple(3)
@@ -336,6 +348,7 @@ def test_vmap_over_parameters():
     assert_alike(function, ensemble)
 
 
+@pytest.mark.usefixtures("fences")
 def test_gradient_accumulation_in_a_scan():
     block, params, x, _ = simple(3)
     keys = jax.random.split(KEY, 4)
@@ -355,6 +368,7 @@ def test_gradient_accumulation_in_a_scan():
     assert relative(jax.jit(accumulated)(params), expected) < 1e-5
 
 
+@pytest.mark.usefixtures("fences")
 def test_inside_checkpoint():
     block, params, x, _ = simple(3)
 
