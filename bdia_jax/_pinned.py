@@ -127,8 +127,10 @@ _ELSEWHERE = contextvars.ContextVar("several devices that are not there", defaul
 def several_devices():
     """What is traced within is for several devices, though there may be but one."""
     token = _ELSEWHERE.set(True)
-    yield
-    _ELSEWHERE.reset(token)
+    try:
+        yield
+    finally:
+        _ELSEWHERE.reset(token)
 
 
 def _by_rows(*arrays: Array) -> tuple[Array, ...]:

@@ -144,7 +144,8 @@ def plan(
     compiler = {"devices": None if device is None else targets.devices(device)}
     if device is None and not here and jax.default_backend() == "cpu":
         compiler["compiler_options"] = LIKE_AN_ACCELERATOR
-    if targets.is_gpu(device) and config.attention == "auto" and fusible(config):
+    fused = config.attention == "auto" and not config.dropout and fusible(config)
+    if targets.is_gpu(device) and fused:
         # What it would choose there.
         config = dataclasses.replace(config, attention="cudnn")
     return [_need(name, config, task, settings, lora, compiler) for name in methods]
@@ -323,5 +324,5 @@ def main(p: Plan) -> list[Need]:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Plan, description=__doc__))
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, jax.errors.JaxRuntimeError) as error:
         sys.exit(f"{type(error).__name__}: {error}")

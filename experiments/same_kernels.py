@@ -14,8 +14,8 @@ say nothing of layouts, and without any.
 
 This is no proof: which kernel a library picks at run time is not in the program.
 
-Writes results/same_kernels.json and .md. The exit status is 1 if a kernel of the pinned block is
-another one.
+Writes results/same_kernels-gpus.json and .md. The exit status is 1 if a kernel of the pinned block
+is another one, or nothing could be compiled.
 """
 
 from __future__ import annotations
@@ -99,19 +99,21 @@ def main(s: SameKernels) -> None:
                 }
             except jax.errors.JaxRuntimeError as error:
                 # Without a GPU to try tiles on, XLA finds none for some products.
+                found = {}
                 print(f"{name}, {model} {settings}: not compiled: {str(error)[:100]}", flush=True)
-                continue
             rows.append({"device": name, "model": model, "settings": settings, "found": found})
+            if not found:
+                continue
             fenced = found["fences"]
-            print(
-                f"{name}, {model} {settings}: {fenced['same']} of {fenced['kernels']}", flush=True
-            )
+            same = f"{fenced['same']} of {fenced['kernels']} are the same"
+            print(f"{name}, {model} {settings}: {same}", flush=True)
             for other in fenced["others"]:
                 print(f"  another: {other}", flush=True)
     path = results.write("same_kernels", s, {"found": rows}, s.out or results.FOLDER, "gpus")
     files.write_text(path.with_suffix(".md"), table(rows) + "\n")
     print(f"\n{table(rows)}\n\nSee {path}")
-    if any(row["found"]["fences"]["other"] for row in rows):
+    compiled = [row["found"] for row in rows if row["found"]]
+    if not compiled or any(found["fences"]["other"] for found in compiled):
         sys.exit(1)
 
 
@@ -242,8 +244,10 @@ def kernel(program: Program, inside: str, i: Instruction, layouts: bool = True) 
         if called:
             return called
         # Neither order nor grouping of dimensions matter to what is done to each element.
-        moves = ("bitcast", "transpose", "copy", "reshape", "broadcast", "parameter", "constant",
-                 "tuple", "get-tuple-element", "slice", "dynamic-slice")  # fmt: skip
+        moves = ("bitcast", "transpose", "copy", "reshape", "broadcast", "parameter", "tuple",
+                 "get-tuple-element", "slice", "dynamic-slice")  # fmt: skip
+        if i.opcode == "constant":
+            return f"constant {NOISE.sub('', i.attributes)}"
         return "" if i.opcode in moves else f"{i.opcode} {re.match(r'[(]*([a-z0-9]+)', i.shape)[1]}"
     attributes = NOISE.sub("", CALLED.sub("", i.attributes))
     given = ",".join(shapes.get(o, "") for o in i.operands)
@@ -254,6 +258,9 @@ def compare(text: str) -> dict[str, Any]:
     """Of the kernels of the block in the forward pass: how many the backward pass has, too.
 
     And those that it does not have: their names, shapes, and where they come from.
+
+    Raises:
+      ValueError: for a program in which the loops over blocks, or the block, are not found.
     """
     program = parse(text)
     loops = [
@@ -263,6 +270,8 @@ def compare(text: str) -> dict[str, Any]:
     def share(body: str, pattern: re.Pattern) -> int:
         return sum(pattern.search(i.origin) is not None for i in program[body])
 
+    if not loops:
+        raise ValueError("the program has no loops, and none over blocks")
     up = max(loops, key=lambda body: share(body, PINNED) * (share(body, BACKWARD) == 0))
     down = max(loops, key=lambda body: share(body, BACKWARD))
     places = {id(i): name for name, all_of_it in program.items() for i in all_of_it}
@@ -286,6 +295,10 @@ def compare(text: str) -> dict[str, Any]:
             found["moved"] += 1
         else:
             others.append(f"{i.name}: {i.shape} {i.origin}")
+    if not found["kernels"] or up == down:
+        raise ValueError(
+            "the block was not found in the loops of both passes: JAX or XLA names things otherwise"
+        )
     return dict(found) | {"other": len(others), "others": others}
 
 
@@ -295,11 +308,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         settings = ", ".join(f"{name} {value}" for name, value in row["settings"].items())
-        fenced, *less = row["found"].values()
-        lines.append(
-            [row["device"], row["model"], settings, *(str(fenced[name]) for name in counted),
-             *(f"{found['other']} of {found['kernels']}" for found in less)]
-        )  # fmt: skip
+        cells = ["not compiled"] + [""] * (len(counted) + len(FENCES) - 2)
+        if row["found"]:
+            fenced, *less = row["found"].values()
+            cells = [str(fenced[name]) for name in counted]
+            cells += [f"{found['other']} of {found['kernels']}" for found in less]
+        lines.append([row["device"], row["model"], settings, *cells])
     header = ["compiled for", "model", "settings", *counted,
               *(f"other, {around}" for around in list(FENCES)[1:])]  # fmt: skip
     return results.markdown(header, lines)

@@ -259,6 +259,28 @@ def test_the_loss_of_bfloat16_features_multiplies_bfloat16_matrices():
         assert product.params["preferred_element_type"] == jnp.float32
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_small_gradients_of_the_loss_are_not_lost(dtype):
+    # A mean over many tokens, of many words: in float16 the cotangents of nearly all logits are 0.
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (2, 64, 16)).astype(dtype)
+    matrix = (0.1 * jax.random.normal(keys[1], (2000, 16))).astype(dtype)
+    targets = jax.random.randint(keys[2], (2, 64), 0, 2000)
+
+    def gradient(x, matrix):
+        def loss(matrix):
+            return 1e-5 * cross_entropy(x, matrix, targets).loss
+
+        # By float32 weights, as they are trained.
+        return jax.grad(loss)(matrix.astype(jnp.float32))
+
+    found, expected = gradient(x, matrix), gradient(x.astype(jnp.float32), matrix)
+    assert optax.tree.norm(found - expected) < 0.02 * optax.tree.norm(expected)
+    others = np.setdiff1d(np.arange(2000), targets)
+    found, expected = found[others], expected[others]
+    assert optax.tree.norm(found - expected) < 0.02 * optax.tree.norm(expected)
+
+
 def equations(jaxpr):
     """Those of a program, and of all programs in it."""
     for equation in jaxpr.eqns:

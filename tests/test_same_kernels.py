@@ -86,6 +86,23 @@ def test_kernels_are_compared_by_what_they_do(same_kernels):
     assert found["others"] == ["z: f32[4,4]{1,0} jit(f)/jvp()/while/body/closed_call/jvp()/d"]
 
 
+def test_a_program_in_which_nothing_is_found_is_an_error(same_kernels):
+    with pytest.raises(ValueError, match="no loops"):
+        same_kernels.compare("ENTRY %main (e: f32[4]) -> f32[4] {\n}")
+    with pytest.raises(ValueError, match="the block was not found"):
+        same_kernels.compare(program("1,0").replace("jvp()/mul", "mul").replace("jvp()/d", "d"))
+
+
+def test_constants_are_a_part_of_what_a_kernel_does(same_kernels):
+    text = program("0,1").replace("multiply(%p, %p)", "multiply(%p, %two)").replace(
+        "multiply(%q, %q)", "multiply(%q, %three)"
+    )  # fmt: skip
+    for name, value in (("p", "two"), ("q", "three")):
+        parameter = f"  %{name} = f32[4,8]{{1,0}} parameter(0)\n"
+        text = text.replace(parameter, f"{parameter}  %{value} = f32[] constant({value})\n")
+    assert same_kernels.compare(text)["other"] == 2
+
+
 def test_a_gpus_compiler_makes_the_same_kernels_in_both_passes(same_kernels, monkeypatch):
     # Not for the virtual devices of the other tests.
     monkeypatch.setattr(jax, "device_count", lambda: 1)
