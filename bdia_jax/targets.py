@@ -49,6 +49,10 @@ GPUS = {
 """By the name that is asked for."""
 
 
+DRIVERS = ("/dev/nvidiactl", "/dev/dxg")
+"""Of NVIDIA's, one of which is there where a GPU is (the second on WSL)."""
+
+
 def devices(name: str) -> Sequence[jax.Device]:
     """Devices to compile for, which need not be there; nothing can be run on them.
 
@@ -104,9 +108,18 @@ def _gpus(gpu: Gpu, count: int) -> Sequence[jax.Device]:
       dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
       device_description_str: "{gpu.name}"
     """
-    return topologies.get_topology_desc(
-        gpu.name, "cuda", target_config=description, topology=f"1x1x{count}"
-    ).devices
+    if not any(map(os.path.exists, DRIVERS)) and not jax.config.jax_platforms:
+        # Where there is no driver, JAX leaves its CUDA packages aside, unless no GPU is asked for.
+        jax.config.update("jax_platforms", "cpu")
+    try:
+        return topologies.get_topology_desc(
+            gpu.name, "cuda", target_config=description, topology=f"1x1x{count}"
+        ).devices
+    except NotImplementedError as error:
+        raise ImportError(
+            "JAX had looked for a GPU before, and left its CUDA packages aside when it found none: "
+            "set JAX_PLATFORMS=cpu in the environment, or ask for these devices first"
+        ) from error
 
 
 def _tpus(name: str) -> Sequence[jax.Device]:

@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 import unittest.mock
 
@@ -211,6 +213,22 @@ def test_a_plan_for_devices_that_are_not_there(device, needs):
     assert one.temporaries > one.gradients
     with pytest.raises(ValueError, match="there are 4"):
         plan.plan(TINY, 4, 8, device=device, mesh="fsdp=2")
+
+
+def test_gpus_that_are_not_there_need_no_setting():
+    """Where there is no GPU, JAX leaves its CUDA packages aside once it has looked for one."""
+    pytest.importorskip("jax_cuda13_plugin", reason="to compile for a GPU needs jax[cuda]")
+    if any(map(os.path.exists, targets.DRIVERS)):
+        pytest.skip("there is a GPU")
+    late = "from bdia_jax import targets\nimport jax\n{}print(len(targets.devices('h100:2')))"
+    env = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+
+    def run(first):
+        command = [sys.executable, "-c", late.format(first)]
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+    assert run("").stdout.split() == ["2"]
+    assert "set JAX_PLATFORMS=cpu" in run("jax.devices()\n").stderr
 
 
 def test_a_plan_for_devices_that_nobody_knows(monkeypatch):
