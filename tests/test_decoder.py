@@ -142,7 +142,7 @@ def test_attention_never_holds_the_matrix():
 
 
 def test_masks_are_computed_again_under_a_checkpoint():
-    # Kept, those of 8 chunks are 17 MB; of all else there is less.
+    # Kept, those of 8 chunks would be as large as all weights.
     shapes = [jax.ShapeDtypeStruct((2, 1024, 8, 8), jnp.bfloat16)] * 3
 
     def gradient(q, k, v):
@@ -153,7 +153,7 @@ def test_masks_are_computed_again_under_a_checkpoint():
         def step(x, _):
             return block(x, k, v), None
 
-        return jax.grad(lambda q: jax.lax.scan(step, q, None, 2)[0].astype(float).sum())(q)
+        return jax.grad(lambda q: jax.lax.scan(step, q, None, 2)[0].astype(jnp.float32).sum())(q)
 
     kept = jax.make_jaxpr(gradient)(*shapes)
     assert "bool[8,2,8,1,1024,128]" not in str(kept)
@@ -300,51 +300,46 @@ def test_a_target_that_does_not_exist_is_nan(target):
 # ---------------------------------------------------------------------------------------------
 
 
+def loss_and_gradient(config, tokens):
+    """Of the next token, by all parameters."""
+    graph, params, rest = nnx.split(Decoder(config, rngs=nnx.Rngs(0)), nnx.Param, ...)
+
+    @jax.jit
+    @jax.value_and_grad
+    def mean(params):
+        model = nnx.merge(graph, params, rest)
+        sums = model.loss(tokens, jnp.roll(tokens, -1, 1), key=jax.random.key(1))
+        return sums.loss / sums.weight
+
+    return mean(params)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
 def test_online_gradients_are_those_of_the_forward_pass(family):
     config = dataclasses.replace(FAMILIES[family], dropout=0.1)
     tokens = tokens_of(config)
-    grads = {}
-    for method in ("bdia", "bdia-stored"):
-        model = Decoder(dataclasses.replace(config, method=method), rngs=nnx.Rngs(0))
-        graph, params, rest = nnx.split(model, nnx.Param, ...)
-
-        @jax.jit
-        @jax.value_and_grad
-        def loss(params, graph=graph, rest=rest):
-            sums = nnx.merge(graph, params, rest).loss(
-                tokens, jnp.roll(tokens, -1, 1), key=jax.random.key(1)
-            )
-            return sums.loss / sums.weight
-
-        grads[method] = loss(params)
-    online, stored = (optax.tree.norm(g) for _, g in grads.values())
-    assert grads["bdia"][0] == grads["bdia-stored"][0]
-    difference = jax.tree.map(jnp.subtract, *(g for _, g in grads.values()))
-    assert optax.tree.norm(difference) < 1e-5 * min(online, stored)
+    (loss, online), (expected, stored) = (
+        loss_and_gradient(dataclasses.replace(config, method=method), tokens)
+        for method in ("bdia", "bdia-stored")
+    )
+    assert loss == expected
+    difference = optax.tree.norm(jax.tree.map(jnp.subtract, online, stored))
+    assert difference < 1e-5 * min(optax.tree.norm(online), optax.tree.norm(stored))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
 def test_a_feed_forward_network_in_chunks_is_the_same_network(family):
     tokens = tokens_of(GPT2, length=13)
+    wide = {"dtype": "float64", "param_dtype": "float64"}
     with jax.enable_x64(True):
-        found = {}
-        for chunk in (None, 5):
-            config = dataclasses.replace(
-                FAMILIES[family], ffn_chunk=chunk, dtype="float64", param_dtype="float64"
+        (loss, whole), (in_chunks, chunked) = (
+            loss_and_gradient(
+                dataclasses.replace(FAMILIES[family], ffn_chunk=chunk, **wide), tokens
             )
-            model = Decoder(config, rngs=nnx.Rngs(0))
-            graph, params, rest = nnx.split(model, nnx.Param, ...)
-
-            @jax.jit
-            @jax.value_and_grad
-            def loss(params, graph=graph, rest=rest):
-                model = nnx.merge(graph, params, rest)
-                return model.loss(tokens, jnp.roll(tokens, -1, 1), key=jax.random.key(1)).loss
-
-            found[chunk] = loss(params)
-        assert found[5][0] == found[None][0]
-        trees_close(found[5][1], found[None][1], rtol=1e-9, atol=1e-9)
+            for chunk in (None, 5)
+        )
+        assert in_chunks == loss
+        trees_close(chunked, whole, rtol=1e-9, atol=1e-9)
 
 
 def test_the_hidden_layer_exists_in_chunks():
