@@ -7,7 +7,7 @@ This module is the table of contents of the core, which imports neither Flax nor
 """
 
 from bdia_jax.check import Reversibility, check_reversible
-from bdia_jax.fixed_point import from_grid, on_grid, quantize, straight_through, to_grid
+from bdia_jax.grid import from_grid, on_grid, quantize, straight_through, to_grid
 from bdia_jax.maps import (
     bdia_inverse,
     bdia_step,

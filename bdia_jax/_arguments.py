@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from bdia_jax import fixed_point, maps
+from bdia_jax import grid, maps
 
 
 class Scan(NamedTuple):
@@ -50,7 +50,7 @@ class Scan(NamedTuple):
     @property
     def wide(self) -> jnp.dtype:
         """What the update is computed in."""
-        return fixed_point.accumulator(self.dtype)
+        return grid.accumulator(self.dtype)
 
 
 class Inputs(NamedTuple):
@@ -66,9 +66,22 @@ class Inputs(NamedTuple):
 
 
 def prepare(
-    block, stacked_params, state, start, key, consts, gamma, signs, frac_bits, tolerance_bits,
-    backprop, stored_blocks, probe, update, compute_dtype,
-) -> tuple[Scan, Inputs]:  # fmt: skip
+    block,
+    stacked_params,
+    state,
+    start,
+    key,
+    consts,
+    gamma,
+    signs,
+    frac_bits,
+    tolerance_bits,
+    backprop,
+    stored_blocks,
+    probe,
+    update,
+    compute_dtype,
+) -> tuple[Scan, Inputs]:
     """Checks all arguments of a scan; every error names what was given and what is allowed."""
     if not callable(block):
         raise TypeError(
@@ -83,7 +96,7 @@ def prepare(
         raise ValueError(f'signs must be "random" or "positive"; got {signs!r}')
     random_signs = signs == "random" and gamma != 0
     if frac_bits is not None:
-        fixed_point.check_frac_bits(frac_bits)
+        grid.check_frac_bits(frac_bits)
     maps.check_tolerance_bits(tolerance_bits, maps.gamma_shift(gamma) if online else 0)
     _check_stored_blocks(stored_blocks, blocks)
     if not isinstance(consts, tuple | list):
@@ -98,24 +111,34 @@ def prepare(
     key = _check_key(key, gamma if random_signs else 0)
     _check_probe(probe, blocks)
     dtype = jnp.dtype(x.dtype if compute_dtype is None else compute_dtype)
-    fixed_point.accumulator(dtype)
-    carried = x.dtype if frac_bits is None else fixed_point.accumulator(x.dtype)
+    grid.accumulator(dtype)
+    carried = x.dtype if frac_bits is None else grid.accumulator(x.dtype)
 
     keys = None
     if key is not None:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, start + jnp.arange(blocks))
     pure_block, captured = _close(block, stacked_params, x, dtype, keys, consts)
     scan = Scan(
-        pure_block, dtype, gamma, frac_bits, tolerance_bits, online, stored_blocks, random_signs,
+        pure_block,
+        dtype,
+        gamma,
+        frac_bits,
+        tolerance_bits,
+        online,
+        stored_blocks,
+        random_signs,
         start == 0,
         update=_close_update(update, stacked_params, blocks, online),
-    )  # fmt: skip
+    )
     inputs = Inputs(
         [jnp.asarray(p) for p in jax.tree.leaves(stacked_params)],
         [jnp.asarray(c) for c in jax.tree.leaves(consts)] + captured,
-        keys, x_prev.astype(carried), x.astype(carried), probe,
+        keys,
+        x_prev.astype(carried),
+        x.astype(carried),
+        probe,
         [] if update is None else [jnp.asarray(s) for s in jax.tree.leaves(update.state)],
-    )  # fmt: skip
+    )
     return scan, inputs
 
 

@@ -77,11 +77,24 @@ def check_reversible(
         raise ValueError("with gamma=0 nothing is taken back; got gamma=0, allowed is 2**-m")
     (scan, inputs), (_, again) = (
         _arguments.prepare(
-            block, stacked_params, (x, x), 0, key, consts, gamma, signs, frac_bits, tolerance_bits,
-            "online", 0, None, None, None,
+            block,
+            stacked_params,
+            (x, x),
+            0,
+            key,
+            consts,
+            gamma,
+            signs,
+            frac_bits,
+            tolerance_bits,
+            "online",
+            0,
+            None,
+            None,
+            None,
         )
         for _ in range(2)
-    )  # fmt: skip
+    )
     if not any(isinstance(c, jax.core.Tracer) for c in inputs.consts) and not _same(
         inputs.consts, again.consts
     ):

@@ -5,7 +5,7 @@ with the backward Euler step of the block before it:
 
     x_{k+1} = γ x_{k-1} + (1 - γ) x_k + (1 + γ) h_k(x_k),        γ = σ 2^-m,  σ ∈ {-1, 0, +1}
 
-On the grid (:mod:`bdia_jax.fixed_point`, n = x 2^l) this becomes, with two's complement int32
+On the grid (:mod:`bdia_jax.grid`, n = x 2^l) this becomes, with two's complement int32
 arithmetic (which wraps around),
 
     q        = round(2^l [(1 - γ) x_k + (1 + γ) h_k(x_k)])       the pre-rounding value, rounded

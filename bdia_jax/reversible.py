@@ -16,7 +16,7 @@ x_{k-1}, and back-propagates through the block it has just recomputed:
 The first block has σ = 0: it is the Euler step x_1 = x_0 + Q[h_0], and needs no x_{-1}.
 
 The step is taken back exactly only if both passes compute q to the last bit alike: they run the
-block as one pinned sub-program (:mod:`bdia_jax._pinned` says how, and why that is needed), and
+block as one pinned sub-program (:mod:`bdia_jax.pinning` says how, and why that is needed), and
 everything else is integer arithmetic, or float arithmetic written so that every compilation
 rounds it alike (:func:`bdia_jax.maps.pre_rounding`). Exactness is checked all the same, in every
 backward pass: that is what the checksum is for.
@@ -34,9 +34,9 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int32, Key, PyTree, UInt, UInt32
 
-from bdia_jax import fixed_point, maps, side_bits
+from bdia_jax import grid, maps, side_bits
 from bdia_jax._arguments import Inputs, Scan, prepare
-from bdia_jax._pinned import (
+from bdia_jax.pinning import (
     Derivative,
     Wanted,
     barrier,
@@ -148,10 +148,21 @@ def reversible_scan(
     Source: Zhang, Lewis, Kleijn, ICML 2025 (arXiv 2407.09093).
     """
     return reversible_scan_pair(
-        block, stacked_params, (x, x), start=0, key=key, consts=consts, gamma=gamma,
-        signs=signs, frac_bits=frac_bits, tolerance_bits=tolerance_bits, backprop=backprop,
-        stored_blocks=stored_blocks, probe=probe, update=update,
-    )[1].astype(x.dtype)  # fmt: skip
+        block,
+        stacked_params,
+        (x, x),
+        start=0,
+        key=key,
+        consts=consts,
+        gamma=gamma,
+        signs=signs,
+        frac_bits=frac_bits,
+        tolerance_bits=tolerance_bits,
+        backprop=backprop,
+        stored_blocks=stored_blocks,
+        probe=probe,
+        update=update,
+    )[1].astype(x.dtype)
 
 
 def reversible_scan_pair(
@@ -192,9 +203,22 @@ def reversible_scan_pair(
       to hold the integers of the grid up to 2**24.
     """
     scan, inputs = prepare(
-        block, stacked_params, state, start, key, consts, gamma, signs, frac_bits,
-        tolerance_bits, backprop, stored_blocks, probe, update, compute_dtype,
-    )  # fmt: skip
+        block,
+        stacked_params,
+        state,
+        start,
+        key,
+        consts,
+        gamma,
+        signs,
+        frac_bits,
+        tolerance_bits,
+        backprop,
+        stored_blocks,
+        probe,
+        update,
+        compute_dtype,
+    )
     if probe is None:
         inputs = inputs._replace(probe=BackwardReport.zeros(len(inputs.params[0])))
     return _online(scan)(inputs) if scan.online else _stored(scan, inputs)
@@ -219,14 +243,14 @@ def _signs(scan: Scan, key, k, batch: int) -> tuple[Int32[Array, "batch"], Key[A
 def _update(scan: Scan, n: Array, h: Array, sign: Array) -> tuple[Array, Array, Array]:
     """γ, the pre-rounding value y in grid steps, and q = round(y)."""
     gamma = _per_sample(sign, n).astype(scan.wide) * scan.wide.type(scan.gamma)
-    x = fixed_point.from_grid(n, scan.frac_bits, scan.wide)
-    y = fixed_point.scale(maps.pre_rounding(x, h.astype(scan.wide), gamma), scan.frac_bits)
-    return gamma, y, fixed_point.round_to_int(y)
+    x = grid.from_grid(n, scan.frac_bits, scan.wide)
+    y = grid.scale(maps.pre_rounding(x, h.astype(scan.wide), gamma), scan.frac_bits)
+    return gamma, y, grid.round_to_int(y)
 
 
 def _pinned_block(scan: Scan, wanted: Wanted, n, params, key, consts, sign):
     """The update of a block, its derivative, the signs, and a value to fold into a checksum."""
-    x = fixed_point.from_grid(n, scan.frac_bits, scan.dtype)
+    x = grid.from_grid(n, scan.frac_bits, scan.dtype)
     # Sharded like the batch: over explicit mesh axes, a selection wants that of its condition.
     sign += jnp.sum(jnp.zeros_like(n), axis=tuple(range(1, n.ndim)), dtype=sign.dtype)
     params, x, key, consts, sign = fence((params, x, key, consts, sign))
@@ -276,13 +300,13 @@ def _starts_in_range(scan: Scan, inputs: Inputs) -> Bool[Array, "batch"]:
     """Per sample, whether the grid holds the state that the scan is given."""
     states = (inputs.x,) if scan.starts else (inputs.x_prev, inputs.x)
     return functools.reduce(
-        jnp.logical_and, (_all(fixed_point.on_grid(x, scan.frac_bits)) for x in states)
+        jnp.logical_and, (_all(grid.on_grid(x, scan.frac_bits)) for x in states)
     )
 
 
 def _in_range(y: Array, n: Array) -> Bool[Array, "batch"]:
     """Per sample, whether a pre-rounding value and a state are finite and within the limit."""
-    return _all(fixed_point.in_range(y) & (jnp.abs(n) < fixed_point.LIMIT))
+    return _all(grid.in_range(y) & (jnp.abs(n) < grid.LIMIT))
 
 
 def _split(scan: Scan, inputs: Inputs | _Saved) -> tuple[PyTree[Array], PyTree[Array]]:
@@ -396,7 +420,7 @@ def _forward(scan: Scan, wanted: Wanted | None, inputs: Inputs):
         return carry, (packed, checksum(n_prev) + alive, witness)
 
     low, high = _split(scan, inputs)
-    n_prev, n = (fixed_point.to_grid(x, scan.frac_bits) for x in (inputs.x_prev, inputs.x))
+    n_prev, n = (grid.to_grid(x, scan.frac_bits) for x in (inputs.x_prev, inputs.x))
     start = n_prev, n, _starts_in_range(scan, inputs)
     (n_prev, n, finite), kept = lax.scan(functools.partial(step, stored=False), start, low)
     cut = n_prev, n
@@ -406,15 +430,21 @@ def _forward(scan: Scan, wanted: Wanted | None, inputs: Inputs):
             functools.partial(step, stored=True), (n_prev, n, finite), high
         )
     output = tuple(
-        _nan_unless(finite, fixed_point.from_grid(n, scan.frac_bits, scan.wide))
-        for n in (n_prev, n)
+        _nan_unless(finite, grid.from_grid(n, scan.frac_bits, scan.wide)) for n in (n_prev, n)
     )
     if wanted is None:
         return output, None
     return output, _Saved(
-        inputs.params, inputs.consts, inputs.keys, *cut, tuple(map(checksum, cut)), *kept,
-        derivatives, inputs.update_state, wanted,
-    )  # fmt: skip
+        inputs.params,
+        inputs.consts,
+        inputs.keys,
+        *cut,
+        tuple(map(checksum, cut)),
+        *kept,
+        derivatives,
+        inputs.update_state,
+        wanted,
+    )
 
 
 def _backward(scan: Scan, saved: _Saved, cotangents) -> Inputs:
@@ -491,8 +521,9 @@ def _backward(scan: Scan, saved: _Saved, cotangents) -> Inputs:
         for n, c in zip((saved.n_prev, saved.n), cotangents)
     )
     wanted_params, wanted_consts = (
-        select(wanted.params, saved.params), select(wanted.consts, saved.consts)
-    )  # fmt: skip
+        select(wanted.params, saved.params),
+        select(wanted.consts, saved.consts),
+    )
     d_consts = [jnp.zeros_like(c, jnp.promote_types(c.dtype, jnp.float32)) for c in wanted_consts]
     if scan.update is None:
         stacked, pending = [*map(jnp.zeros_like, wanted_params)], None
@@ -527,8 +558,12 @@ def _backward(scan: Scan, saved: _Saved, cotangents) -> Inputs:
     return Inputs(
         merge(wanted.params, d_params, [None] * len(wanted.params)),
         merge(wanted.consts, d_consts, [None] * len(wanted.consts)),
-        None, down.a, down.a_next, report, update_state,
-    )  # fmt: skip
+        None,
+        down.a,
+        down.a_next,
+        report,
+        update_state,
+    )
 
 
 def _correct(scan: Scan, n_next, y, q, side, sigma):
@@ -556,15 +591,15 @@ def _stored(scan: Scan, inputs: Inputs) -> tuple[Array, Array]:
     sum is rounded then), and none of the grid.
     """
     batch = inputs.x.shape[0]
-    grid = scan.frac_bits is not None
-    integers = grid and (scan.gamma == 0 or maps.is_shift(scan.gamma))
+    gridded = scan.frac_bits is not None
+    integers = gridded and (scan.gamma == 0 or maps.is_shift(scan.gamma))
 
     def step(carry, block_inputs):
         x_prev, x, n_prev, n, finite = carry
         k, params, key = block_inputs
         sign, key = _signs(scan, key, k, batch)
         seen = params, x.astype(scan.dtype), key, inputs.consts
-        h = barrier(scan.block(*barrier(seen))) if grid else scan.block(*seen)
+        h = barrier(scan.block(*barrier(seen))) if gridded else scan.block(*seen)
         if scan.gamma == 0:
             x_next = x + h
         else:
@@ -575,25 +610,25 @@ def _stored(scan: Scan, inputs: Inputs) -> tuple[Array, Array]:
             _, y, q = _update(scan, n, h, sign)
             n_next = maps.bdia_step(n_prev, q, _per_sample(sign, n), scan.m)
             finite &= _in_range(y, n_next)
-            exact = fixed_point.from_grid(n_next, scan.frac_bits, scan.wide)
-            x_next = fixed_point.straight_through(exact, x_next)
-        elif grid:
-            finite &= _all(fixed_point.on_grid(x_next, scan.frac_bits))
-            x_next = fixed_point.quantize(x_next, scan.frac_bits)
+            exact = grid.from_grid(n_next, scan.frac_bits, scan.wide)
+            x_next = grid.straight_through(exact, x_next)
+        elif gridded:
+            finite &= _all(grid.on_grid(x_next, scan.frac_bits))
+            x_next = grid.quantize(x_next, scan.frac_bits)
         return (x, x_next.astype(x.dtype), n, n_next, finite), None
 
     x_prev, x, finite = inputs.x_prev, inputs.x, jnp.ones(batch, bool)
-    if grid:
+    if gridded:
         finite = _starts_in_range(scan, inputs)
-        x_prev, x = (fixed_point.quantize(x, scan.frac_bits) for x in (x_prev, x))
+        x_prev, x = (grid.quantize(x, scan.frac_bits) for x in (x_prev, x))
     n_prev = n = None
     if integers:
-        n_prev, n = (fixed_point.to_grid(x, scan.frac_bits) for x in (inputs.x_prev, inputs.x))
+        n_prev, n = (grid.to_grid(x, scan.frac_bits) for x in (inputs.x_prev, inputs.x))
     (x_prev, x, _, _, finite), _ = lax.scan(
         step,
         (x_prev, x, n_prev, n, finite),
         (jnp.arange(inputs.params[0].shape[0]), inputs.params, inputs.keys),
     )
-    if not grid:
+    if not gridded:
         return x_prev, x
     return tuple(_nan_unless(finite, x) for x in (x_prev, x))

@@ -40,11 +40,12 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from bdia_jax import coupling, files, fixed_point, maps, memory, reversible, side_bits
+from bdia_jax import coupling, files, grid, maps, reversible, side_bits
 from bdia_jax._arguments import prepare
 from bdia_jax.data import ImageData, TextData
 from bdia_jax.nn import Decoder, DecoderConfig, ReversibleStack, ViT, ViTConfig, llama
 from bdia_jax.nn.decoder import rotary_angles
+from bdia_jax.planning import memory
 from bdia_jax.train import (
     ImageClassification,
     LanguageModelling,
@@ -128,9 +129,11 @@ class OffloadedCheckpoints(nnx.Module):
     def __call__(self, x, *consts, key):
         block, params = self.stack.functional()
         policy = jax.checkpoint_policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[], names_which_can_be_offloaded=["input"],
-            offload_src="device", offload_dst="pinned_host",
-        )  # fmt: skip
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=["input"],
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
 
         def step(x, inputs):
             params, key = inputs
@@ -231,9 +234,11 @@ def prepared(s: Size, way: Way):
     coupled = way.method == "coupled"
     decoder = isinstance(c, DecoderConfig)
     config = dataclasses.replace(
-        c, method="standard" if coupled and decoder else way.method,
-        tolerance_bits=way.tolerance_bits, stored_blocks=round(way.stored * c.depth),
-    )  # fmt: skip
+        c,
+        method="standard" if coupled and decoder else way.method,
+        tolerance_bits=way.tolerance_bits,
+        stored_blocks=round(way.stored * c.depth),
+    )
     if decoder and way.ffn_chunks > 1:
         config = dataclasses.replace(config, ffn_chunk=-(-s.length // way.ffn_chunks))
 
@@ -301,8 +306,10 @@ def timed(sizes: dict[str, tuple[Size, Way]], rounds: int) -> list[dict[str, Any
         s, _ = sizes[name]
         median = float(np.median(samples))
         rows[name] |= {
-            "seconds": median, "per_second": s.batch * s.length / median, "rounds": samples,
-        }  # fmt: skip
+            "seconds": median,
+            "per_second": s.batch * s.length / median,
+            "rounds": samples,
+        }
         for base in ("plain", "checkpointed blocks", "BDIA"):
             if base in seconds:
                 ratios = np.array(samples) / np.array(seconds[base])
@@ -361,18 +368,34 @@ def besides(b: Benchmark, shape: Shape) -> list[dict[str, Any]]:
     positions = s.config.length if shape == "vit" else s.length
     x = jax.random.normal(jax.random.key(0), (s.batch, positions, s.config.width), s.config.dtype)
     block, params = model.blocks.functional()
-    consts = () if shape == "vit" else (model._angles(jnp.broadcast_to(
-        jnp.arange(positions), x.shape[:2])), None)  # fmt: skip
+    consts = (
+        ()
+        if shape == "vit"
+        else (model._angles(jnp.broadcast_to(jnp.arange(positions), x.shape[:2])), None)
+    )
     scan, _ = prepare(
-        block, params, (x, x), 0, jax.random.key(0), consts, s.config.gamma, "random",
-        s.config.frac_bits, 0, "online", 0, None, None, None,
-    )  # fmt: skip
-    n = fixed_point.to_grid(x.astype(scan.wide), scan.frac_bits)
+        block,
+        params,
+        (x, x),
+        0,
+        jax.random.key(0),
+        consts,
+        s.config.gamma,
+        "random",
+        s.config.frac_bits,
+        0,
+        "online",
+        0,
+        None,
+        None,
+        None,
+    )
+    n = grid.to_grid(x.astype(scan.wide), scan.frac_bits)
     sign = maps.sample_signs(jax.random.key(1), (s.batch,))
 
     @jax.jit
     def up(n_prev, n, h):
-        x = fixed_point.from_grid(n, scan.frac_bits, scan.dtype)
+        x = grid.from_grid(n, scan.frac_bits, scan.dtype)
         _, y, q = reversible._update(scan, n, h, sign)
         n_next = maps.bdia_step(n_prev, q, reversible._per_sample(sign, n), scan.m)
         side = side_bits.pack_bits(maps.side_information(n_prev, scan.m, 0), scan.bits)
@@ -380,7 +403,7 @@ def besides(b: Benchmark, shape: Shape) -> list[dict[str, Any]]:
 
     @jax.jit
     def down(n_next, n, h, side, expected, a_next, a, d_x):
-        x = fixed_point.from_grid(n, scan.frac_bits, scan.dtype)
+        x = grid.from_grid(n, scan.frac_bits, scan.dtype)
         gamma, _, q = reversible._update(scan, n, h, sign)
         unpacked = side_bits.unpack_bits(side, scan.bits, n.shape[-1])
         n_prev = maps.bdia_inverse(n_next, q, unpacked, reversible._per_sample(sign, n), scan.m)
@@ -409,10 +432,15 @@ def besides(b: Benchmark, shape: Shape) -> list[dict[str, Any]]:
     samples["step, by blocks"] = [t / s.config.depth for t in samples["step, by blocks"]]
     whole = np.median(samples["step, by blocks"][1:])
     return [
-        {"way": name, "batch": s.batch, "seconds": float(np.median(t[1:])), "rounds": t[1:],
-         "share": float(np.median(t[1:]) / whole)}
+        {
+            "way": name,
+            "batch": s.batch,
+            "seconds": float(np.median(t[1:])),
+            "rounds": t[1:],
+            "share": float(np.median(t[1:]) / whole),
+        }
         for name, t in samples.items()
-    ]  # fmt: skip
+    ]
 
 
 def equal(b: Benchmark, shape: Shape) -> list[dict[str, Any]]:
@@ -438,19 +466,32 @@ def equal(b: Benchmark, shape: Shape) -> list[dict[str, Any]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Of what was timed."""
-    header = ["way", "batch", "peak in GB", "s per step", "per second", "over plain",
-              "over checkpointed", "over BDIA"]  # fmt: skip
+    header = [
+        "way",
+        "batch",
+        "peak in GB",
+        "s per step",
+        "per second",
+        "over plain",
+        "over checkpointed",
+        "over BDIA",
+    ]
     lines = []
     for row in rows:
         if "error" in row:
             lines.append([row["way"], str(row["batch"]), f"not here: {row['error']}", *[""] * 5])
             continue
         ratios = [row.get(f"over {base}") for base in ("plain", "checkpointed blocks", "BDIA")]
-        lines.append([
-            row["way"], str(row["batch"]), f"{row['memory'] / 1e9:.2f}", f"{row['seconds']:.3f}",
-            f"{row['per_second']:.3g}",
-            *("" if r is None else f"{r[1]:.2f} [{r[0]:.2f}, {r[2]:.2f}]" for r in ratios),
-        ])  # fmt: skip
+        lines.append(
+            [
+                row["way"],
+                str(row["batch"]),
+                f"{row['memory'] / 1e9:.2f}",
+                f"{row['seconds']:.3f}",
+                f"{row['per_second']:.3g}",
+                *("" if r is None else f"{r[1]:.2f} [{r[0]:.2f}, {r[2]:.2f}]" for r in ratios),
+            ]
+        )
     return results.markdown(header, lines)
 
 
@@ -459,9 +500,11 @@ def depth_table(rows: list[dict[str, Any]]) -> str:
     header = ["peak in GB, by blocks", *map(str, rows[0]["depths"])]
     return results.markdown(
         header,
-        [[row["way"], *("" if m is None else f"{m / 1e9:.2f}" for m in row["memory"])]
-         for row in rows],
-    )  # fmt: skip
+        [
+            [row["way"], *("" if m is None else f"{m / 1e9:.2f}" for m in row["memory"])]
+            for row in rows
+        ],
+    )
 
 
 def besides_table(rows: list[dict[str, Any]]) -> str:
@@ -478,9 +521,12 @@ def draw_depth(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
         beside.set_axis_off()
         for i, row in enumerate(rows):
             axis.plot(
-                row["depths"], [m and m / 1e9 for m in row["memory"]], label=row["way"],
-                linestyle="--" if i >= 7 else "-", **style(i),
-            )  # fmt: skip
+                row["depths"],
+                [m and m / 1e9 for m in row["memory"]],
+                label=row["way"],
+                linestyle="--" if i >= 7 else "-",
+                **style(i),
+            )
         axis.set_xticks(rows[0]["depths"])
         axis.set_xlabel("blocks")
         axis.set_ylabel("peak memory in GB")
@@ -494,19 +540,27 @@ def draw_budget(rows: list[dict[str, Any]], path: pathlib.Path) -> None:
         bdia = [row for row in rows if row["way"].startswith("BDIA")]
         others = [row for row in rows if row not in bdia]
         axis.plot(
-            [r["memory"] / 1e9 for r in bdia], [r["seconds"] for r in bdia],
-            label="BDIA, blocks stored", **style(0),
-        )  # fmt: skip
+            [r["memory"] / 1e9 for r in bdia],
+            [r["seconds"] for r in bdia],
+            label="BDIA, blocks stored",
+            **style(0),
+        )
         for row in bdia:
             axis.annotate(
-                row["way"].split()[1], (row["memory"] / 1e9, row["seconds"]), xytext=(6, 6),
+                row["way"].split()[1],
+                (row["memory"] / 1e9, row["seconds"]),
+                xytext=(6, 6),
                 textcoords="offset points",
-            )  # fmt: skip
+            )
         for i, row in enumerate(others, 1):
             axis.plot(
-                row["memory"] / 1e9, row["seconds"], linestyle="", markersize=9, label=row["way"],
+                row["memory"] / 1e9,
+                row["seconds"],
+                linestyle="",
+                markersize=9,
+                label=row["way"],
                 **style(i),
-            )  # fmt: skip
+            )
         axis.set_xlabel("peak memory in GB")
         axis.set_ylabel("seconds per step")
         axis.set_ylim(0, 1.15 * max(row["seconds"] for row in rows))
@@ -524,8 +578,12 @@ def draw_equal(rows: list[dict[str, Any]], path: pathlib.Path, fit: float) -> No
 
 
 MEASURES = {
-    "steps": steps, "depth": over_depth, "budget": budget, "besides": besides, "equal": equal,
-}  # fmt: skip
+    "steps": steps,
+    "depth": over_depth,
+    "budget": budget,
+    "besides": besides,
+    "equal": equal,
+}
 TABLES = {"depth": depth_table, "besides": besides_table}
 
 
@@ -539,8 +597,7 @@ def main(b: Benchmark) -> dict[str, Any]:
             s = size(b, shape)
             what = {"batch": s.batch, "length": s.length, "dtype": s.config.dtype}
             found.setdefault(shape, {})[part] = {**what, "rows": rows}
-            print(f"\n{shape}, {part}\n{TABLES.get(part, table)(rows)}",
-                  flush=True)  # fmt: skip
+            print(f"\n{shape}, {part}\n{TABLES.get(part, table)(rows)}", flush=True)
             results.write("benchmark", b, {"found": found}, b.out)
     texts = []
     for shape, parts in found.items():
@@ -555,8 +612,9 @@ def main(b: Benchmark) -> dict[str, Any]:
                 draw_budget(rows, place)
             elif part == "equal":
                 draw_equal(rows, place, b.fit)
-    files.write_text(path.with_suffix(".md"), "# Costs of training steps\n\n"
-                     + "\n\n".join(texts) + "\n")  # fmt: skip
+    files.write_text(
+        path.with_suffix(".md"), "# Costs of training steps\n\n" + "\n\n".join(texts) + "\n"
+    )
     print(f"\nSee {path}")
     return found
 

@@ -16,18 +16,24 @@ HEAD_DIM = 32
 
 
 def mlp(
-    p: dict[str, Array], x: Float[Array, "batch *shape width"], key: Key[Array, ""], *,
+    p: dict[str, Array],
+    x: Float[Array, "batch *shape width"],
+    key: Key[Array, ""],
+    *,
     dropout: float = 0.0,
-) -> Float[Array, "batch *shape width"]:  # fmt: skip
+) -> Float[Array, "batch *shape width"]:
     """Norm, linear, GELU, linear."""
     y = jax.nn.gelu(_norm(x) @ _cast(p["up"], x))
     return _dropped(y, key, dropout) @ _cast(p["down"], x)
 
 
 def attention(
-    p: dict[str, Array], x: Float[Array, "batch length width"], key: Key[Array, ""], *,
+    p: dict[str, Array],
+    x: Float[Array, "batch length width"],
+    key: Key[Array, ""],
+    *,
     dropout: float = 0.0,
-) -> Float[Array, "batch length width"]:  # fmt: skip
+) -> Float[Array, "batch length width"]:
     """The pre-norm transformer block: the update of attention, then of the MLP."""
     weights_key, out_key, mlp_key = jax.random.split(key, 3)
     heads = (*x.shape[:2], -1, HEAD_DIM)
@@ -41,14 +47,19 @@ def attention(
 
 
 def convolution(
-    p: dict[str, Array], x: Float[Array, "batch height width channel"], key: Key[Array, ""], *,
+    p: dict[str, Array],
+    x: Float[Array, "batch height width channel"],
+    key: Key[Array, ""],
+    *,
     dropout: float = 0.0,
-) -> Float[Array, "batch height width channel"]:  # fmt: skip
+) -> Float[Array, "batch height width channel"]:
     """Norm, 3×3 convolution, SiLU, 3×3 convolution."""
     convolve = functools.partial(
-        jax.lax.conv_general_dilated, window_strides=(1, 1), padding="SAME",
+        jax.lax.conv_general_dilated,
+        window_strides=(1, 1),
+        padding="SAME",
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )  # fmt: skip
+    )
     y = jax.nn.silu(convolve(_norm(x), _cast(p["up"], x)))
     return convolve(_dropped(y, key, dropout), _cast(p["down"], x))
 

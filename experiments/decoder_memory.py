@@ -6,7 +6,7 @@
 
 Whole training steps (AdamW) of GPT-2 medium's shape, of one like Llama 3.2 1B's and of one like
 Llama 3 8B's, with blocks in bfloat16: all weights, or low-rank updates only, of weights that are
-kept in bfloat16. On a CPU, estimates for an accelerator: see :mod:`bdia_jax.plan`.
+kept in bfloat16. On a CPU, estimates for an accelerator: see :mod:`bdia_jax.planning.plan`.
 
 Writes results/decoder_memory-DEVICE.json, .md and a figure per model.
 """
@@ -30,7 +30,7 @@ class DecoderMemory:
     """What it takes to fine-tune well-known decoders, by each method: compiled, not run."""
 
     models: tuple[str, ...] = ("gpt2-medium", "llama-1b", "llama-8b")
-    """Of bdia_jax.plan.EXAMPLES."""
+    """Of bdia_jax.planning.plan.EXAMPLES."""
     batches: tuple[int, ...] = (8, 8, 1)
     """Sequences per step, of each model."""
     lengths: tuple[int, ...] = (1024, 1024, 4096)

@@ -36,9 +36,17 @@ LABELS = {
 }
 DEPTHS = (6, 12, 24, 48)
 MODEL = ViTConfig(
-    image_size=8, channels=1, patch_size=4, width=48, depth=12, heads=4, head_dim=12, hidden=96,
-    pool="mean", dropout=0.0,
-)  # fmt: skip
+    image_size=8,
+    channels=1,
+    patch_size=4,
+    width=48,
+    depth=12,
+    heads=4,
+    head_dim=12,
+    hidden=96,
+    pool="mean",
+    dropout=0.0,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +67,14 @@ def main(demo: Demo) -> str:
     shutil.rmtree(runs, ignore_errors=True)
     task = ImageClassification(load_images("digits"))
     settings = TrainSettings(
-        steps=demo.steps, batch_size=demo.batch_size, learning_rate=2e-3,
+        steps=demo.steps,
+        batch_size=demo.batch_size,
+        learning_rate=2e-3,
         warmup_steps=min(30, demo.steps),
-        log_every=25, eval_every=100, checkpoint_every=demo.steps,
-    )  # fmt: skip
+        log_every=25,
+        eval_every=100,
+        checkpoint_every=demo.steps,
+    )
     rows, models = [], {}
     peaks = {
         method: [
@@ -95,11 +107,17 @@ def main(demo: Demo) -> str:
     errors = reconstruction_errors(models["bdia"], x, key)
     audit = models["bdia"].blocks.check_reversible(x, key=key)
     table = results.markdown(
-        ["", "validation accuracy", "peak temporaries", f"at {DEPTHS[-1]} blocks",
-         "bytes per activation and block", "time per step",
-         "integers mismatched, of those reconstructed"],
+        [
+            "",
+            "validation accuracy",
+            "peak temporaries",
+            f"at {DEPTHS[-1]} blocks",
+            "bytes per activation and block",
+            "time per step",
+            "integers mismatched, of those reconstructed",
+        ],
         rows,
-    )  # fmt: skip
+    )
     table += f"\n\nAudit of the trained BDIA-ViT, integer by integer: {audit}"
     files.write_text(demo.out / "table.md", table + "\n")
     figures.plot_curves({LABELS[m]: runs / m for m in METHODS}, demo.out / "accuracy.png")

@@ -40,7 +40,7 @@ import tyro
 from blocks import BLOCKS, stacked_params
 from flax import nnx
 
-from bdia_jax import BackwardReport, check_reversible, fixed_point, maps, reversible_scan
+from bdia_jax import BackwardReport, check_reversible, grid, maps, reversible_scan
 from bdia_jax.nn import (
     Decoder,
     DecoderConfig,
@@ -141,9 +141,14 @@ def block_case(row: dict[str, Any], integers: int, seed: int) -> Case:
     def gradient(params, x, key):
         def loss(probe, params, x):
             y = reversible_scan(
-                block, params, x, key=key, gamma=stack.gamma, frac_bits=stack.frac_bits,
+                block,
+                params,
+                x,
+                key=key,
+                gamma=stack.gamma,
+                frac_bits=stack.frac_bits,
                 probe=probe,
-            )  # fmt: skip
+            )
             return jnp.mean(jnp.sin(y.astype(jnp.float32)))
 
         report, *_ = gradients = jax.grad(loss, (0, 1, 2))(
@@ -188,9 +193,12 @@ def decoder(family: str, dtype: str, integers: int, seed: int) -> Case:
         angles = rotary_angles(config, jnp.broadcast_to(jnp.arange(128), shape))
     block, params = model.blocks.functional()
     stack = Stack(
-        lambda params, x, key: block(params, x, key, angles, None), params,
-        model.embedding[...][tokens].astype(dtype), config.gamma, config.frac_bits,
-    )  # fmt: skip
+        lambda params, x, key: block(params, x, key, angles, None),
+        params,
+        model.embedding[...][tokens].astype(dtype),
+        config.gamma,
+        config.frac_bits,
+    )
     return model_case({"model": family, **dataclasses.asdict(config)}, model, tokens, [stack])
 
 
@@ -208,19 +216,32 @@ def encoder_decoder(dtype: str, integers: int, seed: int) -> Case:
     of_encoder, encoder = model.encoder.functional()
     of_decoder, decoder = model.decoder.functional()
     stacks = [
-        Stack(lambda params, x, key: of_encoder(params, x, key, None, present), encoder, x[0],
-              config.gamma, config.frac_bits),
-        Stack(lambda params, y, key: of_decoder(params, y, key, x[0], present, present), decoder,
-              x[1], config.gamma, config.frac_bits),
-    ]  # fmt: skip
+        Stack(
+            lambda params, x, key: of_encoder(params, x, key, None, present),
+            encoder,
+            x[0],
+            config.gamma,
+            config.frac_bits,
+        ),
+        Stack(
+            lambda params, y, key: of_decoder(params, y, key, x[0], present, present),
+            decoder,
+            x[1],
+            config.gamma,
+            config.frac_bits,
+        ),
+    ]
     settings = {"model": "encoder-decoder", "depth": blocks, **dataclasses.asdict(config)}
     return model_case(settings, model, tokens, stacks, lambda model, t, key: model(*t, key=key))
 
 
 def model_case(
-    settings: dict[str, Any], model: nnx.Module, data: Any, stacks: list[Stack],
+    settings: dict[str, Any],
+    model: nnx.Module,
+    data: Any,
+    stacks: list[Stack],
     call: Callable[..., Any] = lambda model, data, key: model(data, key=key),
-) -> Case:  # fmt: skip
+) -> Case:
     """A case of a Flax model and its stacks."""
     graph, params, probes, rest = nnx.split(model, nnx.Param, Probe, ...)
 
@@ -272,13 +293,13 @@ def naive_mismatches(scan: tuple, params, x, key, from_true_states):
 
     def q_and_gamma(n, h, sign):
         gamma = sign.reshape(per_sample) * jnp.float32(gamma_)
-        y = maps.pre_rounding(fixed_point.from_grid(n, frac_bits), h.astype(jnp.float32), gamma)
-        return fixed_point.to_grid(y, frac_bits), gamma
+        y = maps.pre_rounding(grid.from_grid(n, frac_bits), h.astype(jnp.float32), gamma)
+        return grid.to_grid(y, frac_bits), gamma
 
     def up(carry, inputs):
         n_prev, n = carry
         params, key, sign = inputs
-        h = block(params, fixed_point.from_grid(n, frac_bits, x.dtype), key)
+        h = block(params, grid.from_grid(n, frac_bits, x.dtype), key)
         q, _ = q_and_gamma(n, h, sign)
         n_next = maps.bdia_step(n_prev, q, sign.reshape(per_sample), m)
         return (n, n_next), (n_prev, maps.side_information(n_prev, m))
@@ -286,7 +307,7 @@ def naive_mismatches(scan: tuple, params, x, key, from_true_states):
     def down(carry, inputs):
         n_next, n, a_next, a = carry
         params, key, sign, true_prev, side = inputs
-        x_k = fixed_point.from_grid(n, frac_bits, x.dtype)
+        x_k = grid.from_grid(n, frac_bits, x.dtype)
         h, vjp = jax.vjp(lambda params, x_k: block(params, x_k, key), params, x_k)
         q, gamma = q_and_gamma(n, h, sign)
         n_prev = maps.bdia_inverse(n_next, q, side, sign.reshape(per_sample), m)
@@ -297,9 +318,9 @@ def naive_mismatches(scan: tuple, params, x, key, from_true_states):
         n_prev = jnp.where(from_true_states, true_prev, n_prev)
         return (n, n_prev, a, gamma * a_next), (d_params, jnp.sum(wrong))
 
-    n = fixed_point.to_grid(x, frac_bits)
+    n = grid.to_grid(x, frac_bits)
     (n_prev, n), (states, side) = jax.lax.scan(up, (n, n), (params, keys, signs))
-    a = jnp.cos(fixed_point.from_grid(n, frac_bits))
+    a = jnp.cos(grid.from_grid(n, frac_bits))
     (*_, a), (d_params, wrong) = jax.lax.scan(
         down, (n, n_prev, a, jnp.zeros_like(a)), (params, keys, signs, states, side), reverse=True
     )
@@ -315,11 +336,9 @@ def measure(case: Case, key: jax.Array) -> dict[str, Any]:
     """Counts of one case."""
     started = time.monotonic()
     audits = [
-        check_reversible(
-            s.block, s.params, s.x, key=key, gamma=s.gamma, frac_bits=s.frac_bits
-        )
+        check_reversible(s.block, s.params, s.x, key=key, gamma=s.gamma, frac_bits=s.frac_bits)
         for s in case.stacks
-    ]  # fmt: skip
+    ]
 
     def naive(from_true_states: bool) -> int:
         return sum(
@@ -333,10 +352,11 @@ def measure(case: Case, key: jax.Array) -> dict[str, Any]:
 
     reports = jax.tree.leaves(
         jax.tree.map(
-            lambda r: int(r.mismatched.sum()), case.gradient(key),
+            lambda r: int(r.mismatched.sum()),
+            case.gradient(key),
             is_leaf=lambda r: isinstance(r, BackwardReport),
         )
-    )  # fmt: skip
+    )
     return {
         "case": case.settings,
         "compared": sum(a.compared for a in audits),

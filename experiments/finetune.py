@@ -27,11 +27,25 @@ from bdia_jax.nn import add_lora, freeze, generate, merge_lora
 from bdia_jax.train import PackedTexts, TrainSettings, evaluate, plot_curves, train
 
 SOME = TrainSettings(
-    steps=500, batch_size=8, learning_rate=5e-5, warmup_steps=20, weight_decay=0.01, log_every=10,
-    eval_every=100, checkpoint_every=100, keep_last=1,
-)  # fmt: skip
-BESIDE = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
-          "merges.txt", "chat_template.jinja", "generation_config.json")  # fmt: skip
+    steps=500,
+    batch_size=8,
+    learning_rate=5e-5,
+    warmup_steps=20,
+    weight_decay=0.01,
+    log_every=10,
+    eval_every=100,
+    checkpoint_every=100,
+    keep_last=1,
+)
+BESIDE = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "generation_config.json",
+)
 """What a Hugging Face folder may have beside the weights and their configuration."""
 
 
@@ -119,10 +133,17 @@ def main(f: FineTune) -> dict[str, float]:
     stored = written.get("dtype", written.get("torch_dtype"))
     frozen = stored if f.lora.rank and stored == "bfloat16" else "float32"
     model = interop.load(
-        folder, method=f.method, frac_bits=f.frac_bits, tolerance_bits=f.tolerance_bits,
-        stored_blocks=f.stored_blocks, ffn_chunk=f.ffn_chunk, attention=f.attention,
-        dtype=f.dtype, param_dtype=f.param_dtype or frozen, dropout=f.dropout,
-    )  # fmt: skip
+        folder,
+        method=f.method,
+        frac_bits=f.frac_bits,
+        tolerance_bits=f.tolerance_bits,
+        stored_blocks=f.stored_blocks,
+        ffn_chunk=f.ffn_chunk,
+        attention=f.attention,
+        dtype=f.dtype,
+        param_dtype=f.param_dtype or frozen,
+        dropout=f.dropout,
+    )
     if f.lora.rank:
         paths = add_lora(
             model, f.lora.rank, f.lora.alpha, f.lora.targets, rngs=nnx.Rngs(f.train.seed)

@@ -32,9 +32,16 @@ from bdia_jax.train import PackedTexts, TrainSettings, train
 from bdia_jax.train.figures import figure, style
 
 SOME = TrainSettings(
-    steps=500, batch_size=8, learning_rate=1e-4, warmup_steps=50, weight_decay=0.01, log_every=50,
-    eval_every=100, checkpoint_every=100, keep_last=1,
-)  # fmt: skip
+    steps=500,
+    batch_size=8,
+    learning_rate=1e-4,
+    warmup_steps=50,
+    weight_decay=0.01,
+    log_every=50,
+    eval_every=100,
+    checkpoint_every=100,
+    keep_last=1,
+)
 METRICS = ("BLEU", "NIST", "METEOR", "ROUGE-L", "CIDEr")
 
 
@@ -139,8 +146,11 @@ class Run:
         e = self.settings
         folder = e.work / f"lora{e.lora}" / f"{self.method}-{self.share:g}-seed{self.seed}"
         asked = json.loads(json.dumps(dataclasses.asdict(e), default=str))
-        same = {name: asked[name] for name in asked
-                if name not in ("methods", "shares", "seeds", "work", "out")}  # fmt: skip
+        same = {
+            name: asked[name]
+            for name in asked
+            if name not in ("methods", "shares", "seeds", "work", "out")
+        }
         if (folder / "found.json").exists():
             kept = json.loads((folder / "found.json").read_text())
             if kept["asked"] != same:
@@ -153,19 +163,27 @@ class Run:
             e.train, seed=self.seed, batch_size=min(e.train.batch_size, len(task.train.tokens))
         )
         result = train(
-            model, task, settings, folder / "run", resume=True,
+            model,
+            task,
+            settings,
+            folder / "run",
+            resume=True,
             about={"model": str(self.folder), "share": self.share, "lora": e.lora},
-        )  # fmt: skip
+        )
         texts = self.decode(model, [prompt for prompt, _ in groups])
         files.write_text(folder / "texts.txt", "\n".join(texts) + "\n")
         losses = [r["loss"] for r in result.history if r["split"] == "eval"]
         found = {
-            "method": self.method, "share": self.share, "texts": self.texts, "seed": self.seed,
-            "validation loss, last": losses[-1], "validation loss, best": min(losses),
+            "method": self.method,
+            "share": self.share,
+            "texts": self.texts,
+            "seed": self.seed,
+            "validation loss, last": losses[-1],
+            "validation loss, best": min(losses),
             "mismatched": sum(r.get("mismatched", 0) for r in result.history),
             "seconds per step": result.seconds_per_step,
             **e2e_metrics.score(texts, [references for _, references in groups]),
-        }  # fmt: skip
+        }
         files.write_json(folder / "found.json", {"asked": same, "found": found})
         shutil.rmtree(folder / "run" / "checkpoints", ignore_errors=True)
         print(f"{folder.name}: {found}", flush=True)
@@ -188,9 +206,13 @@ class Run:
             # The last batch is filled, so that it needs no program of its own.
             asked = [tokens[i] for i in some] + [tokens[some[-1]]] * (e.decode_batch - len(some))
             told = beam_search(
-                model, asked, e.new_tokens, beams=e.beams, length_penalty=e.length_penalty,
+                model,
+                asked,
+                e.new_tokens,
+                beams=e.beams,
+                length_penalty=e.length_penalty,
                 end=self.tokenizer.end,
-            )  # fmt: skip
+            )
             for i, (text, _) in zip(some, told):
                 # A text is one line.
                 texts[i] = " ".join(self.tokenizer.decode(text).split())
@@ -252,8 +274,10 @@ def table(found: list[dict[str, Any]]) -> str:
 def draw(found: list[dict[str, Any]], path: pathlib.Path) -> None:
     """Best validation loss, and BLEU, over the number of texts; each a figure."""
     sizes = sorted({f["texts"] for f in found})
-    for name, place in (("validation loss, best", path),
-                        ("BLEU", path.with_stem(f"{path.stem}-bleu"))):  # fmt: skip
+    for name, place in (
+        ("validation loss, best", path),
+        ("BLEU", path.with_stem(f"{path.stem}-bleu")),
+    ):
         with figure(place) as (axis,):
             for i, method in enumerate(dict.fromkeys(f["method"] for f in found)):
                 values = [
@@ -262,9 +286,13 @@ def draw(found: list[dict[str, Any]], path: pathlib.Path) -> None:
                 ]
                 axis.plot(sizes, [np.mean(v) for v in values], label=method, **style(i))
                 axis.fill_between(
-                    sizes, [min(v) for v in values], [max(v) for v in values], alpha=0.2,
-                    color=style(i)["color"], linewidth=0,
-                )  # fmt: skip
+                    sizes,
+                    [min(v) for v in values],
+                    [max(v) for v in values],
+                    alpha=0.2,
+                    color=style(i)["color"],
+                    linewidth=0,
+                )
             axis.set_xscale("log")
             axis.set_xlabel("texts to train on")
             axis.set_ylabel(name)

@@ -36,9 +36,14 @@ from bdia_jax.train import LanguageModelling, TrainSettings, train
 
 SMALL = DecoderConfig(width=128, depth=4, heads=4, max_length=64)
 SOME = TrainSettings(
-    steps=2000, batch_size=12, learning_rate=1e-3, warmup_steps=100, weight_decay=0.1,
-    log_every=250, eval_every=250,
-)  # fmt: skip
+    steps=2000,
+    batch_size=12,
+    learning_rate=1e-3,
+    warmup_steps=100,
+    weight_decay=0.1,
+    log_every=250,
+    eval_every=250,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,9 +134,13 @@ def load(s: SmallData) -> tuple[TextData, Tokenizer]:
 
 
 def run(
-    s: SmallData, task: LanguageModelling, tokenizer: Tokenizer, name: str, config: DecoderConfig,
+    s: SmallData,
+    task: LanguageModelling,
+    tokenizer: Tokenizer,
+    name: str,
+    config: DecoderConfig,
     seed: int,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """Trains one network; its records."""
     folder = s.work / s.name / name.replace(", ", "_").replace(" ", "=") / f"seed={seed}"
     model = Decoder(config, rngs=nnx.Rngs(seed))

@@ -48,7 +48,8 @@ import results
 import tyro
 from blocks import attention, stacked_params
 
-from bdia_jax import memory, reversible_scan
+from bdia_jax import reversible_scan
+from bdia_jax.planning import memory
 from bdia_jax.train import figures
 
 METHODS = {
@@ -150,12 +151,23 @@ def counts_memory() -> bool:
 def peak_in_own_process(e: MemoryAndTime, method: str, dtype: str, depth: int) -> int:
     """Bytes in use at most while a step runs, measured in a process of its own."""
     ran = subprocess.run(
-        [sys.executable, __file__, "--peak-of", method, dtype, str(depth),
-         "--memory-shape", *map(str, e.memory_shape), f"--dropout={e.dropout}"],
-        stdout=subprocess.PIPE, text=True, check=True,
+        [
+            sys.executable,
+            __file__,
+            "--peak-of",
+            method,
+            dtype,
+            str(depth),
+            "--memory-shape",
+            *map(str, e.memory_shape),
+            f"--dropout={e.dropout}",
+        ],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
         # This process holds the device, too.
         env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
-    )  # fmt: skip
+    )
     return json.loads(ran.stdout.splitlines()[-1])
 
 
@@ -196,8 +208,13 @@ def times(e: MemoryAndTime, dtype: str, width: int, expansion: int) -> list[dict
 
     rows = []
     for method in METHODS:
-        row = {"method": method, "dtype": dtype, "width": width, "hidden": expansion * width,
-               "steps_per_round": repeats}  # fmt: skip
+        row = {
+            "method": method,
+            "dtype": dtype,
+            "width": width,
+            "hidden": expansion * width,
+            "steps_per_round": repeats,
+        }
         for column, kind in enumerate(("wall", "cpu")):
             seconds = {m: np.array(samples[m])[:, column] for m in METHODS}
             row[f"{kind}_seconds"] = float(np.median(seconds[method]))
@@ -243,11 +260,14 @@ def plot_memory(e: MemoryAndTime, rows: list[dict[str, Any]], path: pathlib.Path
                 (row,) = (r for r in rows if (r["method"], r["dtype"]) == (method, dtype))
                 slope = row["bytes_per_element_and_block"]
                 axis.plot(
-                    e.depths, [peak / 1e6 for peak in row["temporaries"]], **figures.style(i),
+                    e.depths,
+                    [peak / 1e6 for peak in row["temporaries"]],
+                    **figures.style(i),
                     label=f"{METHODS[method]}: {slope:.3g}",
                     # The two of BDIA nearly coincide.
-                    markersize=13 if method == "bdia" else 8, linestyle="-:"[method == "bdia-r1"],
-                )  # fmt: skip
+                    markersize=13 if method == "bdia" else 8,
+                    linestyle="-:"[method == "bdia-r1"],
+                )
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
             axis.set_xticks(e.depths, [str(depth) for depth in e.depths])

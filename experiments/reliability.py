@@ -94,9 +94,19 @@ class Reliability:
     """Cases tried and cases passed, for everything that should hold."""
 
     only: tuple[
-        Literal["tolerance", "blocks", "precision", "settings", "sharding", "processes", "guard",
-                "faults", "bad-input"], ...
-    ] = ()  # fmt: skip
+        Literal[
+            "tolerance",
+            "blocks",
+            "precision",
+            "settings",
+            "sharding",
+            "processes",
+            "guard",
+            "faults",
+            "bad-input",
+        ],
+        ...,
+    ] = ()
     """Parts to run; all by default."""
     out: pathlib.Path = ROOT / "experiments" / "results"
     """Folder for the table."""
@@ -151,15 +161,26 @@ def run_suite(suite: Suite, reliability: Reliability) -> dict:
         return {"tried": 0, "passed": 0, "notes": [f"not there: {', '.join(missing)}"]}
     with tempfile.TemporaryDirectory() as folder:
         report = pathlib.Path(folder) / "junit.xml"
-        command = [sys.executable, "-m", "pytest", "-q", f"--junit-xml={report}",
-                   "-o", "junit_family=xunit1", "-p", "no:cacheprovider"]  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            f"--junit-xml={report}",
+            "-o",
+            "junit_family=xunit1",
+            "-p",
+            "no:cacheprovider",
+        ]
         command += ["-n", str(reliability.jobs)] if reliability.jobs > 1 else []
         command += ["-k", suite.keyword] if suite.keyword else []
         ran = subprocess.run(
             [*command, *map(str, files)],
-            cwd=ROOT, capture_output=True, text=True,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
             env=os.environ | {"JAX_PLATFORMS": "cpu"} | dict(suite.environment),
-        )  # fmt: skip
+        )
         if not report.exists():
             raise RuntimeError(f"pytest wrote no report:\n{ran.stdout}\n{ran.stderr}")
         return count(ElementTree.parse(report))
@@ -280,8 +301,11 @@ def cases(part: str) -> Iterator[dict]:
         for dtype in ("float32", "bfloat16", "float16"):
             for precision in ("default", "bfloat16", "tensorfloat32", "highest"):
                 yield {"block": block, "dtype": dtype, "precision": precision}
-    yield {"block": "transformer, dot_product_attention", "dtype": "bfloat16",
-           "param_dtype": "bfloat16"}  # fmt: skip
+    yield {
+        "block": "transformer, dot_product_attention",
+        "dtype": "bfloat16",
+        "param_dtype": "bfloat16",
+    }
 
 
 def audit(case: dict, r: Reliability) -> dict:
@@ -289,9 +313,11 @@ def audit(case: dict, r: Reliability) -> dict:
     dtype = jnp.dtype(case["dtype"])
     make = block_types(r.width, dtype, jnp.dtype(case.get("param_dtype", "float32")))
     stack = ReversibleStack(
-        lambda rngs: make[case["block"]](rngs=rngs), r.depth,
-        tolerance_bits=case.get("tolerance_bits", 0), rngs=nnx.Rngs(0),
-    )  # fmt: skip
+        lambda rngs: make[case["block"]](rngs=rngs),
+        r.depth,
+        tolerance_bits=case.get("tolerance_bits", 0),
+        rngs=nnx.Rngs(0),
+    )
     shape = (r.batch, r.length, r.width)
     if case["block"] == "convolutions":
         shape = (r.batch, 16, 16, r.width)
@@ -308,23 +334,29 @@ def audits(part: str, reliability: Reliability) -> dict:
     variants = DETERMINISTIC if gpu and part == "blocks" else {"": ""}
     rows = []
     for variant, flags in variants.items():
-        sizes = [f"--{name}={getattr(reliability, name)}" for name in
-                 ("depth", "width", "length", "batch")]  # fmt: skip
+        sizes = [
+            f"--{name}={getattr(reliability, name)}"
+            for name in ("depth", "width", "length", "batch")
+        ]
         ran = subprocess.run(
             [sys.executable, __file__, "--audit", part, *sizes],
-            stdout=subprocess.PIPE, text=True, check=True,
-            env=os.environ | {
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+            env=os.environ
+            | {
                 "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip(),
                 # This process holds the device, too.
                 "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             },
-        )  # fmt: skip
+        )
         rows += [row | {"xla": variant} for row in json.loads(ran.stdout.splitlines()[-1])]
     passed = sum(row.get("exact", False) for row in rows)
     notes = [
         f"{row['block']}, {row['dtype']}, precision {row.get('precision')}: {row['error']}"
-        for row in rows if "error" in row
-    ]  # fmt: skip
+        for row in rows
+        if "error" in row
+    ]
     # What jax cannot compute on a device at all was not tried.
     tried = len(rows) - sum("not supported" in note for note in notes)
     return {"tried": tried, "passed": passed, "notes": notes, "audits": rows}
@@ -349,10 +381,13 @@ def run_audits(part: str, reliability: Reliability) -> None:
 def markdown(table: dict) -> str:
     """Cases tried and passed; then every audit."""
     lines = [
-        f"# Reliability: {table['device']}, jax {table['jax']}", "",
-        "Audits ran on this device, the tests on CPU devices.", "",
-        "| | cases tried | cases passed |", "|---|---:|---:|",
-    ]  # fmt: skip
+        f"# Reliability: {table['device']}, jax {table['jax']}",
+        "",
+        "Audits ran on this device, the tests on CPU devices.",
+        "",
+        "| | cases tried | cases passed |",
+        "|---|---:|---:|",
+    ]
     parts = [(name, table["parts"][name]) for name in PARTS if name in table["parts"]]
     lines += [f"| {p['title']} | {p['tried']:,} | {p['passed']:,} |" for _, p in parts]
     notes = [f"- {name}: {note}" for name, part in parts for note in part["notes"]]

@@ -28,9 +28,12 @@ def slug(kind: str) -> str:
 
 
 def write(
-    experiment: str, settings: Any, found: dict[str, Any], folder: pathlib.Path | None,
+    experiment: str,
+    settings: Any,
+    found: dict[str, Any],
+    folder: pathlib.Path | None,
     device: str | None = None,
-) -> pathlib.Path:  # fmt: skip
+) -> pathlib.Path:
     """Writes ``found``, what it was run on and with which settings; returns the file's path.
 
     The file is named after the experiment and ``device``, by default the first that is there.

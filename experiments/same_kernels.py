@@ -37,13 +37,20 @@ import jax.numpy as jnp
 import results
 from flax import nnx
 
-from bdia_jax import _pinned, files, reversible, targets
+from bdia_jax import files, pinning, reversible
 from bdia_jax.nn import Decoder, DecoderConfig, ViT, ViTConfig, llama
+from bdia_jax.planning import targets
 
 LLAMA = llama(
-    vocab_size=4096, max_length=512, width=1024, depth=6, heads=16, kv_heads=4, hidden=4096,
+    vocab_size=4096,
+    max_length=512,
+    width=1024,
+    depth=6,
+    heads=16,
+    kv_heads=4,
+    hidden=4096,
     tied_head=True,
-)  # fmt: skip
+)
 MODELS: dict[str, Any] = {
     "vit": ViTConfig(dropout=0.1),
     "gpt2": DecoderConfig(vocab_size=4096, max_length=512, width=1024, depth=6, heads=16),
@@ -66,7 +73,7 @@ class SameKernels:
     """Does a GPU's compiler make the same kernels of a block in both passes?"""
 
     devices: tuple[str, ...] = ("h100", "a100-40", "rtx-4090")
-    """To compile for; of bdia_jax.targets."""
+    """To compile for; of bdia_jax.planning.targets."""
     models: tuple[str, ...] = tuple(MODELS)
     """Of vit, gpt2, llama and qwen3."""
     out: pathlib.Path | None = None
@@ -78,8 +85,10 @@ class SameKernels:
 
 
 FENCES: dict[str, Callable[[Any], Any]] = {
-    "fences": _pinned.fence, "barriers only": _pinned.barrier, "nothing": lambda tree: tree,
-}  # fmt: skip
+    "fences": pinning.fence,
+    "barriers only": pinning.barrier,
+    "nothing": lambda tree: tree,
+}
 """What is around the block."""
 
 
@@ -117,7 +126,7 @@ def main(s: SameKernels) -> None:
         sys.exit(1)
 
 
-def compiled_text(config, device: jax.Device, fence=_pinned.fence) -> str:
+def compiled_text(config, device: jax.Device, fence=pinning.fence) -> str:
     """The compiled gradient of a network's loss, as text; ``fence`` is around its blocks."""
     kind = ViT if isinstance(config, ViTConfig) else Decoder
     model = nnx.eval_shape(lambda: kind(config, rngs=nnx.Rngs(0)))
@@ -136,7 +145,7 @@ def compiled_text(config, device: jax.Device, fence=_pinned.fence) -> str:
     there = jax.sharding.SingleDeviceSharding(device)
     gradient = jax.jit(jax.grad(loss), in_shardings=there, out_shardings=there)
     replaced = functools.partial(unittest.mock.patch.object, attribute="fence", new=fence)
-    with replaced(_pinned), replaced(reversible):
+    with replaced(pinning), replaced(reversible):
         return gradient.lower(params, rest, inputs).compile().as_text()
 
 
@@ -192,10 +201,13 @@ def _instruction(name: str, rest: str) -> Instruction:
     end = len(opcode) + _closing(rest[len(opcode) :])
     origin = re.search(r'op_name="([^"]*)"', rest)
     return Instruction(
-        name, shape, opcode, re.findall(r"%([\w.\-]+)", rest[len(opcode) : end]),
+        name,
+        shape,
+        opcode,
+        re.findall(r"%([\w.\-]+)", rest[len(opcode) : end]),
         rest[len(opcode) : end] * (opcode in ("parameter", "constant")) + rest[end:],
         origin[1] if origin else "",
-    )  # fmt: skip
+    )
 
 
 def _closing(text: str) -> int:
@@ -244,8 +256,18 @@ def kernel(program: Program, inside: str, i: Instruction, layouts: bool = True) 
         if called:
             return called
         # Neither order nor grouping of dimensions matter to what is done to each element.
-        moves = ("bitcast", "transpose", "copy", "reshape", "broadcast", "parameter", "tuple",
-                 "get-tuple-element", "slice", "dynamic-slice")  # fmt: skip
+        moves = (
+            "bitcast",
+            "transpose",
+            "copy",
+            "reshape",
+            "broadcast",
+            "parameter",
+            "tuple",
+            "get-tuple-element",
+            "slice",
+            "dynamic-slice",
+        )
         if i.opcode == "constant":
             return f"constant {NOISE.sub('', i.attributes)}"
         return "" if i.opcode in moves else f"{i.opcode} {re.match(r'[(]*([a-z0-9]+)', i.shape)[1]}"
@@ -263,9 +285,7 @@ def compare(text: str) -> dict[str, Any]:
       ValueError: for a program in which the loops over blocks, or the block, are not found.
     """
     program = parse(text)
-    loops = [
-        _called(i)["body"] for name in program for i in program[name] if i.opcode == "while"
-    ]  # fmt: skip
+    loops = [_called(i)["body"] for name in program for i in program[name] if i.opcode == "while"]
 
     def share(body: str, pattern: re.Pattern) -> int:
         return sum(pattern.search(i.origin) is not None for i in program[body])
@@ -314,8 +334,13 @@ def table(rows: list[dict[str, Any]]) -> str:
             cells = [str(fenced[name]) for name in counted]
             cells += [f"{found['other']} of {found['kernels']}" for found in less]
         lines.append([row["device"], row["model"], settings, *cells])
-    header = ["compiled for", "model", "settings", *counted,
-              *(f"other, {around}" for around in list(FENCES)[1:])]  # fmt: skip
+    header = [
+        "compiled for",
+        "model",
+        "settings",
+        *counted,
+        *(f"other, {around}" for around in list(FENCES)[1:]),
+    ]
     return results.markdown(header, lines)
 
 

@@ -53,9 +53,16 @@ SMALL = EncoderDecoderConfig(
     width=128, heads=4, hidden=256, encoder_depth=3, decoder_depth=3, max_length=128
 )
 SOME = TrainSettings(
-    steps=900, batch_size=8, learning_rate=2e-3, warmup_steps=100, weight_decay=0.01,
-    log_every=50, eval_every=150, checkpoint_every=150, keep_last=1,
-)  # fmt: skip
+    steps=900,
+    batch_size=8,
+    learning_rate=2e-3,
+    warmup_steps=100,
+    weight_decay=0.01,
+    log_every=50,
+    eval_every=150,
+    checkpoint_every=150,
+    keep_last=1,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,14 +170,14 @@ def main(t: Translate) -> str:
             print(
                 f"{method}, seed {seed}: validation loss {result.last('eval', 'loss'):.3f}, at "
                 f"best {-best(result.history)[0]:.3f}; {result.seconds_per_step * 1e3:.0f} ms per "
-                f"step\n{examples(some, said)}", flush=True,
-            )  # fmt: skip
+                f"step\n{examples(some, said)}",
+                flush=True,
+            )
     found = {
-        method: summary(runs) | {
-            name: [run[name] for run in scores[method]] for name in scores[method][0]
-        }
+        method: summary(runs)
+        | {name: [run[name] for run in scores[method]] for name in scores[method][0]}
         for method, runs in curves.items()
-    }  # fmt: skip
+    }
     copied = score(some, sources)
     text = table(found, digits={"at step": 0, "BLEU": 1, "chrF": 1})
     text += "\n\nCopying the source: " + ", ".join(f"{k} {v:.3g}" for k, v in copied.items()) + "."
@@ -191,10 +198,13 @@ def packed_task(t: Translate, data: Data) -> Translation:
     """
     length = t.model.max_length
     training, evaluation = (
-        [(source, target) for source, target in data.tokens(pairs)
-         if 1 <= len(source) <= length and len(target) < length]
+        [
+            (source, target)
+            for source, target in data.tokens(pairs)
+            if 1 <= len(source) <= length and len(target) < length
+        ]
         for pairs in (data.train, data.evaluation)
-    )  # fmt: skip
+    )
     if not training or not evaluation:
         raise ValueError(
             f"both splits need pairs of at most {length} tokens (model.max_length); there are "
@@ -204,8 +214,9 @@ def packed_task(t: Translate, data: Data) -> Translation:
     rows = pack_pairs([training[i] for i in order], length, end=data.target.end)
     print(
         f"{t.name}: {len(training)} pairs to train on, in {len(rows.tokens)} rows of {length} "
-        f"tokens; {len(evaluation)} held out", flush=True,
-    )  # fmt: skip
+        f"tokens; {len(evaluation)} held out",
+        flush=True,
+    )
     held_out = pack_pairs(evaluation, length, end=data.target.end)
     return Translation(t.name, rows, held_out, label_smoothing=t.label_smoothing)
 
@@ -217,9 +228,13 @@ def trained(
     folder = t.work / t.name / method / f"seed={seed}"
     model = EncoderDecoder(config(t, data, method), rngs=nnx.Rngs(seed))
     result = train(
-        model, task, dataclasses.replace(t.train, seed=seed), folder / "run", resume=True,
+        model,
+        task,
+        dataclasses.replace(t.train, seed=seed),
+        folder / "run",
+        resume=True,
         about={"model": dataclasses.asdict(model.config), **about(t)},
-    )  # fmt: skip
+    )
     data.source.save(folder / "source")
     data.target.save(folder / "target")
     save(model, folder)
@@ -229,10 +244,14 @@ def trained(
 def about(t: Translate) -> dict[str, Any]:
     """What the data are made from."""
     return {
-        "count": t.count, "longest": t.longest, "held_out": t.held_out,
-        "vocabulary": t.vocabulary, "separate": t.separate,
-        "label_smoothing": t.label_smoothing, "languages": t.languages,
-    }  # fmt: skip
+        "count": t.count,
+        "longest": t.longest,
+        "held_out": t.held_out,
+        "vocabulary": t.vocabulary,
+        "separate": t.separate,
+        "label_smoothing": t.label_smoothing,
+        "languages": t.languages,
+    }
 
 
 def load(t: Translate) -> Data:
@@ -256,9 +275,11 @@ def load(t: Translate) -> Data:
 def config(t: Translate, data: Data, method: str) -> EncoderDecoderConfig:
     """The network."""
     return dataclasses.replace(
-        t.model, method=method, source_vocab=data.source.size,
+        t.model,
+        method=method,
+        source_vocab=data.source.size,
         target_vocab=data.target.size if t.separate else None,
-    )  # fmt: skip
+    )
 
 
 def decode(t: Translate, model: EncoderDecoder, data: Data, sources: list[str]) -> list[str]:
@@ -273,9 +294,14 @@ def decode(t: Translate, model: EncoderDecoder, data: Data, sources: list[str]) 
         asked = [tokens[i] for i in some] + [tokens[some[-1]]] * (size - len(some))
         new = min(length - 1, -(-max(map(len, asked)) // 16) * 16 + 16)
         told = beam_search(
-            model, [[data.target.end]] * size, new, sources=asked, beams=t.beams,
-            length_penalty=t.length_penalty, end=data.target.end,
-        )  # fmt: skip
+            model,
+            [[data.target.end]] * size,
+            new,
+            sources=asked,
+            beams=t.beams,
+            length_penalty=t.length_penalty,
+            end=data.target.end,
+        )
         for i, (translation, _) in zip(some, told):
             said[i] = " ".join(data.target.decode(translation).split())
     return said
@@ -346,9 +372,13 @@ def measure_memory(t: Translate) -> str:
             row = {"dtype": dtype, "method": method, "temporaries": {}}
             for depth in (6, 24):
                 made = EncoderDecoderConfig(
-                    method=method, dtype=dtype, encoder_depth=depth, decoder_depth=depth,
-                    source_vocab=8000, max_length=length,
-                )  # fmt: skip
+                    method=method,
+                    dtype=dtype,
+                    encoder_depth=depth,
+                    decoder_depth=depth,
+                    source_vocab=8000,
+                    max_length=length,
+                )
                 model = nnx.eval_shape(lambda c=made: EncoderDecoder(c, rngs=nnx.Rngs(0)))
                 found = step_memory(model, task, settings)
                 # The gradient is there in any case.
@@ -357,11 +387,17 @@ def measure_memory(t: Translate) -> str:
             print(row, flush=True)
     text = results.markdown(
         ["GB beside weights, their gradient and the optimizer's state", "6 + 6", "24 + 24"],
-        [[f"{row['dtype']}, {row['method']}",
-          *(f"{n / 1e9:.3f}" for n in row["temporaries"].values())] for row in rows],
-    )  # fmt: skip
-    path = results.write("translate_memory", t, {"batch": batch, "length": length, "rows": rows},
-                         t.out)  # fmt: skip
+        [
+            [
+                f"{row['dtype']}, {row['method']}",
+                *(f"{n / 1e9:.3f}" for n in row["temporaries"].values()),
+            ]
+            for row in rows
+        ],
+    )
+    path = results.write(
+        "translate_memory", t, {"batch": batch, "length": length, "rows": rows}, t.out
+    )
     files.write_text(path.with_suffix(".md"), text + "\n")
     print(text)
     return text

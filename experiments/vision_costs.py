@@ -85,9 +85,13 @@ class VisionCosts:
     def config(self, method: str, depth: int, dtype: str = "float32") -> ViTConfig:
         """The network."""
         return ViTConfig(
-            method=method, depth=depth, dtype=dtype, width=self.width, hidden=self.width,
+            method=method,
+            depth=depth,
+            dtype=dtype,
+            width=self.width,
+            hidden=self.width,
             head_dim=self.width // 8,
-        )  # fmt: skip
+        )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -106,8 +110,10 @@ def measure_memory(v: VisionCosts) -> dict[str, Any]:
                 f"{dtype:<9} {name:<25}" + "".join(f"{p / 1e6:>10.1f}" for p in peaks), flush=True
             )
     kept = residuals(v)
-    print(f"a block keeps {sum(r['bytes'] for r in kept) / 1e6:.1f} MB: "
-          + ", ".join(f"{r['count']} × {r['type']}" for r in kept))  # fmt: skip
+    print(
+        f"a block keeps {sum(r['bytes'] for r in kept) / 1e6:.1f} MB: "
+        + ", ".join(f"{r['count']} × {r['type']}" for r in kept)
+    )
     less = keeping_less(v)
     for row in less:
         print(f"{row['keeps']:<40} {row['temporaries'] / 1e6:>8.1f} MB", flush=True)
@@ -177,8 +183,10 @@ def _block(v: VisionCosts):
 
 def measure_time(v: VisionCosts) -> list[dict[str, Any]]:
     """Seconds per training step of each system, and ratios within a round."""
-    runs = {name: training_step(v.config(method, v.depth), v.batch_size)
-            for name, method in SYSTEMS.items()}  # fmt: skip
+    runs = {
+        name: training_step(v.config(method, v.depth), v.batch_size)
+        for name, method in SYSTEMS.items()
+    }
     for run in runs.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -239,9 +247,13 @@ def measure_inverse(v: VisionCosts) -> dict[str, list[float]]:
     """Largest absolute error of the input of each block, taken back from the last state."""
     task = ImageClassification(load_images("digits"))
     settings = TrainSettings(
-        steps=v.steps, batch_size=64, learning_rate=2e-3, warmup_steps=min(30, v.steps),
-        eval_every=v.steps, checkpoint_every=v.steps,
-    )  # fmt: skip
+        steps=v.steps,
+        batch_size=64,
+        learning_rate=2e-3,
+        warmup_steps=min(30, v.steps),
+        eval_every=v.steps,
+        checkpoint_every=v.steps,
+    )
 
     def trained(method):
         model = ViT(dataclasses.replace(SMALL, method=method), rngs=nnx.Rngs(0))
@@ -309,8 +321,11 @@ def _memory_tables(v: VisionCosts, found: dict[str, Any]) -> list[str]:
         ]
     kept = found["residuals"]
     total = sum(row["bytes"] for row in kept)
-    share = total / peaks["float32", "BDIA-ViT"][v.depths.index(v.depth)] if (
-        v.depth in v.depths) else math.nan  # fmt: skip
+    share = (
+        total / peaks["float32", "BDIA-ViT"][v.depths.index(v.depth)]
+        if (v.depth in v.depths)
+        else math.nan
+    )
     parts += [
         "## What remains",
         f"What one block keeps for its derivative, while it is taken back: {total / 1e6:.0f} MB, "
@@ -344,13 +359,18 @@ def plot_memory(v: VisionCosts, found: dict[str, Any], path: pathlib.Path) -> No
     """Peak temporaries over depth, of all systems but for those that store like ViT does."""
     with figures.figure(path, len(DTYPES)) as axes:
         for axis, dtype in zip(axes, DTYPES):
-            rows = [row for row in found["peaks"]
-                    if row["dtype"] == dtype and not row["system"].endswith("stored")]  # fmt: skip
+            rows = [
+                row
+                for row in found["peaks"]
+                if row["dtype"] == dtype and not row["system"].endswith("stored")
+            ]
             for i, row in enumerate(rows):
                 axis.plot(
-                    v.depths, [p / 1e9 for p in row["temporaries"]], label=row["system"],
+                    v.depths,
+                    [p / 1e9 for p in row["temporaries"]],
+                    label=row["system"],
                     **figures.style(i),
-                )  # fmt: skip
+                )
             axis.set_xscale("log", base=2)
             axis.set_yscale("log")
             axis.set_xticks(v.depths, [str(depth) for depth in v.depths])

@@ -54,9 +54,16 @@ from bdia_jax.train import (
 
 Config = ViTConfig | ResNetConfig
 Table = Literal[
-    "baselines", "quantization", "depth", "dropout", "gamma", "linformer", "resnet", "capacity",
+    "baselines",
+    "quantization",
+    "depth",
+    "dropout",
+    "gamma",
+    "linformer",
+    "resnet",
+    "capacity",
     "systems",
-]  # fmt: skip
+]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -110,14 +117,25 @@ SCALES = {
     ),
     "digits": Scale(
         data="digits",
-        vit=ViTConfig(image_size=8, channels=1, patch_size=4, width=48, depth=4, heads=4,
-                      head_dim=12, hidden=96, dropout=0.0, pool="mean", projection=2),
+        vit=ViTConfig(
+            image_size=8,
+            channels=1,
+            patch_size=4,
+            width=48,
+            depth=4,
+            heads=4,
+            head_dim=12,
+            hidden=96,
+            dropout=0.0,
+            pool="mean",
+            projection=2,
+        ),
         resnet=ResNetConfig(image_size=8, channels=1, widths=(8, 16), depth=2, groups=4),
         epochs=40,
         train=TrainSettings(batch_size=64, learning_rate=2e-3, warmup_steps=30),
         evaluations=4,
     ),
-}  # fmt: skip
+}
 
 
 class Cell(NamedTuple):
@@ -133,8 +151,10 @@ class Cell(NamedTuple):
 
 def both(scale: Scale, row: str, **changes: Any) -> list[Cell]:
     """ViT and BDIA-ViT."""
-    return [Cell(row, "ViT", _vit(scale, "standard", **changes)),
-            Cell(row, "BDIA-ViT", _vit(scale, "bdia", **changes))]  # fmt: skip
+    return [
+        Cell(row, "ViT", _vit(scale, "standard", **changes)),
+        Cell(row, "BDIA-ViT", _vit(scale, "bdia", **changes)),
+    ]
 
 
 def _vit(scale: Scale, method: str, **changes: Any) -> ViTConfig:
@@ -153,8 +173,11 @@ def baselines(s: Scale) -> list[Cell]:
 
 def quantization(s: Scale) -> list[Cell]:
     """Both networks on the grid, in training and in evaluation."""
-    return [cell for l in (9, 5, 0, -2)  # noqa: E741
-            for cell in both(s, f"l = {l}", frac_bits=l, quantize_standard=True)]  # fmt: skip
+    return [
+        cell
+        for l in (9, 5, 0, -2)  # noqa: E741
+        for cell in both(s, f"l = {l}", frac_bits=l, quantize_standard=True)
+    ]
 
 
 def depth(s: Scale) -> list[Cell]:
@@ -185,8 +208,10 @@ def linformer(s: Scale) -> list[Cell]:
 def resnet(s: Scale) -> list[Cell]:
     """Three stages of residual blocks."""
     row = f"{s.resnet.depth * len(s.resnet.widths)} residual blocks"
-    return [Cell(row, "ResNet", _resnet(s, "standard")),
-            Cell(row, "BDIA-ResNet", _resnet(s, "bdia"))]  # fmt: skip
+    return [
+        Cell(row, "ResNet", _resnet(s, "standard")),
+        Cell(row, "BDIA-ResNet", _resnet(s, "bdia")),
+    ]
 
 
 def capacity(s: Scale) -> list[Cell]:
@@ -196,9 +221,14 @@ def capacity(s: Scale) -> list[Cell]:
         width, depth = s.vit.width // share, max(2, s.vit.depth // blocks)
         heads = max(1, s.vit.heads // share)
         cells += both(
-            s, f"width {width}, {depth} blocks", width=width, depth=depth, heads=heads,
-            head_dim=width // heads, hidden=s.vit.hidden // share,
-        )  # fmt: skip
+            s,
+            f"width {width}, {depth} blocks",
+            width=width,
+            depth=depth,
+            heads=heads,
+            head_dim=width // heads,
+            hidden=s.vit.hidden // share,
+        )
     return cells
 
 
@@ -226,9 +256,12 @@ def systems(s: Scale) -> list[Cell]:
         *(Cell(name, "", _vit(s, **options)) for name, options in vits.items()),
         Cell("ResNet", "", _resnet(s, "standard")),
         Cell("BDIA-ResNet", "", _resnet(s, "bdia")),
-        *(Cell(f"BDIA-ViT by {name}", "", _vit(s, "bdia"), name)
-          for name in ("adam", "adamw", "set-adam") if name != s.train.optimizer),
-    ]  # fmt: skip
+        *(
+            Cell(f"BDIA-ViT by {name}", "", _vit(s, "bdia"), name)
+            for name in ("adam", "adamw", "set-adam")
+            if name != s.train.optimizer
+        ),
+    ]
 
 
 TABLES: dict[str, Callable[[Scale], list[Cell]]] = {
@@ -378,10 +411,15 @@ class Run:
         steps = scale.epochs * images // scale.train.batch_size
         every = max(1, steps // scale.evaluations)
         settings = dataclasses.replace(
-            scale.train, steps=steps, eval_every=every, checkpoint_every=every, keep_last=1,
-            log_every=min(every, 100), seed=seed,
+            scale.train,
+            steps=steps,
+            eval_every=every,
+            checkpoint_every=every,
+            keep_last=1,
+            log_every=min(every, 100),
+            seed=seed,
             **({"optimizer": cell.optimizer} if cell.optimizer else {}),
-        )  # fmt: skip
+        )
         return cls(run_name(cell, seed, scale), config, settings, images)
 
     def settings(self) -> dict[str, Any]:
@@ -466,10 +504,14 @@ def train_one(run: Run, task: ImageClassification, folder: pathlib.Path) -> dict
     """The record of a run; with an "error", and no accuracy, if it went wrong."""
     kind = ViT if isinstance(run.config, ViTConfig) else ResNet
     model = kind(run.config, rngs=nnx.Rngs(run.train.seed))
-    record = run.settings() | results.machine() | {
-        "data": task.name,
-        "parameters": sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param))),
-    }  # fmt: skip
+    record = (
+        run.settings()
+        | results.machine()
+        | {
+            "data": task.name,
+            "parameters": sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param))),
+        }
+    )
     try:
         about = {"model": dataclasses.asdict(run.config)}
         result = train(model, task, run.train, folder, resume=True, about=about, progress=False)
@@ -485,11 +527,16 @@ def train_one(run: Run, task: ImageClassification, folder: pathlib.Path) -> dict
         "mismatched": sum(r["mismatched"] for r in trained),
         "train_loss": [[r["step"], r["loss"]] for r in trained],
         "evaluations": [
-            {"epoch": r["step"] * run.train.batch_size / run.images,
-             "seconds": r["seconds"], "loss": r["loss"], "accuracy": r["accuracy"]}
-            for r in result.history if r["split"] == "eval"
+            {
+                "epoch": r["step"] * run.train.batch_size / run.images,
+                "seconds": r["seconds"],
+                "loss": r["loss"],
+                "accuracy": r["accuracy"],
+            }
+            for r in result.history
+            if r["split"] == "eval"
         ],
-    }  # fmt: skip
+    }
 
 
 # ---------------------------------------------------------------------------------------------
@@ -637,14 +684,19 @@ def _figures(found: dict[str, list[Found]], out: pathlib.Path) -> None:
     if "quantization" in found:
         levels = {"l = 9": 9, "l = 5": 5, "l = 0": 0, "l = -2": -2}
         plot_over(
-            found["quantization"], lambda f: levels[f.cell.row], "fractional bits l",
+            found["quantization"],
+            lambda f: levels[f.cell.row],
+            "fractional bits l",
             out / "quantization.png",
-        )  # fmt: skip
+        )
     if "capacity" in found:
         plot_over(
-            found["capacity"], lambda f: f.runs[0]["parameters"], "parameters",
-            out / "capacity.png", logarithmic=True,
-        )  # fmt: skip
+            found["capacity"],
+            lambda f: f.runs[0]["parameters"],
+            "parameters",
+            out / "capacity.png",
+            logarithmic=True,
+        )
 
 
 def plot_curves(rows: list[Found], path: pathlib.Path) -> None:
@@ -668,17 +720,25 @@ def plot_curves(rows: list[Found], path: pathlib.Path) -> None:
 
 
 def plot_over(
-    rows: list[Found], x: Callable[[Found], float], label: str, path: pathlib.Path, *,
+    rows: list[Found],
+    x: Callable[[Found], float],
+    label: str,
+    path: pathlib.Path,
+    *,
     logarithmic: bool = False,
-) -> None:  # fmt: skip
+) -> None:
     """The last accuracy over something, per system: mean and standard deviation over seeds."""
     with figures.figure(path) as (axis,):
         for i, system in enumerate(dict.fromkeys(f.cell.system for f in rows)):
             mine = sorted((f for f in rows if f.cell.system == system), key=x)
             axis.errorbar(
-                [x(f) for f in mine], [f.mean() for f in mine], [f.spread() for f in mine],
-                label=system, capsize=4, **figures.style(i),
-            )  # fmt: skip
+                [x(f) for f in mine],
+                [f.mean() for f in mine],
+                [f.spread() for f in mine],
+                label=system,
+                capsize=4,
+                **figures.style(i),
+            )
         axis.set_xlabel(label)
         axis.set_ylabel("validation accuracy in %")
         if logarithmic:

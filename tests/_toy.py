@@ -79,9 +79,13 @@ class Regression:
 
 
 SETTINGS = {
-    "steps": 8, "batch_size": 8, "learning_rate": 1e-2, "log_every": 2, "eval_every": 4,
+    "steps": 8,
+    "batch_size": 8,
+    "learning_rate": 1e-2,
+    "log_every": 2,
+    "eval_every": 4,
     "checkpoint_every": 4,
-}  # fmt: skip
+}
 
 
 def settings(**changes) -> TrainSettings:

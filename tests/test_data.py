@@ -44,10 +44,15 @@ def image_set(n=20, **changes):
     pictures, labels = numbered(n)
     return data.ImageData(
         **{
-            "name": "numbered", "train_images": pictures, "train_labels": labels,
-            "eval_images": pictures[:5], "eval_labels": labels[:5], "num_classes": 3,
-        } | changes
-    )  # fmt: skip
+            "name": "numbered",
+            "train_images": pictures,
+            "train_labels": labels,
+            "eval_images": pictures[:5],
+            "eval_labels": labels[:5],
+            "num_classes": 3,
+        }
+        | changes
+    )
 
 
 # ---------------------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ import optax
 import pytest
 from flax import nnx
 
-from bdia_jax import memory
 from bdia_jax.nn import (
     Decoder,
     DecoderConfig,
@@ -30,12 +29,19 @@ from bdia_jax.nn import (
     unfreeze,
 )
 from bdia_jax.nn.dropout import keep_mask
+from bdia_jax.planning import memory
 
 GPT2 = DecoderConfig(vocab_size=31, max_length=24, width=16, depth=3, heads=4)
 LLAMA = llama(
-    vocab_size=31, max_length=24, width=16, depth=3, heads=4, kv_heads=2, hidden=24,
+    vocab_size=31,
+    max_length=24,
+    width=16,
+    depth=3,
+    heads=4,
+    kv_heads=2,
+    hidden=24,
     rope_scaling=RotaryScaling(original_length=8),
-)  # fmt: skip
+)
 QWEN2 = dataclasses.replace(LLAMA, qkv_bias=True, tied_head=True, rope_scaling=None)
 QWEN3 = dataclasses.replace(LLAMA, qk_norm=True, head_dim=8, rope_scaling=None)
 FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3}
@@ -59,18 +65,27 @@ def attention_inputs(queries, keys, heads=4, kv_heads=2, dim=6, dtype=jnp.float6
         jax.random.normal(key, shape, dtype)
         for key, shape in zip(
             jax.random.split(jax.random.key(0), 4),
-            [(2, queries, heads, dim), (2, keys, kv_heads, dim), (2, keys, kv_heads, dim),
-             (2, queries, heads, dim)],
+            [
+                (2, queries, heads, dim),
+                (2, keys, kv_heads, dim),
+                (2, keys, kv_heads, dim),
+                (2, queries, heads, dim),
+            ],
         )
-    )  # fmt: skip
+    )
     return q, k, v, w
 
 
 @pytest.mark.parametrize(
     ("queries", "keys", "chunk", "causal", "segmented"),
-    [(9, 9, 4, True, False), (9, 9, 3, True, True), (7, 10, 4, False, False),
-     (5, 10, 128, False, True), (1, 8, 8, True, False)],
-)  # fmt: skip
+    [
+        (9, 9, 4, True, False),
+        (9, 9, 3, True, True),
+        (7, 10, 4, False, False),
+        (5, 10, 128, False, True),
+        (1, 8, 8, True, False),
+    ],
+)
 def test_chunked_attention_is_attention(queries, keys, chunk, causal, segmented):
     with jax.enable_x64(True):
         q, k, v, w = attention_inputs(queries, keys)
@@ -86,9 +101,14 @@ def test_chunked_attention_is_attention(queries, keys, chunk, causal, segmented)
 
         def ours(q, k, v):
             y = chunked_attention(
-                q, k, v, causal=causal, offset=offset, chunk=chunk,
+                q,
+                k,
+                v,
+                causal=causal,
+                offset=offset,
+                chunk=chunk,
                 segments=None if segments is None else tuple(map(jnp.asarray, segments)),
-            )  # fmt: skip
+            )
             return jnp.sum(y * w), y
 
         def plain(q, k, v):
@@ -393,9 +413,15 @@ def test_fused_attention_is_chosen_where_it_can_be_had(monkeypatch):
 def test_every_family_is_reversible_in_bfloat16(family, attention, chunk):
     dropout = 0.1 if attention == "chunked" else 0.0
     config = dataclasses.replace(
-        FAMILIES[family], dtype="bfloat16", attention=attention, dropout=dropout, depth=6, width=64,
-        head_dim=16, ffn_chunk=chunk,
-    )  # fmt: skip
+        FAMILIES[family],
+        dtype="bfloat16",
+        attention=attention,
+        dropout=dropout,
+        depth=6,
+        width=64,
+        head_dim=16,
+        ffn_chunk=chunk,
+    )
     model = Decoder(config, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (4, 24, 64), jnp.bfloat16)
     angles = model._angles(jnp.broadcast_to(jnp.arange(24), (4, 24)))

@@ -95,10 +95,13 @@ def test_two_processes_train_as_one(record_property):
     processes = [
         subprocess.Popen(
             [*command, str(number), str(port)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
         )
         for number in range(2)
-    ]  # fmt: skip
+    ]
     reference = train()
     try:
         ended = [(*process.communicate(timeout=240), process.returncode) for process in processes]

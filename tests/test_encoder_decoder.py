@@ -14,9 +14,14 @@ from bdia_jax.nn import EncoderDecoder, EncoderDecoderConfig, Probe, beam_search
 from bdia_jax.train import TrainSettings, Translation, step_memory
 
 SMALL = EncoderDecoderConfig(
-    source_vocab=23, max_length=32, width=16, encoder_depth=2, decoder_depth=3, heads=2,
+    source_vocab=23,
+    max_length=32,
+    width=16,
+    encoder_depth=2,
+    decoder_depth=3,
+    heads=2,
     dropout=0.1,
-)  # fmt: skip
+)
 PAIRS = [([1, 2, 3], [4, 5]), ([6], [7, 8, 9, 10]), ([11, 12, 13, 14], [15])]
 END = 22
 SEPARATE = {"target_vocab": 25, "tied_head": False, "positions": "learned"}
@@ -30,10 +35,16 @@ def packed(rows=2, length=16) -> PackedPairs:
 
 def mean_loss(model, batch, **options):
     sums = model.loss(
-        batch.source, batch.tokens, batch.targets, batch.weights, segments=batch.segments,
-        source_segments=batch.source_segments, source_positions=batch.source_positions,
-        positions=batch.positions, **options,
-    )  # fmt: skip
+        batch.source,
+        batch.tokens,
+        batch.targets,
+        batch.weights,
+        segments=batch.segments,
+        source_segments=batch.source_segments,
+        source_positions=batch.source_positions,
+        positions=batch.positions,
+        **options,
+    )
     return sums.loss / sums.weight
 
 
@@ -46,9 +57,11 @@ def test_online_gradients_are_those_of_the_forward_pass(separate):
     """
     with jax.enable_x64(True):
         config = dataclasses.replace(
-            SMALL, dtype="float64", param_dtype="float64",
+            SMALL,
+            dtype="float64",
+            param_dtype="float64",
             **(SEPARATE if separate else {}),
-        )  # fmt: skip
+        )
         batch, grads = packed(), {}
         for method in ("bdia", "bdia-stored"):
             settings = dataclasses.replace(config, method=method, stored_blocks=4 * separate)
@@ -108,9 +121,13 @@ def test_pairs_in_a_row_do_not_see_each_other():
     model.eval()
     batch = packed(rows=1)
     together = model(
-        batch.source, batch.tokens, source_segments=batch.source_segments, segments=batch.segments,
-        source_positions=batch.source_positions, positions=batch.positions,
-    )  # fmt: skip
+        batch.source,
+        batch.tokens,
+        source_segments=batch.source_segments,
+        segments=batch.segments,
+        source_positions=batch.source_positions,
+        positions=batch.positions,
+    )
     start = 0
     for source, target in PAIRS:
         tokens = jnp.array([[END, *target]])

@@ -1,7 +1,7 @@
 """Every integer of every block is reconstructed: types, blocks, precisions and depths.
 
 This is about the compiler, not about mathematics: the backward pass must recompute each block to
-the last bit (``bdia_jax._pinned``). All programs here are compiled as in training, as one.
+the last bit (``bdia_jax.pinning``). All programs here are compiled as in training, as one.
 """
 
 import chex
@@ -53,9 +53,16 @@ def train_step(block, depth, frac_bits, m, tolerance_bits=0):
     def step(params, x, shift, mask, key):
         def loss(probe, params, x, shift):
             y = reversible_scan(
-                block, params, x, key=key, consts=(shift, mask), gamma=2.0**-m,
-                frac_bits=frac_bits, tolerance_bits=tolerance_bits, probe=probe,
-            )  # fmt: skip
+                block,
+                params,
+                x,
+                key=key,
+                consts=(shift, mask),
+                gamma=2.0**-m,
+                frac_bits=frac_bits,
+                tolerance_bits=tolerance_bits,
+                probe=probe,
+            )
             return jnp.mean(jnp.sin(y.astype(jnp.float32)))
 
         gradients = jax.grad(loss, (0, 1, 2, 3))

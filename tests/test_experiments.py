@@ -30,9 +30,17 @@ from bdia_jax.train import TrainSettings
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 SMALL = ViTConfig(
-    image_size=8, channels=1, patch_size=4, width=8, depth=2, heads=2, head_dim=4, hidden=8,
-    pool="mean", dropout=0.0,
-)  # fmt: skip
+    image_size=8,
+    channels=1,
+    patch_size=4,
+    width=8,
+    depth=2,
+    heads=2,
+    head_dim=4,
+    hidden=8,
+    pool="mean",
+    dropout=0.0,
+)
 
 
 def is_png(path):
@@ -48,8 +56,14 @@ def test_every_pair_of_settings_meets_in_a_case_of_exactness():
 
 
 def test_a_case_of_exactness():
-    row = {"dtype": "bfloat16", "dropout": 0.1, "m": 1, "frac_bits": 9, "depth": 2,
-           "block": "attention"}  # fmt: skip
+    row = {
+        "dtype": "bfloat16",
+        "dropout": 0.1,
+        "m": 1,
+        "frac_bits": 9,
+        "depth": 2,
+        "block": "attention",
+    }
     found = exactness.measure(exactness.block_case(row, 10_000, seed=0), jax.random.key(0))
     assert found["compared"] >= 10_000
     assert found["finite"]
@@ -62,9 +76,16 @@ def test_a_case_of_exactness():
 def test_memory_and_time(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(memory_and_time, "DTYPES", ("float32",))
     settings = memory_and_time.MemoryAndTime(
-        depths=(2, 4), memory_shape=(2, 8, 32), widths=(32,), expansions=(1,), batch=2, length=8,
-        blocks=2, rounds=2, out=tmp_path,
-    )  # fmt: skip
+        depths=(2, 4),
+        memory_shape=(2, 8, 32),
+        widths=(32,),
+        expansions=(1,),
+        batch=2,
+        length=8,
+        blocks=2,
+        rounds=2,
+        out=tmp_path,
+    )
     found = memory_and_time.main(settings)
     slopes = {row["method"]: row["bytes_per_element_and_block"] for row in found["memory"]}
     assert slopes["bdia"] < slopes["bdia-r1"] < slopes["checkpoint"] < slopes["plain"]
@@ -103,9 +124,14 @@ def test_vit_resumes(tmp_path, capsys):
 
 
 TINY = dataclasses.replace(
-    vision_tables.SCALES["digits"], vit=SMALL, images=64, epochs=1, evaluations=2, seeds=2,
+    vision_tables.SCALES["digits"],
+    vit=SMALL,
+    images=64,
+    epochs=1,
+    evaluations=2,
+    seeds=2,
     train=TrainSettings(batch_size=16, optimizer="set-adam"),
-)  # fmt: skip
+)
 
 
 def two_cells(scale):
@@ -168,9 +194,14 @@ def test_vision_costs(tmp_path, monkeypatch):
     monkeypatch.setattr(vision_costs, "SMALL", SMALL)
     monkeypatch.setattr(vision_costs, "DTYPES", ("float32",))
     given = vision_costs.VisionCosts(
-        parts=("memory", "time"), batch_size=2, depth=2, width=8, depths=(2,), rounds=2,
+        parts=("memory", "time"),
+        batch_size=2,
+        depth=2,
+        width=8,
+        depths=(2,),
+        rounds=2,
         out=tmp_path,
-    )  # fmt: skip
+    )
     text = vision_costs.main(given)
     for name in systems:
         assert text.count(f"| {name}") >= 2
@@ -203,13 +234,23 @@ def test_benchmark(tmp_path, monkeypatch):
 def test_ways_of_the_benchmark_are_the_same_network():
     """Groups of checkpoints, and checkpoints on the host, change nothing but costs."""
     config = llama(
-        vocab_size=31, max_length=8, width=16, depth=4, heads=2, kv_heads=1, hidden=16,
+        vocab_size=31,
+        max_length=8,
+        width=16,
+        depth=4,
+        heads=2,
+        kv_heads=1,
+        hidden=16,
         method="standard",
-    )  # fmt: skip
+    )
     tokens = jax.random.randint(jax.random.key(0), (2, 8), 0, 31)
     losses = {}
-    for wrap in (None, benchmark.GroupedCheckpoints, benchmark.OffloadedCheckpoints,
-                 lambda stack: benchmark.Coupled(stack, config)):  # fmt: skip
+    for wrap in (
+        None,
+        benchmark.GroupedCheckpoints,
+        benchmark.OffloadedCheckpoints,
+        lambda stack: benchmark.Coupled(stack, config),
+    ):
         model = Decoder(config, rngs=nnx.Rngs(0))
         if wrap is not None:
             model.blocks = wrap(model.blocks)

@@ -57,9 +57,22 @@ def passes(block=smooth_block, m=1, tolerance_bits=0, frac_bits=9, audit=False):
     params = {"offset": jnp.zeros((BLOCKS, BATCH, WIDTH)), "w": draw(BLOCKS, WIDTH, WIDTH) / 3}
     x = draw(BATCH, WIDTH) * 2
     scan, inputs = prepare(
-        block, params, (x, x), 0, jax.random.key(3), (draw(WIDTH) / 5,), 2.0**-m, "random",
-        frac_bits, tolerance_bits, "online", 0, None, None, None,
-    )  # fmt: skip
+        block,
+        params,
+        (x, x),
+        0,
+        jax.random.key(3),
+        (draw(WIDTH) / 5,),
+        2.0**-m,
+        "random",
+        frac_bits,
+        tolerance_bits,
+        "online",
+        0,
+        None,
+        None,
+        None,
+    )
     scan = scan._replace(audit=audit)
     inputs = inputs._replace(probe=BackwardReport.zeros(BLOCKS))
     wanted = Wanted((True,) * 2, (True,))
@@ -236,9 +249,9 @@ def noisy(p: Passes, largest, seed, blocks=slice(None)):
     rng = np.random.default_rng(seed)
     deviation = np.zeros((BLOCKS, BATCH, WIDTH))
     deviation[blocks] = rng.uniform(-largest, largest, deviation[blocks].shape)
-    signs = np.stack([
-        reversible._signs(p.scan, key, k, BATCH)[0] for k, key in enumerate(p.saved.keys)
-    ])[:, :, None]  # fmt: skip
+    signs = np.stack(
+        [reversible._signs(p.scan, key, k, BATCH)[0] for k, key in enumerate(p.saved.keys)]
+    )[:, :, None]
     factor = 1 + signs * p.scan.gamma
     deviation[np.broadcast_to(factor == 0, deviation.shape)] = 0
     offset = deviation * 2.0**-p.scan.frac_bits / np.where(factor == 0, 1, factor)

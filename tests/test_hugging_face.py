@@ -14,9 +14,14 @@ from bdia_jax.nn import Decoder, generate, llama
 FAMILIES = ("gpt2", "llama", "qwen2", "qwen3")
 COMMON = {"vocab_size": 61, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 LLAMA = {
-    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "initializer_range": 0.3,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+}
 
 
 def theirs(family):
@@ -29,13 +34,19 @@ def theirs(family):
         ),
         "llama": lambda: transformers.LlamaConfig(
             rope_parameters={
-                "rope_type": "llama3", "rope_theta": 5000.0, "factor": 4.0, "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0, "original_max_position_embeddings": 16,
-            }, **LLAMA, **COMMON,
+                "rope_type": "llama3",
+                "rope_theta": 5000.0,
+                "factor": 4.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+            **LLAMA,
+            **COMMON,
         ),
         "qwen2": lambda: transformers.Qwen2Config(tie_word_embeddings=True, **LLAMA, **COMMON),
         "qwen3": lambda: transformers.Qwen3Config(head_dim=16, **LLAMA, **COMMON),
-    }[family]()  # fmt: skip
+    }[family]()
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -121,8 +132,13 @@ def test_several_files(tmp_path, monkeypatch):
 def test_settings_of_ours(tmp_path):
     small(tmp_path)
     model = interop.load(
-        tmp_path, method="standard", dtype="bfloat16", dropout=0.1, ffn_chunk=8, stored_blocks=1,
-    )  # fmt: skip
+        tmp_path,
+        method="standard",
+        dtype="bfloat16",
+        dropout=0.1,
+        ffn_chunk=8,
+        stored_blocks=1,
+    )
     assert model.config.method == "standard"
     assert model.blocks.stacked.dropout.rate == 0.1
     # The folder knows nothing of them.

@@ -16,9 +16,9 @@ import pytest
 from flax import nnx
 
 import bdia_jax
-from bdia_jax import memory, plan, targets
 from bdia_jax.data import TextData
 from bdia_jax.nn import Decoder, DecoderConfig
+from bdia_jax.planning import memory, plan, targets
 from bdia_jax.train import LanguageModelling, TrainSettings, step_memory, train
 
 KEY = jax.random.key(0)
@@ -26,9 +26,14 @@ TOKENS = np.random.default_rng(0).integers(0, 50, 600).astype(np.int32)
 TASK = LanguageModelling(TextData("random", TOKENS, TOKENS[:100], 50), 8)
 TINY = DecoderConfig(vocab_size=50, max_length=8, width=16, depth=3, heads=2, dropout=0.1)
 FEW = TrainSettings(
-    steps=4, batch_size=4, learning_rate=1e-2, clip_norm=None, log_every=1, eval_every=4,
+    steps=4,
+    batch_size=4,
+    learning_rate=1e-2,
+    clip_norm=None,
+    log_every=1,
+    eval_every=4,
     checkpoint_every=2,
-)  # fmt: skip
+)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -220,7 +225,9 @@ def test_gpus_that_are_not_there_need_no_setting():
     pytest.importorskip("jax_cuda13_plugin", reason="to compile for a GPU needs jax[cuda]")
     if any(map(os.path.exists, targets.DRIVERS)):
         pytest.skip("there is a GPU")
-    late = "from bdia_jax import targets\nimport jax\n{}print(len(targets.devices('h100:2')))"
+    late = (
+        "from bdia_jax.planning import targets\nimport jax\n{}print(len(targets.devices('h100:2')))"
+    )
     env = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
 
     def run(first):
@@ -250,9 +257,14 @@ def test_the_command_plans(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(plan.EXAMPLES, "tiny", TINY)
     monkeypatch.setattr(plan, "METHODS", {"BDIA": {"method": "bdia"}})
     given = plan.Plan(
-        model="tiny", batch=2, length=8, lora=(2,), figure=tmp_path / "plan.png",
-        dtype="float32", fit="0.001MB",
-    )  # fmt: skip
+        model="tiny",
+        batch=2,
+        length=8,
+        lora=(2,),
+        figure=tmp_path / "plan.png",
+        dtype="float32",
+        fit="0.001MB",
+    )
     (need,) = plan.main(given)
     assert 0 < need.parameters < need.frozen
     out = capsys.readouterr().out

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import bdia_jax
-from bdia_jax import fixed_point, maps
+from bdia_jax import grid, maps
 
 INTS = hnp.arrays(np.int32, 32, elements=st.integers(-(2**31), 2**31 - 1))
 SIGNS = hnp.arrays(np.int32, 32, elements=st.sampled_from([-1, 1]))
@@ -39,7 +39,7 @@ def test_side_information_rounds_up_to_a_multiple(n_prev, m):
 )
 def test_step_is_the_paper_s_equation(n_prev, x, h, sign, m, l):  # noqa: E741
     """x_{k+1} = γ (x_{k-1} + s 2^-l) + Q[(1 - γ) x_k + (1 + γ) h], in float64."""
-    grid, gamma = 2.0**-l, sign * 2.0**-m
+    spacing, gamma = 2.0**-l, sign * 2.0**-m
     s = np.mod(-n_prev, 2**m).astype(np.float64)
     inner = (1 - gamma) * x * grid + (1 + gamma) * h.astype(np.float64)
     expected = gamma * (n_prev + s) * grid + np.rint(inner / grid) * grid
@@ -47,7 +47,7 @@ def test_step_is_the_paper_s_equation(n_prev, x, h, sign, m, l):  # noqa: E741
         y = maps.pre_rounding(jnp.asarray(x * grid), jnp.asarray(h, jnp.float64), gamma)
         q = bdia_jax.to_grid(y, l)
     got = bdia_jax.bdia_step(n_prev, q, sign, m)
-    np.testing.assert_array_equal(np.asarray(got) * grid, expected)
+    np.testing.assert_array_equal(np.asarray(got) * spacing, expected)
 
 
 @given(data=st.data(), m=st.integers(0, 3), r=st.integers(1, 4), sign=st.sampled_from([-1, 1]))
@@ -112,5 +112,5 @@ def test_signs_are_fair_and_a_function_of_the_key():
 
 def test_limit_leaves_room_for_the_sum():
     """Two terms within the limit, γ = ±1 included, do not wrap around unnoticed."""
-    largest = np.int32(fixed_point.LIMIT - 1)
-    assert int(bdia_jax.bdia_step(largest, largest, 1, 0)) == 2 * (fixed_point.LIMIT - 1)
+    largest = np.int32(grid.LIMIT - 1)
+    assert int(bdia_jax.bdia_step(largest, largest, 1, 0)) == 2 * (grid.LIMIT - 1)

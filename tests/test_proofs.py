@@ -274,9 +274,15 @@ def test_float_rule_on_floats(m, tolerance_bits, seed, coarse):
     assert right[under].all()
 
 
-@hypothesis.given(n_prev=INT32, q=INT32, error=st.integers(-4, 4), negative=st.booleans(),
-                  sign=st.sampled_from([-1, 0, 1]), m=st.integers(0, 4),
-                  tolerance_bits=st.integers(1, 3))  # fmt: skip
+@hypothesis.given(
+    n_prev=INT32,
+    q=INT32,
+    error=st.integers(-4, 4),
+    negative=st.booleans(),
+    sign=st.sampled_from([-1, 0, 1]),
+    m=st.integers(0, 4),
+    tolerance_bits=st.integers(1, 3),
+)
 def test_symbolic_words_mean_what_arrays_mean(n_prev, q, error, negative, sign, m, tolerance_bits):
     """The functions give the same on words (of constants) as on arrays."""
 

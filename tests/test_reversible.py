@@ -88,9 +88,13 @@ def signs_and_keys(key, depth, batch):
 
 def test_the_settings_cover_all_pairs():
     everything = [
-        {name: setting, other: with_} for name, settings in FACTORS.items() for setting in settings
-        for other, others in FACTORS.items() if other != name for with_ in others
-    ]  # fmt: skip
+        {name: setting, other: with_}
+        for name, settings in FACTORS.items()
+        for setting in settings
+        for other, others in FACTORS.items()
+        if other != name
+        for with_ in others
+    ]
     met = set().union(*map(pairs, ROWS))
     assert all(pairs(row) & met or pairs(dict(reversed(row.items()))) & met for row in everything)
 
@@ -155,15 +159,23 @@ def standard(block, params, x, shift, mask, *, key, update):
     [
         (0.0, None, lambda x_prev, x, h, sign: x + h),
         (0.0, 5, lambda x_prev, x, h, sign: bdia_jax.quantize(x + h, 5)),
-        (0.6, None,
-         lambda x_prev, x, h, sign:
-         0.6 * sign * x_prev + (1 - 0.6 * sign) * x + (1 + 0.6 * sign) * h),
-        (0.6, 5,
-         lambda x_prev, x, h, sign: bdia_jax.quantize(
-             0.6 * sign * x_prev + (1 - 0.6 * sign) * x + (1 + 0.6 * sign) * h, 5)),
+        (
+            0.6,
+            None,
+            lambda x_prev, x, h, sign: (
+                0.6 * sign * x_prev + (1 - 0.6 * sign) * x + (1 + 0.6 * sign) * h
+            ),
+        ),
+        (
+            0.6,
+            5,
+            lambda x_prev, x, h, sign: bdia_jax.quantize(
+                0.6 * sign * x_prev + (1 - 0.6 * sign) * x + (1 + 0.6 * sign) * h, 5
+            ),
+        ),
     ],
     ids=["standard", "standard-on-the-grid", "gamma-0.6", "gamma-0.6-on-the-grid"],
-)  # fmt: skip
+)
 def test_other_gammas_are_plain_networks(gamma, frac_bits, update):
     key = jax.random.key(2)
     with jax.enable_x64(True):
@@ -645,9 +657,13 @@ def test_what_is_not_finite_or_out_of_range_becomes_nan_for_that_sample(where, b
     def run(backprop):
         def loss(x, spoilt):
             y = reversible_scan(
-                lambda *a: block(*a[:-1]) + a[-1], params, x, key=KEY, consts=(spoilt,),
+                lambda *a: block(*a[:-1]) + a[-1],
+                params,
+                x,
+                key=KEY,
+                consts=(spoilt,),
                 backprop=backprop,
-            )  # fmt: skip
+            )
             return jnp.sum(y[::2] ** 2), y
 
         return jax.jit(jax.grad(loss, has_aux=True))

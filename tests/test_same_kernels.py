@@ -7,7 +7,8 @@ import sys
 import jax
 import pytest
 
-from bdia_jax import _pinned, targets
+from bdia_jax import pinning
+from bdia_jax.planning import targets
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
 
@@ -94,9 +95,11 @@ def test_a_program_in_which_nothing_is_found_is_an_error(same_kernels):
 
 
 def test_constants_are_a_part_of_what_a_kernel_does(same_kernels):
-    text = program("0,1").replace("multiply(%p, %p)", "multiply(%p, %two)").replace(
-        "multiply(%q, %q)", "multiply(%q, %three)"
-    )  # fmt: skip
+    text = (
+        program("0,1")
+        .replace("multiply(%p, %p)", "multiply(%p, %two)")
+        .replace("multiply(%q, %q)", "multiply(%q, %three)")
+    )
     for name, value in (("p", "two"), ("q", "three")):
         parameter = f"  %{name} = f32[4,8]{{1,0}} parameter(0)\n"
         text = text.replace(parameter, f"{parameter}  %{value} = f32[] constant({value})\n")
@@ -118,6 +121,6 @@ def test_a_gpus_compiler_makes_the_same_kernels_in_both_passes(same_kernels, mon
     bare = same_kernels.compare(same_kernels.compiled_text(config, device, lambda tree: tree))
     assert bare["other"] > 0
     # For several devices there are barriers only, which no partitioner gathers.
-    with _pinned.several_devices():
+    with pinning.several_devices():
         barriers = same_kernels.compare(same_kernels.compiled_text(config, device))
     assert barriers["other"] < bare["other"]

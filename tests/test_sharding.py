@@ -108,9 +108,13 @@ def loss_of(block, dtype="float32", **options):
 
     def loss(params, x, probe, target, key):
         y = bdia_jax.reversible_scan(
-            block, params, x.astype(dtype), key=key, probe=probe,
+            block,
+            params,
+            x.astype(dtype),
+            key=key,
+            probe=probe,
             **({"frac_bits": FRAC_BITS} | options),
-        )  # fmt: skip
+        )
         return jnp.mean((y.astype(jnp.float32) - target) ** 2)
 
     return loss
@@ -176,8 +180,9 @@ TYPE = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 
 def arrays(text: str) -> list[tuple[str, tuple[int, ...]]]:
     """All array types in a piece of HLO: ``("f32", (16, 8))``."""
-    return [(kind, tuple(map(int, filter(None, dims.split(","))))) for kind, dims in
-            TYPE.findall(text)]  # fmt: skip
+    return [
+        (kind, tuple(map(int, filter(None, dims.split(","))))) for kind, dims in TYPE.findall(text)
+    ]
 
 
 def collectives(compiled) -> collections.Counter:
@@ -459,8 +464,12 @@ def test_flax_stack(explicit, fully_sharded, record_property):
     # The projections of attention are used, and their gradients summed, with heads split off.
     floats += [(WIDTH, HEADS, HEAD_DIM), (WIDTH, 3, HEADS, HEAD_DIM)]
     if fully_sharded:
-        halves = [(*shape[:i], n // 2, *shape[i + 1 :]) for shape in floats
-                  for i, n in enumerate(shape) if n > 1]  # fmt: skip
+        halves = [
+            (*shape[:i], n // 2, *shape[i + 1 :])
+            for shape in floats
+            for i, n in enumerate(shape)
+            if n > 1
+        ]
         floats += halves
     crosses_only(compiled, floats, record_property)
     bits_are_sharded(compiled, 8, 1, record_property)

@@ -21,9 +21,16 @@ def scan_gradient(stored, kind="attention", dtype=jnp.float32, r=0, update=None)
     @functools.partial(jax.grad, argnums=(0, 1, 2, 3), has_aux=True)
     def gradient(params, x, shift, probe):
         y = reversible_scan(
-            block, params, x, key=jax.random.key(3), consts=(shift, mask), tolerance_bits=r,
-            stored_blocks=stored, probe=probe, update=update,
-        )  # fmt: skip
+            block,
+            params,
+            x,
+            key=jax.random.key(3),
+            consts=(shift, mask),
+            tolerance_bits=r,
+            stored_blocks=stored,
+            probe=probe,
+            update=update,
+        )
         return jnp.sum(jnp.sin(y.astype(jnp.float32))), y
 
     return gradient(params, x, shift, BackwardReport.zeros(DEPTH))
@@ -53,9 +60,11 @@ def test_gradients_do_not_depend_on_their_number(kind, dtype, r, tolerance):
 def test_with_an_update_in_the_backward_pass():
     def descend(params, grads, state):
         params = jax.tree.map(
-            lambda p, d: None if p is None else p - 0.1 * d, params, grads,
+            lambda p, d: None if p is None else p - 0.1 * d,
+            params,
+            grads,
             is_leaf=lambda p: p is None,
-        )  # fmt: skip
+        )
         return params, jax.tree.map(lambda s: s + 1, state)
 
     update = Update(descend, {"count": jnp.zeros(DEPTH)})
@@ -72,9 +81,14 @@ def test_in_a_part_of_a_stack():
     def gradient(stored):
         def loss(params, a, b):
             pair = reversible_scan_pair(
-                block, params, (a, b), start=3, key=jax.random.key(3), consts=(shift, mask),
+                block,
+                params,
+                (a, b),
+                start=3,
+                key=jax.random.key(3),
+                consts=(shift, mask),
                 stored_blocks=stored,
-            )  # fmt: skip
+            )
             return sum(jnp.sum(jnp.sin(y)) for y in pair)
 
         return jax.jit(jax.grad(loss, (0, 1, 2)))(params, x, 2 * x)
@@ -140,8 +154,10 @@ def test_a_thousand_blocks():
 def test_over_devices():
     """Each with its samples, parameters on all: gradients are those of one device."""
     keys = jax.random.split(jax.random.key(0), 3)
-    params = {"up": 0.2 * jax.random.normal(keys[0], (4, 16, 32)),
-              "down": 0.2 * jax.random.normal(keys[1], (4, 32, 16))}  # fmt: skip
+    params = {
+        "up": 0.2 * jax.random.normal(keys[0], (4, 16, 32)),
+        "down": 0.2 * jax.random.normal(keys[1], (4, 32, 16)),
+    }
     x = jax.random.normal(keys[2], (8, 16))
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     samples, everywhere = jax.P("data"), jax.P()
@@ -160,8 +176,10 @@ def test_over_devices():
     for stored in (1, 4):
         found = jax.jit(
             jax.shard_map(
-                functools.partial(gradient, stored), mesh=mesh, in_specs=(everywhere, samples),
+                functools.partial(gradient, stored),
+                mesh=mesh,
+                in_specs=(everywhere, samples),
                 out_specs=(everywhere, samples),
             )
-        )(params, x)  # fmt: skip
+        )(params, x)
         alike(found, expected)

@@ -167,8 +167,9 @@ def test_texts_that_cannot_be_packed():
     with pytest.raises(ValueError, match="got none"):
         data.pack([], 8)
     with pytest.raises(ValueError, match=r"from 2 to 9 tokens.*text 1 has 1, and 1 more"):
-        data.pack([Example([1] * 9, [True] * 9), Example([1], [True]),
-                   Example([1] * 10, [True] * 10)], 8)  # fmt: skip
+        data.pack(
+            [Example([1] * 9, [True] * 9), Example([1], [True]), Example([1] * 10, [True] * 10)], 8
+        )
 
 
 # ---------------------------------------------------------------------------------------------

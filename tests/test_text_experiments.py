@@ -49,10 +49,17 @@ def folder(tmp_path_factory):
 
 def test_gpt2_small_data(tmp_path):
     given = gpt2_small_data.SmallData(
-        work=tmp_path / "work", out=tmp_path / "out", methods=("bdia",), dropouts=(0.1,), seeds=2,
-        share=0.01, vocabulary=300, save=True, model=dataclasses.replace(TINY, max_length=8),
+        work=tmp_path / "work",
+        out=tmp_path / "out",
+        methods=("bdia",),
+        dropouts=(0.1,),
+        seeds=2,
+        share=0.01,
+        vocabulary=300,
+        save=True,
+        model=dataclasses.replace(TINY, max_length=8),
         train=FEW,
-    )  # fmt: skip
+    )
     text = gpt2_small_data.main(given)
     assert "| bdia, dropout 0.1" in text
     (path,) = (tmp_path / "out").glob("*.json")
@@ -77,9 +84,14 @@ def test_finetune(folder, tmp_path, rank, capsys):
         folder = shutil.copytree(folder, tmp_path / "half")
         interop.save(model, folder, dtype="bfloat16")
     given = finetune.FineTune(
-        model=str(folder), data=texts, out=tmp_path / "run", length=32, train=FEW,
-        lora=finetune.LowRank(rank=rank), freeze_embedding=rank == 0,
-    )  # fmt: skip
+        model=str(folder),
+        data=texts,
+        out=tmp_path / "run",
+        length=32,
+        train=FEW,
+        lora=finetune.LowRank(rank=rank),
+        freeze_embedding=rank == 0,
+    )
     found = finetune.main(given)
     assert found["loss"] < found["loss before"]
     assert "36 texts in" in capsys.readouterr().out
@@ -117,8 +129,12 @@ def test_finetune_with_what_does_not_fit(folder, tmp_path):
 def archive(path):
     """A look-alike of the challenge's data."""
     kinds, areas = ("pub", "restaurant"), ("riverside", "city centre")
-    rows = [f'"name[The {i}], eatType[{k}], area[{a}]","The {i} is a {k}, {a}."'
-            for i in range(6) for k in kinds for a in areas]  # fmt: skip
+    rows = [
+        f'"name[The {i}], eatType[{k}], area[{a}]","The {i} is a {k}, {a}."'
+        for i in range(6)
+        for k in kinds
+        for a in areas
+    ]
     with zipfile.ZipFile(path, "w") as file:
         for name, some in (("trainset", rows), ("devset", rows[:6]), ("testset_w_refs", rows[:3])):
             text = "\r\n".join(['"mr","ref"', *some, some[0].replace("is a", "was a")])
@@ -132,10 +148,19 @@ def test_finetune_e2e(folder, tmp_path, monkeypatch):
         e2e_metrics, "score", lambda texts, refs: judged.append((texts, refs)) or {"BLEU": 0.5}
     )
     given = finetune_e2e.E2E(
-        model=str(folder), data=archive(tmp_path / "e2e.zip"), methods=("bdia",), shares=(0.5,),
-        beams=2, new_tokens=4, decode_batch=2, length=128, lora=1, train=FEW,
-        work=tmp_path / "work", out=tmp_path / "out",
-    )  # fmt: skip
+        model=str(folder),
+        data=archive(tmp_path / "e2e.zip"),
+        methods=("bdia",),
+        shares=(0.5,),
+        beams=2,
+        new_tokens=4,
+        decode_batch=2,
+        length=128,
+        lora=1,
+        train=FEW,
+        work=tmp_path / "work",
+        out=tmp_path / "out",
+    )
     text = finetune_e2e.main(given)
     assert "| 50% (12 texts) | bdia" in text
     ((texts, references),) = judged

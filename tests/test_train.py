@@ -65,9 +65,16 @@ def test_result_and_files(whole):
     assert any((folder / "tensorboard").iterdir())
     line = next(r for r in result.history if r["split"] == "train")
     assert line.keys() == {
-        "step", "split", "seconds", "loss", "absolute", "grad_norm", "learning_rate",
-        "mismatched", "corrected",
-    }  # fmt: skip
+        "step",
+        "split",
+        "seconds",
+        "loss",
+        "absolute",
+        "grad_norm",
+        "learning_rate",
+        "mismatched",
+        "corrected",
+    }
     assert line["mismatched"] == 0
     with pytest.raises(KeyError, match="eval perplexity"):
         result.last("eval", "perplexity")
@@ -97,9 +104,13 @@ def _programs(model=None, optimizer=None, **changes):
     schedule = optimizers.make_schedule(s.schedule, s.learning_rate, s.steps, s.warmup_steps)
     optimizer = optimizer or make_optimizer(s.optimizer, schedule, clip_norm=s.clip_norm)
     return training.loop._Programs(
-        model or _toy.Toy(method="standard", dropout=0.0), _toy.Regression(), s, optimizer,
-        schedule, training.mesh.parse_mesh(s.mesh),
-    )  # fmt: skip
+        model or _toy.Toy(method="standard", dropout=0.0),
+        _toy.Regression(),
+        s,
+        optimizer,
+        schedule,
+        training.mesh.parse_mesh(s.mesh),
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -199,9 +210,15 @@ def test_resume_in_an_empty_folder_begins(tmp_path):
 def test_the_best_is_kept_over_a_resumption(tmp_path):
     # The rate is such that the loss rises: the first checkpoint stays the best.
     changes = {
-        "schedule": "constant", "optimizer": "sgd", "learning_rate": 0.7, "clip_norm": 5.0,
-        "keep_last": 1, "eval_every": 1, "checkpoint_every": 1, "log_every": 1,
-    }  # fmt: skip
+        "schedule": "constant",
+        "optimizer": "sgd",
+        "learning_rate": 0.7,
+        "clip_norm": 5.0,
+        "keep_last": 1,
+        "eval_every": 1,
+        "checkpoint_every": 1,
+        "log_every": 1,
+    }
     folder = tmp_path / "run"
     _toy.run(folder, stop_at=3, **changes)
     result, _ = _toy.run(folder, resume=True, **changes)
@@ -499,9 +516,7 @@ def test_a_mesh_gives_the_losses_of_one_device(mesh, whole, tmp_path):
     kernel = model.stack.stacked.inner.kernel.get_value()
     shards = 1 if "fsdp" not in mesh else int(mesh[-1])
     assert len(kernel.sharding.device_set) == 8
-    assert kernel.addressable_shards[0].data.shape in {
-        (3, 16 // shards, 16), (3, 16, 16 // shards)
-    }  # fmt: skip
+    assert kernel.addressable_shards[0].data.shape in {(3, 16 // shards, 16), (3, 16, 16 // shards)}
 
 
 def test_a_mesh_resumes_what_another_wrote(whole, tmp_path):
@@ -519,9 +534,12 @@ def test_the_rule_of_the_shards():
     tree = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
     specs = {n: tuple(s.spec) for n, s in training.mesh.state_shardings(mesh, tree).items()}
     assert specs == {
-        "stacked": (None, "fsdp", None), "bias": (None, "fsdp"), "odd": (), "vector": (),
+        "stacked": (None, "fsdp", None),
+        "bias": (None, "fsdp"),
+        "odd": (),
+        "vector": (),
         "scalar": (),
-    }  # fmt: skip
+    }
     assert training.mesh.parse_mesh(None) is training.mesh.parse_mesh("") is None
 
 
@@ -532,9 +550,12 @@ def test_the_rule_of_the_shards():
 
 def test_the_fingerprint_sees_every_bit_and_no_mesh():
     tree = {
-        "a": jax.random.normal(jax.random.key(0), (16, 8)), "b": jnp.arange(8, dtype=jnp.bfloat16),
-        "c": jnp.int32(3), "d": jnp.ones(3, bool), "e": jnp.zeros(2, jnp.uint8),
-    }  # fmt: skip
+        "a": jax.random.normal(jax.random.key(0), (16, 8)),
+        "b": jnp.arange(8, dtype=jnp.bfloat16),
+        "c": jnp.int32(3),
+        "d": jnp.ones(3, bool),
+        "e": jnp.zeros(2, jnp.uint8),
+    }
     whole = int(_fingerprint(tree))
     mesh = training.mesh.parse_mesh("data=4,fsdp=2")
     sharded = jax.device_put(tree, training.mesh.state_shardings(mesh, tree))

@@ -33,9 +33,13 @@ def test_locale_data_are_pairs():
 
 def test_cleaning():
     pairs = [
-        (" a\u00a0 b ", "e\u0301\u202f?"), ("", "x"), ("a b", "é ?"), ("a" * 5, "b" * 36),
-        ("a" * 60, "b"), ("c" * 9, "d"),
-    ]  # fmt: skip
+        (" a\u00a0 b ", "e\u0301\u202f?"),
+        ("", "x"),
+        ("a b", "é ?"),
+        ("a" * 5, "b" * 36),
+        ("a" * 60, "b"),
+        ("c" * 9, "d"),
+    ]
     assert clean(pairs) == [("a b", "é ?"), ("c" * 9, "d")]
     assert clean(pairs, longest=8) == [("a b", "é ?")]
 
@@ -82,8 +86,11 @@ def test_packing_loses_and_mixes_nothing(sizes):
 
 
 def test_packing_refuses():
-    for pairs, message in (([], "at least one"), ([([], [1])], "pair 0 has 0 and 1"),
-                           ([([1], [1] * 4)], "pair 0 has 1 and 4")):  # fmt: skip
+    for pairs, message in (
+        ([], "at least one"),
+        ([([], [1])], "pair 0 has 0 and 1"),
+        ([([1], [1] * 4)], "pair 0 has 1 and 4"),
+    ):
         with pytest.raises(ValueError, match=message):
             pack_pairs(pairs, 4, end=0)
 
@@ -135,12 +142,17 @@ def test_a_translation_set(tmp_path):
 def test_translate(tmp_path, capsys):
     """Trains, scores, compares with copying; and a saved network translates the same."""
     settings = translate.Translate(
-        count=300, vocabulary=400, work=tmp_path / "work", out=tmp_path, decode=12, beams=2,
+        count=300,
+        vocabulary=400,
+        work=tmp_path / "work",
+        out=tmp_path,
+        decode=12,
+        beams=2,
         model=EncoderDecoderConfig(
             width=16, heads=2, hidden=16, encoder_depth=1, decoder_depth=1, max_length=48
         ),
         train=TrainSettings(steps=6, batch_size=2, eval_every=3, checkpoint_every=6),
-    )  # fmt: skip
+    )
     text = translate.main(settings)
     assert "| bdia" in text
     assert "Copying the source: BLEU" in text

@@ -23,9 +23,16 @@ EMBEDDED = ("digits",)
 
 # Of characters, which mean something else, or nothing, in a mirror.
 _CHARACTERS = (
-    "binary_alpha_digits", "cmaterdb", "digits", "emnist", "kmnist", "mnist", "mnist_corrupted",
-    "omniglot", "svhn_cropped",
-)  # fmt: skip
+    "binary_alpha_digits",
+    "cmaterdb",
+    "digits",
+    "emnist",
+    "kmnist",
+    "mnist",
+    "mnist_corrupted",
+    "omniglot",
+    "svhn_cropped",
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -130,9 +137,11 @@ def load_images(
     sets.prepare(builder, name, download)
     train, evaluation = _splits(builder)
     return ImageData(
-        name, *_read(builder, train), *_read(builder, evaluation),
+        name,
+        *_read(builder, train),
+        *_read(builder, evaluation),
         num_classes=builder.info.features["label"].num_classes,
-    )  # fmt: skip
+    )
 
 
 def _digits() -> ImageData:

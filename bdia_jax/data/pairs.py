@@ -70,8 +70,9 @@ def read_pairs(path: str | os.PathLike) -> list[Pair]:
     if path.suffix == ".zip":
         try:
             with zipfile.ZipFile(path) as archive:
-                names = [n for n in archive.namelist()
-                         if re.search(r"(^|/)[^_/][^/]*\.(txt|tsv)$", n)]  # fmt: skip
+                names = [
+                    n for n in archive.namelist() if re.search(r"(^|/)[^_/][^/]*\.(txt|tsv)$", n)
+                ]
                 if len(names) != 1:
                     raise ValueError(
                         f"{path} must hold one .txt or .tsv file; it holds {names or 'none'}"
@@ -243,8 +244,11 @@ def pack_pairs(
                 f"sources must have from 1 to {length} tokens (length), and translations at most "
                 f"{length - 1}; pair {i} has {sizes[0]} and {sizes[1] - 1}"
             )
-        fits = (r for r in range(max(0, len(rows) - 64), len(rows))
-                if room[r][0] >= sizes[0] and room[r][1] >= sizes[1])  # fmt: skip
+        fits = (
+            r
+            for r in range(max(0, len(rows) - 64), len(rows))
+            if room[r][0] >= sizes[0] and room[r][1] >= sizes[1]
+        )
         row = next(fits, None)
         if row is None:
             row = len(rows)

@@ -55,9 +55,13 @@ class Tokenizer:
         write_json(folder / "tokenizer.json", json.loads(self.inner.to_str()))
         write_json(
             folder / "tokenizer_config.json",
-            {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": end, "pad_token": end,
-             "clean_up_tokenization_spaces": False},
-        )  # fmt: skip
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "eos_token": end,
+                "pad_token": end,
+                "clean_up_tokenization_spaces": False,
+            },
+        )
 
 
 def byte_tokenizer() -> Tokenizer:

@@ -98,8 +98,10 @@ def save(
     check_dtype(dtype)
     written |= {"dtype": dtype, "torch_dtype": dtype}
     weights = nnx.Any(nnx.Param, Frozen)
-    flat = {".".join(map(str, path)): leaf.get_value()
-            for path, leaf in nnx.to_flat_state(nnx.state(model, weights))}  # fmt: skip
+    flat = {
+        ".".join(map(str, path)): leaf.get_value()
+        for path, leaf in nnx.to_flat_state(nnx.state(model, weights))
+    }
     layout = _layout(model.config, None)
     if set(layout) != set(flat):
         raise ValueError(
@@ -132,10 +134,13 @@ def save(
         # Of an earlier model in this folder.
         (folder / "model.safetensors.index.json").unlink(missing_ok=True)
     else:
-        write_json(folder / "model.safetensors.index.json", {
-            "metadata": {"total_size": total},
-            "weight_map": {name: names[i] for name, i in sorted(index.items())},
-        })  # fmt: skip
+        write_json(
+            folder / "model.safetensors.index.json",
+            {
+                "metadata": {"total_size": total},
+                "weight_map": {name: names[i] for name, i in sorted(index.items())},
+            },
+        )
     for i, file in enumerate(files):
         file.replace(folder / names[i + 1])
     write_json(folder / "config.json", written)
@@ -182,11 +187,15 @@ def _gpt2_config(c: dict[str, Any]) -> DecoderConfig:
     _expect(c, "scale_attn_by_inverse_layer_idx", (False,), False)
     _expect(c, "add_cross_attention", (False,), False)
     return DecoderConfig(
-        vocab_size=c["vocab_size"], max_length=c["n_positions"], width=c["n_embd"],
-        depth=c["n_layer"], heads=c["n_head"], hidden=c.get("n_inner") or 4 * c["n_embd"],
+        vocab_size=c["vocab_size"],
+        max_length=c["n_positions"],
+        width=c["n_embd"],
+        depth=c["n_layer"],
+        heads=c["n_head"],
+        hidden=c.get("n_inner") or 4 * c["n_embd"],
         norm_epsilon=c.get("layer_norm_epsilon", 1e-5),
         tied_head=c.get("tie_word_embeddings", True),
-    )  # fmt: skip
+    )
 
 
 def _llama_config(family: str, c: dict[str, Any]) -> DecoderConfig:
@@ -194,25 +203,38 @@ def _llama_config(family: str, c: dict[str, Any]) -> DecoderConfig:
     _expect(c, "use_sliding_window", (False, None), False)
     _expect(c, "pretraining_tp", (1,), 1)
     heads = c["num_attention_heads"]
-    qkv_bias = {"llama": c.get("attention_bias", False), "qwen2": True,
-                "qwen3": c.get("attention_bias", False)}[family]  # fmt: skip
+    qkv_bias = {
+        "llama": c.get("attention_bias", False),
+        "qwen2": True,
+        "qwen3": c.get("attention_bias", False),
+    }[family]
     theta, scaling = _rope(c)
     return llama(
-        vocab_size=c["vocab_size"], max_length=c["max_position_embeddings"],
-        width=c["hidden_size"], depth=c["num_hidden_layers"], heads=heads,
+        vocab_size=c["vocab_size"],
+        max_length=c["max_position_embeddings"],
+        width=c["hidden_size"],
+        depth=c["num_hidden_layers"],
+        heads=heads,
         kv_heads=c.get("num_key_value_heads") or heads,
-        head_dim=c.get("head_dim") or c["hidden_size"] // heads, hidden=c["intermediate_size"],
-        norm_epsilon=c.get("rms_norm_eps", 1e-6), rope_theta=theta, rope_scaling=scaling,
-        qkv_bias=qkv_bias, out_bias=qkv_bias and family != "qwen2",
-        ffn_bias=family == "llama" and c.get("mlp_bias", False), qk_norm=family == "qwen3",
+        head_dim=c.get("head_dim") or c["hidden_size"] // heads,
+        hidden=c["intermediate_size"],
+        norm_epsilon=c.get("rms_norm_eps", 1e-6),
+        rope_theta=theta,
+        rope_scaling=scaling,
+        qkv_bias=qkv_bias,
+        out_bias=qkv_bias and family != "qwen2",
+        ffn_bias=family == "llama" and c.get("mlp_bias", False),
+        qk_norm=family == "qwen3",
         tied_head=c.get("tie_word_embeddings", False),
-    )  # fmt: skip
+    )
 
 
 def _rope(c: dict[str, Any]) -> tuple[float, RotaryScaling | None]:
     """As transformers writes them since version 5, or as before."""
-    rope = c.get("rope_parameters") or {"rope_theta": c.get("rope_theta", 10_000.0),
-                                        **(c.get("rope_scaling") or {})}  # fmt: skip
+    rope = c.get("rope_parameters") or {
+        "rope_theta": c.get("rope_theta", 10_000.0),
+        **(c.get("rope_scaling") or {}),
+    }
     theta = float(rope.get("rope_theta", c.get("rope_theta", 10_000.0)))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
@@ -220,9 +242,11 @@ def _rope(c: dict[str, Any]) -> tuple[float, RotaryScaling | None]:
     if kind != "llama3":
         raise FolderError(f"rope_type must be default or llama3; got {kind!r}")
     return theta, RotaryScaling(
-        float(rope["factor"]), float(rope["low_freq_factor"]), float(rope["high_freq_factor"]),
+        float(rope["factor"]),
+        float(rope["low_freq_factor"]),
+        float(rope["high_freq_factor"]),
         int(rope["original_max_position_embeddings"]),
-    )  # fmt: skip
+    )
 
 
 def _expect(c: dict[str, Any], name: str, allowed: tuple, default: Any) -> None:
@@ -256,41 +280,63 @@ def _as_written(c: DecoderConfig) -> DecoderConfig:
     training = (field.name for field in dataclasses.fields(ReversibleSettings))
     ours = ("dropout", *training, "attention", "ffn_chunk", "dtype", "param_dtype")
     return dataclasses.replace(
-        c, kv_heads=c.num_kv_heads if c.positions == "rotary" else None,
+        c,
+        kv_heads=c.num_kv_heads if c.positions == "rotary" else None,
         head_dim=c.size_of_head if c.positions == "rotary" else None,
-        hidden=c.hidden or 4 * c.width, **{name: getattr(default, name) for name in ours},
-    )  # fmt: skip
+        hidden=c.hidden or 4 * c.width,
+        **{name: getattr(default, name) for name in ours},
+    )
 
 
 def _config_json(c: DecoderConfig) -> dict[str, Any]:
     family = _family(c)
     hidden = c.hidden or 4 * c.width
-    common = {"model_type": family, "vocab_size": c.vocab_size, "tie_word_embeddings": c.tied_head,
-              "bos_token_id": None, "eos_token_id": None}  # fmt: skip
+    common = {
+        "model_type": family,
+        "vocab_size": c.vocab_size,
+        "tie_word_embeddings": c.tied_head,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }
     if family == "gpt2":
         return common | {
-            "architectures": ["GPT2LMHeadModel"], "n_positions": c.max_length, "n_embd": c.width,
-            "n_layer": c.depth, "n_head": c.heads, "n_inner": hidden,
-            "layer_norm_epsilon": c.norm_epsilon, "activation_function": "gelu_new",
-        }  # fmt: skip
+            "architectures": ["GPT2LMHeadModel"],
+            "n_positions": c.max_length,
+            "n_embd": c.width,
+            "n_layer": c.depth,
+            "n_head": c.heads,
+            "n_inner": hidden,
+            "layer_norm_epsilon": c.norm_epsilon,
+            "activation_function": "gelu_new",
+        }
     names = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
     rope: dict[str, Any] = {"rope_theta": c.rope_theta, "rope_type": "default"}
     if (s := c.rope_scaling) is not None:
         rope |= {
-            "rope_type": "llama3", "factor": s.factor, "low_freq_factor": s.low_freq_factor,
+            "rope_type": "llama3",
+            "factor": s.factor,
+            "low_freq_factor": s.low_freq_factor,
             "high_freq_factor": s.high_freq_factor,
             "original_max_position_embeddings": s.original_length,
-        }  # fmt: skip
+        }
     return common | {
-        "architectures": [names[family]], "max_position_embeddings": c.max_length,
-        "hidden_size": c.width, "num_hidden_layers": c.depth, "num_attention_heads": c.heads,
-        "num_key_value_heads": c.num_kv_heads, "head_dim": c.size_of_head,
-        "intermediate_size": hidden, "rms_norm_eps": c.norm_epsilon, "hidden_act": "silu",
-        "attention_bias": c.qkv_bias, **({"mlp_bias": c.ffn_bias} if family == "llama" else {}),
+        "architectures": [names[family]],
+        "max_position_embeddings": c.max_length,
+        "hidden_size": c.width,
+        "num_hidden_layers": c.depth,
+        "num_attention_heads": c.heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "head_dim": c.size_of_head,
+        "intermediate_size": hidden,
+        "rms_norm_eps": c.norm_epsilon,
+        "hidden_act": "silu",
+        "attention_bias": c.qkv_bias,
+        **({"mlp_bias": c.ffn_bias} if family == "llama" else {}),
         # Both ways of saying it: since version 5 of transformers, and before.
-        "rope_parameters": rope, "rope_theta": c.rope_theta,
+        "rope_parameters": rope,
+        "rope_theta": c.rope_theta,
         "rope_scaling": None if c.rope_scaling is None else rope,
-    }  # fmt: skip
+    }
 
 
 # ---------------------------------------------------------------------------------------------

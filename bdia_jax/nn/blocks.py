@@ -49,9 +49,14 @@ class FeedForward(nnx.Module):
     ):
         def linear(inputs, outputs):
             return nnx.Linear(
-                inputs, outputs, use_bias=bias, dtype=dtype, param_dtype=param_dtype,
-                kernel_init=kernel_init or nnx.initializers.lecun_normal(), rngs=rngs,
-            )  # fmt: skip
+                inputs,
+                outputs,
+                use_bias=bias,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                kernel_init=kernel_init or nnx.initializers.lecun_normal(),
+                rngs=rngs,
+            )
 
         self.up = linear(width, hidden)
         self.gate = linear(width, hidden) if gated else None

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from bdia_jax._pinned import barrier
-from bdia_jax.fixed_point import accumulator
+from bdia_jax.grid import accumulator
 from bdia_jax.nn.chunks import cut, together
 from bdia_jax.nn.dropout import keep_mask
+from bdia_jax.pinning import barrier
 
 
 def chunked_attention(
@@ -73,8 +73,14 @@ def chunked_attention(
                 f"segments must have the shapes {q.shape[:2]} and {k.shape[:2]}; got {shapes}"
             )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    options = _Options(causal, segments is not None, float(scale), float(dropout),
-                       min(chunk, k.shape[1]), k.shape[1])  # fmt: skip
+    options = _Options(
+        causal,
+        segments is not None,
+        float(scale),
+        float(dropout),
+        min(chunk, k.shape[1]),
+        k.shape[1],
+    )
     segments = segments or (None, None)
     rest = _Rest(jnp.asarray(offset, jnp.int32), *segments, key if dropout else None)
     batch, queries, heads, dim = q.shape

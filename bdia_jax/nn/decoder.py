@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from bdia_jax.fixed_point import accumulator
+from bdia_jax.grid import accumulator
 from bdia_jax.nn.blocks import FeedForward, LayerNorm, RMSNorm
 from bdia_jax.nn.chunked_attention import chunked_attention
 from bdia_jax.nn.chunks import by_chunks
@@ -91,8 +91,17 @@ class DecoderConfig(ReversibleSettings):
     """What the parameters are kept in."""
 
     def __post_init__(self):
-        sizes = ("vocab_size", "max_length", "width", "depth", "heads", "kv_heads", "head_dim",
-                 "hidden", "ffn_chunk")  # fmt: skip
+        sizes = (
+            "vocab_size",
+            "max_length",
+            "width",
+            "depth",
+            "heads",
+            "kv_heads",
+            "head_dim",
+            "hidden",
+            "ffn_chunk",
+        )
         for name in sizes:
             value = getattr(self, name)
             if value is None and name in ("kv_heads", "head_dim", "hidden", "ffn_chunk"):
@@ -111,10 +120,13 @@ class DecoderConfig(ReversibleSettings):
             )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must lie in [0, 1); got {self.dropout}")
-        choices = {"norm": ("layer", "rms"), "positions": ("learned", "rotary"),
-                   "feed_forward": ("gelu", "swiglu"),
-                   "attention": ("auto", "chunked", "xla", "cudnn"),
-                   "param_dtype": ("float32", "bfloat16", "float64")}  # fmt: skip
+        choices = {
+            "norm": ("layer", "rms"),
+            "positions": ("learned", "rotary"),
+            "feed_forward": ("gelu", "swiglu"),
+            "attention": ("auto", "chunked", "xla", "cudnn"),
+            "param_dtype": ("float32", "bfloat16", "float64"),
+        }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -142,9 +154,14 @@ class DecoderConfig(ReversibleSettings):
 def llama(**settings) -> DecoderConfig:
     """A configuration of the Llama kind: RMS norm, rotary positions, gated, without biases."""
     kind = {
-        "norm": "rms", "positions": "rotary", "feed_forward": "swiglu", "qkv_bias": False,
-        "out_bias": False, "ffn_bias": False, "tied_head": False,
-    }  # fmt: skip
+        "norm": "rms",
+        "positions": "rotary",
+        "feed_forward": "swiglu",
+        "qkv_bias": False,
+        "out_bias": False,
+        "ffn_bias": False,
+        "tied_head": False,
+    }
     return DecoderConfig(**(kind | settings))
 
 
@@ -184,18 +201,26 @@ def make_norm(config: DecoderConfig, width: int, rngs: nnx.Rngs) -> nnx.Module:
     """Layer or root-mean-square normalization, as configured."""
     kind = LayerNorm if config.norm == "layer" else RMSNorm
     return kind(
-        width, epsilon=config.norm_epsilon, dtype=DTYPES[config.dtype],
-        param_dtype=DTYPES[config.param_dtype], rngs=rngs,
-    )  # fmt: skip
+        width,
+        epsilon=config.norm_epsilon,
+        dtype=DTYPES[config.dtype],
+        param_dtype=DTYPES[config.param_dtype],
+        rngs=rngs,
+    )
 
 
 def make_feed_forward(c: DecoderConfig, rngs: nnx.Rngs) -> FeedForward:
     """The feed-forward network of a block, as configured."""
     return FeedForward(
-        c.width, c.hidden or 4 * c.width, gated=c.feed_forward == "swiglu", bias=c.ffn_bias,
-        dtype=DTYPES[c.dtype], param_dtype=DTYPES[c.param_dtype],
-        kernel_init=nnx.initializers.normal(0.02), rngs=rngs,
-    )  # fmt: skip
+        c.width,
+        c.hidden or 4 * c.width,
+        gated=c.feed_forward == "swiglu",
+        bias=c.ffn_bias,
+        dtype=DTYPES[c.dtype],
+        param_dtype=DTYPES[c.param_dtype],
+        kernel_init=nnx.initializers.normal(0.02),
+        rngs=rngs,
+    )
 
 
 def fusible(config: DecoderConfig) -> bool:
@@ -226,10 +251,14 @@ class Attention(nnx.Module):
 
         def linear(inputs, outputs, bias):
             return nnx.Linear(
-                inputs, outputs, use_bias=bias, dtype=DTYPES[c.dtype],
-                param_dtype=DTYPES[c.param_dtype], kernel_init=nnx.initializers.normal(0.02),
+                inputs,
+                outputs,
+                use_bias=bias,
+                dtype=DTYPES[c.dtype],
+                param_dtype=DTYPES[c.param_dtype],
+                kernel_init=nnx.initializers.normal(0.02),
                 rngs=rngs,
-            )  # fmt: skip
+            )
 
         self.q = linear(c.width, inner, c.qkv_bias)
         self.k = linear(c.width, kv_inner, c.qkv_bias)
@@ -269,11 +298,14 @@ class Attention(nnx.Module):
             implementation = "cudnn" if fused else "chunked"
         if implementation == "chunked":
             attended = chunked_attention(
-                q, k, v, causal=self.causal,
+                q,
+                k,
+                v,
+                causal=self.causal,
                 segments=None if segments is None else (segments, other_segments),
                 dropout=self.dropout.rate if dropping else 0.0,
                 key=self.dropout.rngs() if dropping else None,
-            )  # fmt: skip
+            )
         else:
             mask = None
             if segments is not None:
@@ -305,9 +337,13 @@ class Attention(nnx.Module):
             for old, y in zip(cache, new, strict=True)
         )
         attended = chunked_attention(
-            q, k.astype(q.dtype), v.astype(q.dtype), causal=True, offset=start,
+            q,
+            k.astype(q.dtype),
+            v.astype(q.dtype),
+            causal=True,
+            offset=start,
             segments=(jnp.ones(x.shape[:2], jnp.int32), present),
-        )  # fmt: skip
+        )
         return self._out(attended), cache
 
 
@@ -360,7 +396,7 @@ class Decoder(nnx.Module):
         self.dropout = Dropout(c.dropout)
         self.blocks = ReversibleStack(
             lambda rngs: DecoderBlock(c, rngs=rngs), **c.of_stacks(c.depth)[0], rngs=rngs
-        )  # fmt: skip
+        )
         self.norm = make_norm(c, c.width, rngs)
         self.head = (
             None if c.tied_head else nnx.Param(init(rngs.params(), (c.vocab_size, c.width), dtype))

@@ -29,8 +29,9 @@ class Dropout(nnx.Dropout):
         stream = self.rngs if rngs is None else rngs
         if stream is None:
             raise ValueError("dropout draws random numbers: build it, or call it, with rngs=...")
-        keep, probability = keep_mask(stream if isinstance(stream, jax.Array) else stream(),
-                                      self.rate, x)  # fmt: skip
+        keep, probability = keep_mask(
+            stream if isinstance(stream, jax.Array) else stream(), self.rate, x
+        )
         return jnp.where(keep, x / probability, 0).astype(x.dtype)
 
 

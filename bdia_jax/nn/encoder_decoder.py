@@ -77,10 +77,15 @@ class EncoderDecoderConfig(ReversibleSettings):
     def block(self) -> DecoderConfig:
         """The settings of a block, which are a decoder's."""
         return DecoderConfig(
-            vocab_size=self.vocab_size, max_length=self.max_length, width=self.width,
-            heads=self.heads, hidden=self.hidden, dropout=self.dropout, dtype=self.dtype,
+            vocab_size=self.vocab_size,
+            max_length=self.max_length,
+            width=self.width,
+            heads=self.heads,
+            hidden=self.hidden,
+            dropout=self.dropout,
+            dtype=self.dtype,
             param_dtype=self.param_dtype,
-        )  # fmt: skip
+        )
 
 
 class CrossBlock(nnx.Module):
@@ -176,15 +181,27 @@ class EncoderDecoder(nnx.Module):
           key: PRNG key for dropout and γ; None in evaluation mode.
         """
         x = self.features(
-            sources, tokens, source_segments=source_segments, segments=segments,
-            source_positions=source_positions, positions=positions, key=key,
-        )  # fmt: skip
+            sources,
+            tokens,
+            source_segments=source_segments,
+            segments=segments,
+            source_positions=source_positions,
+            positions=positions,
+            key=key,
+        )
         return self.logits(x)
 
     def features(
-        self, sources, tokens, *, source_segments=None, segments=None, source_positions=None,
-        positions=None, key=None,
-    ):  # fmt: skip
+        self,
+        sources,
+        tokens,
+        *,
+        source_segments=None,
+        segments=None,
+        source_positions=None,
+        positions=None,
+        key=None,
+    ):
         """What the logits are computed from: ``[batch, length, width]``, arguments as above."""
         source_key, key = (None, None) if key is None else jax.random.split(key)
         if source_segments is None:
@@ -213,9 +230,16 @@ class EncoderDecoder(nnx.Module):
         return (self.source_embedding if self.embedding is None else self.embedding)[...]
 
     def loss(
-        self, sources, tokens, targets, weights=None, *, label_smoothing: float = 0.0,
-        chunk: int | None = None, **options,
-    ) -> Sums:  # fmt: skip
+        self,
+        sources,
+        tokens,
+        targets,
+        weights=None,
+        *,
+        label_smoothing: float = 0.0,
+        chunk: int | None = None,
+        **options,
+    ) -> Sums:
         """Cross-entropy of the targets, without the logits of more than ``chunk`` tokens at once.
 
         Args:

@@ -62,10 +62,15 @@ def generate(
     sources = _right_padded(model, sources, len(prompts))
     draw = _Draw(float(temperature), top_k, float(top_p))
     found = _generate(
-        *nnx.split(model), tokens, present, sources,
-        jax.random.key(0) if key is None else key, new_tokens=new_tokens, draw=draw,
+        *nnx.split(model),
+        tokens,
+        present,
+        sources,
+        jax.random.key(0) if key is None else key,
+        new_tokens=new_tokens,
+        draw=draw,
         end=end,
-    )  # fmt: skip
+    )
     return [_until(row, end) for row in np.asarray(found)]
 
 
@@ -100,9 +105,15 @@ def beam_search(
     tokens, present = _left_padded(model, prompts, new_tokens)
     sources = _right_padded(model, sources, len(prompts))
     found, score = _beam_search(
-        *nnx.split(model), tokens, present, sources, new_tokens=new_tokens, beams=beams,
-        length_penalty=float(length_penalty), end=end,
-    )  # fmt: skip
+        *nnx.split(model),
+        tokens,
+        present,
+        sources,
+        new_tokens=new_tokens,
+        beams=beams,
+        length_penalty=float(length_penalty),
+        end=end,
+    )
     return [
         (_until(row, end), float(value))
         for row, value in zip(np.asarray(found), np.asarray(score), strict=True)
@@ -264,9 +275,10 @@ class _Beams(NamedTuple):
 
 
 @functools.partial(
-    jax.jit, static_argnums=0,
+    jax.jit,
+    static_argnums=0,
     static_argnames=("new_tokens", "beams", "length_penalty", "end"),
-)  # fmt: skip
+)
 def _beam_search(graph, state, tokens, present, sources, *, new_tokens, beams, length_penalty, end):
     # A copy: the model keeps its mode.
     model = nnx.merge(graph, state)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from bdia_jax.fixed_point import accumulator
+from bdia_jax.grid import accumulator
 from bdia_jax.nn.chunks import cut
 
 

@@ -41,8 +41,10 @@ class ResNetConfig(ReversibleSettings):
     def __post_init__(self):
         if not self.widths:
             raise ValueError("widths must name at least one stage; got none")
-        sizes = {name: getattr(self, name) for name in
-                 ("image_size", "channels", "num_classes", "depth", "groups")}  # fmt: skip
+        sizes = {
+            name: getattr(self, name)
+            for name in ("image_size", "channels", "num_classes", "depth", "groups")
+        }
         sizes |= {f"widths[{i}]": width for i, width in enumerate(self.widths)}
         for name, value in sizes.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -103,15 +105,17 @@ class ResNet(nnx.Module):
         self.config = c
         self.stem = nnx.Conv(c.channels, c.widths[0], (3, 3), use_bias=False, rngs=rngs)
         self.downs = nnx.List(
-            [Downsample(a, b, c.groups, dtype=dtype, rngs=rngs)
-             for a, b in zip(c.widths, c.widths[1:])]
-        )  # fmt: skip
+            [
+                Downsample(a, b, c.groups, dtype=dtype, rngs=rngs)
+                for a, b in zip(c.widths, c.widths[1:])
+            ]
+        )
         self.stages = nnx.List(
             [
                 ReversibleStack(functools.partial(_make_block, c, width), **options, rngs=rngs)
                 for width, options in zip(c.widths, c.of_stacks(*[c.depth] * len(c.widths)))
             ]
-        )  # fmt: skip
+        )
         self.norm = nnx.GroupNorm(c.widths[-1], c.groups, rngs=rngs)
         self.head = nnx.Linear(c.widths[-1], c.num_classes, rngs=rngs)
 

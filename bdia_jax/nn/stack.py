@@ -23,9 +23,11 @@ CoupledMethod = Literal["coupled", "coupled-stored"]
 
 
 DTYPES = {
-    "float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16,
+    "float32": jnp.float32,
+    "bfloat16": jnp.bfloat16,
+    "float16": jnp.float16,
     "float64": jnp.float64,
-}  # fmt: skip
+}
 
 
 def check_dtype(name: str, what: str = "dtype") -> None:
@@ -267,9 +269,16 @@ class ReversibleStack(StackedBlocks):
         if self.method.startswith("midpoint"):
             gamma, signs = self._gamma_and_signs()
         return check_reversible(
-            block, stacked_params, x, key=key, consts=consts, gamma=gamma, signs=signs,
-            frac_bits=self.frac_bits, tolerance_bits=self.tolerance_bits,
-        )  # fmt: skip
+            block,
+            stacked_params,
+            x,
+            key=key,
+            consts=consts,
+            gamma=gamma,
+            signs=signs,
+            frac_bits=self.frac_bits,
+            tolerance_bits=self.tolerance_bits,
+        )
 
 
 class CoupledStack(StackedBlocks):
@@ -300,9 +309,11 @@ class CoupledStack(StackedBlocks):
         """Runs the blocks; the streams, in float32, one after the other on the last axis."""
         self._check_key(key)
         pair = coupling.coupled_scan(
-            *self.functional(), self._start(x), key=key,
+            *self.functional(),
+            self._start(x),
+            key=key,
             backprop="online" if self.method == "coupled" else "stored",
-        )  # fmt: skip
+        )
         return jnp.concatenate(pair, axis=-1)
 
     def functional(self) -> tuple[coupling.Half, coupling.Half, PyTree[Array]]:

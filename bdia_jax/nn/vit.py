@@ -68,8 +68,18 @@ class ViTConfig(ReversibleSettings):
     coupled (RevViT: attention and feed-forward network update two streams in turns)."""
 
     def __post_init__(self):
-        sizes = ("image_size", "channels", "num_classes", "patch_size", "width", "depth", "heads",
-                 "head_dim", "hidden", "projection")  # fmt: skip
+        sizes = (
+            "image_size",
+            "channels",
+            "num_classes",
+            "patch_size",
+            "width",
+            "depth",
+            "heads",
+            "head_dim",
+            "hidden",
+            "projection",
+        )
         for name in sizes:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:

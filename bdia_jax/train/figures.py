@@ -27,8 +27,13 @@ def figure(path: pathlib.Path, columns: int = 1) -> Iterator[list[Any]]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    looks = {"font.size": 13, "legend.fontsize": 11, "lines.linewidth": 2, "axes.grid": True,
-             "grid.alpha": 0.3}  # fmt: skip
+    looks = {
+        "font.size": 13,
+        "legend.fontsize": 11,
+        "lines.linewidth": 2,
+        "axes.grid": True,
+        "grid.alpha": 0.3,
+    }
     with plt.rc_context(looks):
         drawn, axes = plt.subplots(
             1, columns, figsize=(1.2 + 5 * columns, 4.6), sharey=True, squeeze=False
@@ -73,9 +78,12 @@ def plot_curves(
             records = [r for r in records if r["split"] == split and metric in r]
             for axis, x in zip(axes, x_axes, strict=True):
                 axis.plot(
-                    [r[x] for r in records], [r[metric] for r in records], label=label,
-                    markersize=4, **style(i),
-                )  # fmt: skip
+                    [r[x] for r in records],
+                    [r[metric] for r in records],
+                    label=label,
+                    markersize=4,
+                    **style(i),
+                )
         for axis, x in zip(axes, x_axes, strict=True):
             axis.set_xlabel(x)
         axes[0].set_ylabel(f"{split} {metric}")

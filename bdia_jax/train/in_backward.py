@@ -109,9 +109,9 @@ def without(tree: Any, paths: dict[Path, Any]) -> Any:
         if not _is_state(node):
             return node
         flat = nnx.to_flat_state(node)
-        return nnx.from_flat_state([
-            (p, leaf) for p, leaf in flat if not any(_below(p, path) for path in paths)
-        ])  # fmt: skip
+        return nnx.from_flat_state(
+            [(p, leaf) for p, leaf in flat if not any(_below(p, path) for path in paths)]
+        )
 
     return jax.tree.map(cut, tree, is_leaf=_is_state)
 

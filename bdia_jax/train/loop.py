@@ -22,10 +22,10 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from jaxtyping import Array, Bool, Float, Int32, Key, PyTree, UInt32
 
-from bdia_jax import memory
-from bdia_jax._pinned import several_devices
 from bdia_jax.files import write_json
 from bdia_jax.nn.stack import Probe
+from bdia_jax.pinning import several_devices
+from bdia_jax.planning import memory
 from bdia_jax.train import in_backward, optimizers
 from bdia_jax.train import mesh as meshes
 from bdia_jax.train.checkpoints import Checkpoints, score
@@ -95,8 +95,15 @@ class TrainSettings:
     """Devices, such as data=4,fsdp=2: batches over both, parameters over fsdp."""
 
     def __post_init__(self):
-        for name in ("steps", "batch_size", "accumulate", "log_every", "eval_every",
-                     "checkpoint_every", "keep_last"):  # fmt: skip
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulate",
+            "log_every",
+            "eval_every",
+            "checkpoint_every",
+            "keep_last",
+        ):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an int >= 1; got {value!r}")
@@ -113,8 +120,11 @@ class TrainSettings:
             raise ValueError(
                 f"schedule must be one of {', '.join(optimizers.SCHEDULES)}; got {self.schedule!r}"
             )
-        for name, allowed in (("learning_rate", "positive"), ("weight_decay", "0 or positive"),
-                              ("clip_norm", "positive, or None")):  # fmt: skip
+        for name, allowed in (
+            ("learning_rate", "positive"),
+            ("weight_decay", "0 or positive"),
+            ("clip_norm", "positive, or None"),
+        ):
             value = getattr(self, name)
             if name == "clip_norm" and value is None:
                 continue
@@ -366,9 +376,11 @@ def _programs(model, task: Task, settings: TrainSettings, optimizer, elsewhere=N
             settings.schedule, settings.learning_rate, settings.steps, settings.warmup_steps
         )
         optimizer = optimizers.make_optimizer(
-            settings.optimizer, schedule, weight_decay=settings.weight_decay,
+            settings.optimizer,
+            schedule,
+            weight_decay=settings.weight_decay,
             clip_norm=None if settings.update_in_backward else settings.clip_norm,
-        )  # fmt: skip
+        )
     return _Programs(model, task, settings, optimizer, schedule, mesh, elsewhere)
 
 
@@ -395,9 +407,10 @@ class _Programs:
         # is not copied into them.
         self._rest = self._place(rest, None if mesh is None else meshes.state_shardings(mesh, rest))
         self.train_step = jax.jit(
-            self._train_step, donate_argnums=0,
+            self._train_step,
+            donate_argnums=0,
             out_shardings=None if mesh is None else (shardings, meshes.replicated(mesh)),
-        )  # fmt: skip
+        )
         self.eval_step = jax.jit(self._eval_step)
 
     def _place(self, tree, shardings=None):
@@ -449,8 +462,9 @@ class _Programs:
             shardings = jax.tree.map(lambda _: meshes.replicated(self._mesh), tree)
         return jax.tree.map(
             lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
-            tree, shardings,
-        )  # fmt: skip
+            tree,
+            shardings,
+        )
 
     def memory(self, compiler_options: dict[str, str] | None) -> StepMemory:
         """What the training step needs."""

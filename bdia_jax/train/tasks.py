@@ -157,9 +157,13 @@ class _NextToken:
 
     def _sums(self, model: Decoder, batch: Tokens, key, training: bool) -> Sums:
         return model.loss(
-            batch.tokens, batch.targets, batch.weights, segments=batch.segments,
-            positions=batch.positions, key=key,
-        )  # fmt: skip
+            batch.tokens,
+            batch.targets,
+            batch.weights,
+            segments=batch.segments,
+            positions=batch.positions,
+            key=key,
+        )
 
 
 class LanguageModelling(_NextToken):
@@ -271,8 +275,14 @@ class Translation(_Rows):
 
     def _sums(self, model: EncoderDecoder, batch: PackedPairs, key, training: bool) -> Sums:
         return model.loss(
-            batch.source, batch.tokens, batch.targets, batch.weights,
+            batch.source,
+            batch.tokens,
+            batch.targets,
+            batch.weights,
             label_smoothing=self.label_smoothing if training else 0.0,
-            source_segments=batch.source_segments, segments=batch.segments,
-            source_positions=batch.source_positions, positions=batch.positions, key=key,
-        )  # fmt: skip
+            source_segments=batch.source_segments,
+            segments=batch.segments,
+            source_positions=batch.source_positions,
+            positions=batch.positions,
+            key=key,
+        )

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import bdia_jax
-from bdia_jax import fixed_point
+from bdia_jax import grid
 
 FLOATS = hnp.arrays(np.float32, 16, elements=st.floats(-1000, 1000, width=32))
-FRAC_BITS = st.integers(fixed_point.MIN_FRAC_BITS, fixed_point.MAX_FRAC_BITS)
+FRAC_BITS = st.integers(grid.MIN_FRAC_BITS, grid.MAX_FRAC_BITS)
 HALVES = {"float16": 11, "bfloat16": 8, "float32": 24}
 """Floating-point types, and how many bits their integers have before they are rounded."""
 

@@ -38,8 +38,9 @@ class Wanted:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["residuals"], meta_fields=["rebuild", "sources", "dtype"],
-)  # fmt: skip
+    data_fields=["residuals"],
+    meta_fields=["rebuild", "sources", "dtype"],
+)
 @dataclasses.dataclass(frozen=True)
 class Derivative:
     """The derivative of a block at one point: from the cotangent of ``h`` to those of the inputs.
@@ -87,9 +88,11 @@ def pinned_vjp(
 
     def run(some_params, x, some_consts):
         return block(
-            merge(wanted.params, some_params, params), x, key,
+            merge(wanted.params, some_params, params),
+            x,
+            key,
             merge(wanted.consts, some_consts, consts),
-        )  # fmt: skip
+        )
 
     h, vjp = jax.vjp(run, select(wanted.params, params), x, select(wanted.consts, consts))
     residuals, rebuild = jax.tree.flatten(vjp)
