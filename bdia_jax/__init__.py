@@ -6,6 +6,7 @@
 This module is the table of contents of the core, which imports neither Flax nor optax.
 """
 
+from bdia_jax.adjoints import Adjoint, BackwardReport, Checkpoint, Direct, Online, Update
 from bdia_jax.check import Reversibility, check_reversible
 from bdia_jax.grid import from_grid, on_grid, quantize, straight_through, to_grid
 from bdia_jax.maps import (
@@ -16,14 +17,23 @@ from bdia_jax.maps import (
     sample_signs,
     side_information,
 )
-from bdia_jax.reversible import BackwardReport, Update, reversible_scan, reversible_scan_pair
+from bdia_jax.reversible import reversible_scan, reversible_scan_pair
 from bdia_jax.side_bits import pack_bits, packed_width, unpack_bits
+from bdia_jax.steps import BDIA, Euler, Midpoint, Step
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
+    "BDIA",
+    "Adjoint",
     "BackwardReport",
+    "Checkpoint",
+    "Direct",
+    "Euler",
+    "Midpoint",
+    "Online",
     "Reversibility",
+    "Step",
     "Update",
     "bdia_inverse",
     "bdia_step",

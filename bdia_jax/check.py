@@ -10,7 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
-from bdia_jax import _arguments, reversible
+from bdia_jax.adjoints import Online
+from bdia_jax.arguments import Block, prepare
+from bdia_jax.online import down, up
+from bdia_jax.steps import BDIA, Step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,25 +49,22 @@ class Reversibility:
 
 
 def check_reversible(
-    block: reversible.Block,
+    block: Block | tuple[Block, ...],
     stacked_params: PyTree[Array],
     x: Float[Array, "batch *shape"],
     *,
     key: Key[Array, ""] | None = None,
     consts: tuple[PyTree[Array], ...] = (),
-    gamma: float = 0.5,
-    signs: str = "random",
-    frac_bits: int = 9,
-    tolerance_bits: int = 0,
+    step: Step = BDIA(),  # noqa: B008  (frozen)
 ) -> Reversibility:
-    """Runs blocks forward and backward once, and compares every integer of every block.
+    """Runs blocks up and down once, and compares every integer of every step.
 
-    Keeps all states: use a batch for which plain training would fit. Every block starts from the
+    Keeps all states: use a batch for which plain training would fit. Every step starts from the
     true states, so that an error is counted where it arises, not again in the blocks below.
 
     Args:
-      block, stacked_params, x, key, consts, gamma, signs, frac_bits, tolerance_bits: what
-        :func:`bdia_jax.reversible_scan` will be given, with online back-propagation.
+      block, stacked_params, x, key, consts, step: what :func:`bdia_jax.reversible_scan` will be
+        given, with :class:`bdia_jax.Online`.
 
     Returns:
       Counts, the largest deviation, and the tolerance bits to use.
@@ -73,52 +73,30 @@ def check_reversible(
       ValueError: also for a block that is not a function of its arguments: one that gives
         another program each time it is traced, because it draws from a global generator.
     """
-    if gamma == 0:
-        raise ValueError("with gamma=0 nothing is taken back; got gamma=0, allowed is 2**-m")
     (scan, inputs), (_, again) = (
-        _arguments.prepare(
-            block,
-            stacked_params,
-            (x, x),
-            0,
-            key,
-            consts,
-            gamma,
-            signs,
-            frac_bits,
-            tolerance_bits,
-            "online",
-            0,
-            None,
-            None,
-            None,
-        )
-        for _ in range(2)
+        prepare(block, stacked_params, (x, x), 0, key, consts, step, Online()) for _ in range(2)
     )
-    if not any(isinstance(c, jax.core.Tracer) for c in inputs.consts) and not _same(
-        inputs.consts, again.consts
+    captured = jax.tree.leaves(inputs.consts[1])
+    if not any(isinstance(c, jax.core.Tracer) for c in captured) and not _same(
+        captured, jax.tree.leaves(again.consts[1])
     ):
         raise ValueError(
             "block is not a function of its arguments: traced twice, it holds different constants. "
             "Draw random numbers from key_k, the key that the block is given"
         )
-    inputs = inputs._replace(probe=reversible.BackwardReport.zeros(len(inputs.params[0])))
     scan = scan._replace(audit=True)
 
     @jax.jit
     def audit(inputs):
-        wanted = reversible.Wanted(
-            *(tuple(map(_is_float, leaves)) for leaves in (inputs.params, inputs.consts))
-        )
-        output, saved = reversible._forward(scan, wanted, inputs)
-        cotangents = tuple(map(jnp.ones_like, output))
-        report = reversible._backward(scan, saved, cotangents).probe
+        wanted = jax.tree.map(lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating), inputs)
+        output, saved = up(scan, inputs, wanted)
+        report = down(scan, saved, tuple(map(jnp.ones_like, output))).probe
         return report, jnp.all(jnp.isfinite(output[1]))
 
     report, finite = jax.device_get(audit(inputs))
     deviation = float(np.max(report.deviation))
     return Reversibility(
-        compared=len(inputs.params[0]) * inputs.x.size,
+        compared=scan.blocks * len(scan.parts) * inputs.x.size,
         mismatched=int(report.mismatched.astype(np.int64).sum()),
         corrected=int(report.corrected.astype(np.int64).sum()),
         deviation=deviation,
@@ -132,10 +110,6 @@ def _needed(deviation: float) -> int:
     if deviation == 0 or not math.isfinite(deviation):
         return 0
     return 1 if deviation < 0.5 else math.floor(math.log2(deviation + 0.5)) + 2
-
-
-def _is_float(leaf: Array) -> bool:
-    return jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def _same(a: list[Array], b: list[Array]) -> bool:

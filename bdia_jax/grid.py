@@ -84,16 +84,18 @@ def on_grid(x: Float[Array, "..."], frac_bits: int) -> Bool[Array, "..."]:
     return in_range(scale(x, frac_bits))
 
 
-@jax.custom_jvp
-def straight_through(value: Float[Array, "..."], carrier: Float[Array, "..."]):
-    """``value``, differentiated as if it were ``carrier`` (straight-through estimator)."""
-    del carrier
-    return value
+def straight_through(
+    value: Float[Array, "*shape"], carrier: Float[Array, "*shape"]
+) -> Float[Array, "*shape"]:
+    """``value``, differentiated as if it were ``carrier`` (straight-through estimator).
 
-
-@straight_through.defjvp
-def _straight_through_jvp(primals, tangents):
-    return straight_through(*primals), tangents[1]
+    To any order, and in forward mode, too. ``value`` must be finite wherever ``carrier`` is; where
+    ``carrier`` is not finite the result is NaN.
+    """
+    # carrier - carrier is exactly 0, as long as both are one array: computed twice, a product and a
+    # sum may be contracted to one operation in one of them.
+    carrier = lax.optimization_barrier(carrier)
+    return lax.stop_gradient(value) + (carrier - lax.stop_gradient(carrier))
 
 
 def quantize(x: Float[Array, "..."], frac_bits: int) -> Float[Array, "..."]:

@@ -67,8 +67,8 @@ def gamma_shift(gamma: float) -> int:
         return -round(math.log2(gamma))
     raise ValueError(
         f"gamma must be a power of two, 2**-m with m in 0 … {MAX_SIDE_BITS}, to be undone exactly "
-        f'(1, 0.5, 0.25, …); got {gamma!r}. Other magnitudes in (0, 1] need backprop="stored", '
-        "which keeps activations"
+        f"(1, 0.5, 0.25, …); got {gamma!r}. Other magnitudes in (0, 1] can be differentiated by "
+        "Checkpoint() or Direct()"
     )
 
 

@@ -14,138 +14,100 @@ stays alive without being changed by it.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-import dataclasses
-import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
-from jaxtyping import Array, UInt32
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+from jaxtyping import Array, PyTree, UInt32
 
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class Wanted:
-    """Which leaves of the parameters, and of the constants, a gradient is asked for."""
-
-    params: tuple[bool, ...]
-    consts: tuple[bool, ...]
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["residuals"],
-    meta_fields=["rebuild", "sources", "dtype"],
-)
-@dataclasses.dataclass(frozen=True)
-class Derivative:
-    """The derivative of a block at one point: from the cotangent of ``h`` to those of the inputs.
-
-    It is made of arrays, and may be kept.
-    """
-
-    residuals: list[Array | None]
-    rebuild: jax.tree_util.PyTreeDef
-    """Of the function that JAX gave."""
-    sources: tuple[int | None, ...]
-    """Which of the block's own parameters and constants a residual is; None: it was computed."""
-    dtype: jnp.dtype
-    """Of ``h``."""
-
-    def __call__(self, d_h: Array) -> tuple[list, Array, list]:
-        """Cotangents of ``(params, x, consts)``: lists of the wanted leaves."""
-        return jax.tree.unflatten(self.rebuild, self.residuals)(d_h.astype(self.dtype))
-
-    def computed(self) -> Derivative:
-        """Without what the block was given, which exists anyway."""
-        return self._with(lambda source, residual: residual if source is None else None)
-
-    def given(self, params: list, consts: list) -> Derivative:
-        """With that again."""
-        leaves = [*params, *consts]
-        return self._with(lambda source, residual: residual if source is None else leaves[source])
-
-    def _with(self, choose) -> Derivative:
-        return dataclasses.replace(self, residuals=[*map(choose, self.sources, self.residuals)])
+from bdia_jax.trees import combine
 
 
 def pinned_vjp(
-    block, wanted: Wanted, params: list, x: Array, key, consts: list
-) -> tuple[Array, Derivative, UInt32[Array, ""]]:
-    """The update ``h = block(params, x, key, consts)`` and its derivative, pinned.
+    function: Callable[..., Array],
+    params: tuple[PyTree[Array], PyTree[Array]],
+    x: Array,
+    key: Array | None,
+    consts: tuple[PyTree[Array], PyTree[Array]],
+) -> tuple[Array, Callable[[Array], tuple[PyTree, Array, PyTree]], UInt32[Array, ""]]:
+    """The update ``h = function(params, x, key, consts)`` and its derivative, pinned.
 
     Args:
-      block: a closed function of lists of arrays.
-      wanted: the leaves to differentiate by, besides ``x``.
+      function: a part of a block, closed.
+      params, consts: two trees each (:func:`bdia_jax.trees.partition`): leaves to differentiate
+        by, and the others.
+      x, key: what the block sees.
 
     Returns:
-      ``h``; its derivative; and a uint32 that depends on every residual, to be kept alive.
+      ``h``; a function from the cotangent of h to those of ``(params, x, consts)``; and a uint32
+      that depends on every residual, to be kept alive.
     """
 
     def run(some_params, x, some_consts):
-        return block(
-            merge(wanted.params, some_params, params),
-            x,
-            key,
-            merge(wanted.consts, some_consts, consts),
-        )
+        return function(combine(some_params, params[1]), x, key, combine(some_consts, consts[1]))
 
-    h, vjp = jax.vjp(run, select(wanted.params, params), x, select(wanted.consts, consts))
-    residuals, rebuild = jax.tree.flatten(vjp)
-    places = {id(leaf): i for i, leaf in enumerate([*params, *consts])}
-    sources = tuple(places.get(id(residual)) for residual in residuals)
+    h, vjp = jax.vjp(run, params[0], x, consts[0])
+    residuals, structure = jax.tree.flatten(vjp)
     h, residuals = fence((h, residuals))
     # A compiler reads an element by computing it from whatever the residual is made of, where the
     # result is used: late, and all of that has to be kept until then. A sort it fuses with nothing.
     touched = lax.sort(jnp.stack([jnp.uint32(0), *map(touch, residuals)]))
-    alive = jnp.sum(touched, dtype=jnp.uint32)
-    alive = reduce_to(varying(x), alive, lax.psum)
-    return h, Derivative(residuals, rebuild, sources, h.dtype), alive
+    alive = reduce_to(varying(x), jnp.sum(touched, dtype=jnp.uint32), lax.psum)
+    vjp = structure.unflatten(residuals)
+    return h, lambda d_h: vjp(d_h.astype(h.dtype)), alive
 
 
-def fence(tree):
+def fence(tree: PyTree[Array]) -> PyTree[Array]:
     """A :func:`barrier`; on a single accelerator, between arrays that are laid out by rows.
 
     Fusion ends at a barrier, but the choice of layouts does not: as the derivative would like an
     array to be laid out, the block would make it, in the backward pass only, and on a GPU another
-    kernel would then compute the product that reads the array. (With several devices there are
-    barriers only: a partitioner knows nothing of such a constraint, and gathers the array.)
+    kernel would then compute the product that reads the array.
     """
-    if _ELSEWHERE.get() or jax.device_count() > 1:
-        return barrier(tree)
-    leaves, structure = jax.tree.flatten(tree)
-    # On a CPU it is not needed, and costs memory.
-    leaves = lax.platform_dependent(*leaves, cpu=lambda *a: a, default=_by_rows)
-    return barrier(structure.unflatten(leaves))
+    return barrier(jax.tree.map(_by_rows, tree))
 
 
-_ELSEWHERE = contextvars.ContextVar("several devices that are not there", default=False)
+def _by_rows(array: Array) -> Array:
+    if array.ndim < 2 or jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
+        return array
+    return _by_rows_p.bind(array)
 
 
-@contextlib.contextmanager
-def several_devices():
-    """What is traced within is for several devices, though there may be but one."""
-    token = _ELSEWHERE.set(True)
-    try:
-        yield
-    finally:
-        _ELSEWHERE.reset(token)
+# An identity. What it becomes is decided where a program is lowered, because only there it is known
+# which devices, and how many, the program is for. On a CPU a layout is not needed, and costs
+# memory; a partitioner knows nothing of such a constraint, and would gather the array.
+_by_rows_p = Primitive("laid_out_by_rows")
+_by_rows_p.def_impl(lambda array: array)
+_by_rows_p.def_abstract_eval(lambda array: array)
+batching.defvectorized(_by_rows_p)
 
 
-def _by_rows(*arrays: Array) -> tuple[Array, ...]:
-    def constrained(array):
-        if array.ndim < 2 or jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
-            return array
-        return with_layout_constraint(array, Layout(major_to_minor=tuple(range(array.ndim))))
+def _lower_by_rows(context: mlir.LoweringRuleContext, array):
+    (aval,) = context.avals_in
+    if _device_count(context.module_context.axis_context) > 1:
+        return [array]
+    layout = Layout(major_to_minor=tuple(range(aval.ndim)))
+    constrain = mlir.lower_fun(
+        lambda array: with_layout_constraint(array, layout), multiple_results=False
+    )
+    return constrain(context, array)
 
-    return tuple(map(constrained, arrays))
+
+def _device_count(axes) -> int:
+    """Of what a program is lowered for: ``jit``'s context of devices, or ``shard_map``'s mesh."""
+    return axes.mesh.size if isinstance(axes, mlir.SPMDAxisContext) else axes.num_devices
 
 
-def barrier(tree):
+mlir.register_lowering(_by_rows_p, _lower_by_rows)
+mlir.register_lowering(_by_rows_p, lambda context, array: [array], platform="cpu")
+
+
+def barrier(tree: PyTree[Array]) -> PyTree[Array]:
     """``lax.optimization_barrier``; under ``shard_map``, one per set of mesh axes.
 
     One barrier for all would make every array vary over all axes over which any of them does:
@@ -201,14 +163,3 @@ def _shards(array: Array) -> list[int]:
     names = [() if a is None else a if isinstance(a, tuple) else (a,) for a in sharding.spec]
     names += [()] * (array.ndim - len(names))
     return [math.prod(sizes[name] for name in axis) for axis in names]
-
-
-def select(mask: tuple[bool, ...], leaves: list) -> list:
-    """The leaves that the mask keeps."""
-    return [leaf for keep, leaf in zip(mask, leaves, strict=True) if keep]
-
-
-def merge(mask: tuple[bool, ...], some: list, leaves: list) -> list:
-    """``leaves``, with those that the mask keeps taken from ``some``."""
-    some = iter(some)
-    return [next(some) if keep else leaf for keep, leaf in zip(mask, leaves, strict=True)]

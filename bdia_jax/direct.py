@@ -1,0 +1,86 @@
+"""The forward pass in floats, differentiated by JAX itself.
+
+Steps on the grid carry the integers along: states are the same numbers as those of
+:mod:`bdia_jax.online`, and derivatives go straight through the rounding. Other steps (no grid, or a
+γ that is no power of two, of which the whole sum is rounded) are computed in floats only.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32
+
+from bdia_jax import grid
+from bdia_jax.arguments import Inputs, Scan
+from bdia_jax.online import starts_in_range
+from bdia_jax.pinning import barrier
+from bdia_jax.states import everywhere, in_range, nan_unless
+
+
+class Carry(NamedTuple):
+    """The last two states, from block to block."""
+
+    x_prev: Float[Array, "batch *shape"]
+    x: Float[Array, "batch *shape"]
+    n_prev: Int32[Array, "batch *shape"] | None
+    n: Int32[Array, "batch *shape"] | None
+    """Their integers; None where the step needs none."""
+    finite: Bool[Array, "batch"]
+
+
+def start(scan: Scan, inputs: Inputs) -> Carry:
+    """The states that the scan is given."""
+    x_prev, x, finite = inputs.x_prev, inputs.x, jnp.ones(scan.shape[0], bool)
+    n_prev = n = None
+    if (frac_bits := scan.step.frac_bits) is not None:
+        finite = starts_in_range(scan, inputs)
+        if scan.step.exact:
+            n_prev, n = (grid.to_grid(x, frac_bits) for x in (x_prev, x))
+        x_prev, x = (grid.quantize(x, frac_bits) for x in (x_prev, x))
+    return Carry(x_prev, x, n_prev, n, finite)
+
+
+def advance(scan: Scan, c: Carry, h: Float[Array, "batch *shape"], sign: Int32[Array, "batch"]):
+    """The states after a step with the update ``h``."""
+    step = scan.step
+    h = h.astype(scan.wide if step.frac_bits is not None else c.x.dtype)
+    x_next, n_next, finite = step.real(c.x_prev, c.x, h, sign), None, c.finite
+    if step.exact:
+        n_next, y = step.up(c.n_prev, c.n, h, sign)
+        finite &= in_range(y, n_next)
+        x_next = grid.straight_through(grid.from_grid(n_next, step.frac_bits, scan.wide), x_next)
+    elif step.frac_bits is not None:
+        finite &= everywhere(grid.on_grid(x_next, step.frac_bits))
+        x_next = grid.quantize(x_next, step.frac_bits)
+    return Carry(c.x, x_next.astype(c.x.dtype), c.n, n_next, finite)
+
+
+def finish(scan: Scan, c: Carry) -> tuple[Array, Array]:
+    """The last two states; NaN for samples that left the grid."""
+    if scan.step.frac_bits is None:
+        return c.x_prev, c.x
+    return nan_unless(c.finite, c.x_prev), nan_unless(c.finite, c.x)
+
+
+def direct(scan: Scan, inputs: Inputs) -> tuple[Array, Array]:
+    """The whole scan."""
+
+    def block(c: Carry, block_inputs):
+        k, params, key = block_inputs
+        for p, part in enumerate(scan.parts):
+            sign, part_key = scan.draw(inputs.key, key, k, p)
+            seen = params, c.x.astype(scan.dtype), part_key, inputs.consts
+            if scan.step.frac_bits is None:
+                h = part.function(*seen)
+            else:
+                # As the blocks of a scan that is taken back: rounded like those.
+                h = barrier(part.function(*barrier(seen)))
+            c = advance(scan, c, h, sign)
+        return c, None
+
+    numbers = jnp.arange(scan.blocks)
+    c, _ = lax.scan(block, start(scan, inputs), (numbers, inputs.params, inputs.keys))
+    return finish(scan, c)

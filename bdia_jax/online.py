@@ -1,0 +1,216 @@
+"""Online back-propagation through a stack of blocks: one scan up, one scan down.
+
+The scan up keeps, of every state that it leaves behind, m + r bits per element and a checksum. The
+scan down holds the integers of x_{k+1} and x_k and the cotangents a_{k+1} and a_k. It computes
+block k again, takes its step back to find x_{k-1}, and back-propagates through the block:
+
+    up, k = 0 … K-1                             down, k = K-1 … 0
+      h       = block_k(x_k)                      h, vjp  = block_k(x_k) and its derivative
+      q       = round(2^l [(1-γ) x_k + (1+γ) h])  q       = round(2^l [(1-γ) x_k + (1+γ) h])
+      keep s  = (-n_{k-1}) mod 2^m                n_{k-1} = σ (n_{k+1} - q) 2^m - s
+      keep checksum(n_{k-1})                      compare checksum(n_{k-1}); NaN if it differs
+      n_{k+1} = σ ((n_{k-1} + s) >> m) + q        a_k     += (1-γ) a_{k+1} + vjp((1+γ) a_{k+1})
+                                                  a_{k-1} += γ a_{k+1}
+
+A block of several parts takes such a step per part, in one loop body.
+
+Both passes must compute q to the last bit alike. They run the block as one pinned sub-program
+(:mod:`bdia_jax.pinning` says how, and why); everything else is integer arithmetic, or float
+arithmetic written so that every compilation rounds it alike (:func:`bdia_jax.maps.pre_rounding`).
+Exactness is checked all the same, in every backward pass: that is what the checksum is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32, Key, PyTree, UInt, UInt32
+
+from bdia_jax import grid
+from bdia_jax.adjoints import BackwardReport
+from bdia_jax.arguments import Inputs, Scan
+from bdia_jax.gradients import (
+    Cotangents,
+    Wanted,
+    cotangents_of_inputs,
+    gradient_of,
+    is_zero,
+    no_gradient,
+    plus,
+    read,
+    with_derivative,
+    zeros_for,
+    zeros_of_consts,
+)
+from bdia_jax.pinning import barrier, fence, pinned_vjp
+from bdia_jax.states import checksum, everywhere, in_range, nan_unless, per_sample
+from bdia_jax.steps import Down
+from bdia_jax.trees import combine
+
+
+def online(scan: Scan) -> Callable[[Inputs], tuple[Array, Array]]:
+    """The scan as a function whose derivative is online back-propagation."""
+    return with_derivative(
+        lambda inputs: up(scan, inputs, None)[0],
+        lambda inputs, wanted: up(scan, inputs, wanted),
+        lambda saved, cotangents: down(scan, saved, cotangents),
+    )
+
+
+class Kept(NamedTuple):
+    """What a step keeps of the state that it leaves behind."""
+
+    side: UInt[Array, "batch *words"] | None
+    checksum: UInt32[Array, "batch"]
+    witness: tuple[Int32[Array, "batch *shape"], Float[Array, "batch *shape"]] | None
+    """The state itself and the value before rounding, for an audit; otherwise None."""
+
+
+class Saved(NamedTuple):
+    """All that the scan down is given.
+
+    With the depth grow the parameters, which exist anyway, what the steps keep, and a key per part.
+    """
+
+    wanted: Wanted
+    key: Key[Array, ""] | None
+    keys: Key[Array, "blocks parts"] | None
+    n_prev: Int32[Array, "batch *shape"]
+    n: Int32[Array, "batch *shape"]
+    checksums: tuple[UInt32[Array, "batch"], UInt32[Array, "batch"]]
+    """Of these two, the last states."""
+    kept: tuple[Kept, ...]
+    """Per part, stacked over the blocks."""
+    update_state: PyTree[Array]
+
+
+def up(scan: Scan, inputs: Inputs, wanted: Inputs | None):
+    """Up through the blocks; ``wanted=None`` where there will be no way back."""
+    split = Wanted.of(inputs, wanted)
+
+    def block(carry, numbers):
+        n_prev, n, finite = carry
+        k, key = numbers
+        params, kept = read(split.params, k), []
+        for p in range(len(scan.parts)):
+            sign, part_key = scan.draw(inputs.key, key, k, p)
+            h, _, sign, alive = pinned(scan, p, split, params, n, k, part_key, sign, wanted)
+            n_next, y = scan.step.up(n_prev, n, h, sign)
+            if wanted is not None:
+                witness = (n_prev, y) if scan.audit else None
+                kept.append(Kept(scan.step.keep(n_prev), checksum(n_prev) + alive, witness))
+            n_prev, n, finite = n, n_next, finite & in_range(y, n_next)
+        return (n_prev, n, finite), tuple(kept)
+
+    start = (grid.to_grid(x, scan.step.frac_bits) for x in (inputs.x_prev, inputs.x))
+    (n_prev, n, finite), kept = lax.scan(
+        block, (*start, starts_in_range(scan, inputs)), (jnp.arange(scan.blocks), inputs.keys)
+    )
+    output = tuple(
+        nan_unless(finite, grid.from_grid(n, scan.step.frac_bits, scan.wide)) for n in (n_prev, n)
+    )
+    checksums = checksum(n_prev), checksum(n)
+    return output, Saved(
+        split, inputs.key, inputs.keys, n_prev, n, checksums, kept, inputs.update_state
+    )
+
+
+def down(scan: Scan, saved: Saved, cotangents) -> Inputs:
+    """Down through the blocks: the cotangents of the inputs."""
+    step, wanted = scan.step, saved.wanted
+    gradient = gradient_of(scan, wanted, saved.update_state)
+
+    def block(carry, inputs):
+        n_next, n, c = carry
+        k, key, kept = inputs
+        blocks, params = gradient.read(c.params, k)
+        c, d_params, reports = c._replace(params=None), no_gradient(params), []
+        for p in reversed(range(len(scan.parts))):
+            sign, part_key = scan.draw(saved.key, key, k, p)
+            h, vjp, sign, alive = pinned(scan, p, wanted, params, n, k, part_key, sign, wanted)
+            found = step.down(n_next, n, h, sign, kept[p].side)
+            # An Euler step cannot be taken back; there q itself is compared with what came of it.
+            intact = jnp.where(
+                sign == 0,
+                everywhere(found.q == n_next),
+                checksum(found.n_prev) + alive == kept[p].checksum,
+            )
+            d_h, a, a_prev = step.pull(nan_unless(intact, c.a_next), c.a, sign)
+            d_part, d_x, d_consts = vjp(d_h)
+            d_params = plus(d_params, d_part)
+            c = Cotangents(a + d_x.astype(a.dtype), a_prev, plus(c.consts, d_consts), None)
+            report, n_prev = audited(found, n_next, sign, intact, kept[p].witness)
+            reports.append(report)
+            n_next, n = n, n_prev
+            if p:
+                # One part after the other, or both parts' residuals would be alive at once.
+                n_next, n, c, d_params = barrier((n_next, n, c, d_params))
+        blocks = gradient.write(blocks, k, zeros_for(d_params, params))
+        return (n_next, n, c._replace(params=blocks)), of_parts(reports)
+
+    a, a_next = (
+        jnp.zeros_like(n, c.aval.dtype) if is_zero(c) else c
+        for n, c in zip((saved.n_prev, saved.n), cotangents)
+    )
+    for n, expected in zip((saved.n_prev, saved.n), saved.checksums):
+        a_next = nan_unless(checksum(n) == expected, a_next)
+    start = Cotangents(a_next, a, zeros_of_consts(wanted), gradient.start())
+    (_, _, c), report = lax.scan(
+        block,
+        (saved.n, saved.n_prev, start),
+        (jnp.arange(scan.blocks), saved.keys, saved.kept),
+        reverse=True,
+    )
+    return cotangents_of_inputs(gradient, wanted, c, report)
+
+
+def pinned(scan: Scan, p: int, split: Wanted, params, n, k, key, sign, wanted):
+    """The update of a part, its derivative, the signs, and a value to fold into a checksum."""
+    part = scan.parts[p]
+    x = grid.from_grid(n, scan.step.frac_bits, scan.dtype)
+    # Sharded like the batch: over explicit mesh axes, a selection wants that of its condition.
+    sign += jnp.sum(jnp.zeros_like(n), axis=tuple(range(1, n.ndim)), dtype=sign.dtype)
+    params, consts = split.read_by(part, params, k)
+    params, x, key, consts, sign = fence((params, x, key, consts, sign))
+    if wanted is None:
+        h = fence(part.function(combine(*params), x, key, combine(*consts)))
+        return h.astype(scan.wide), None, sign, None
+    h, vjp, alive = pinned_vjp(part.function, params, x, key, consts)
+    # σ is never above 1, which no compiler knows: residuals are read, and change nothing.
+    return h.astype(scan.wide), vjp, sign, jnp.where(sign > 1, alive, jnp.uint32(0))
+
+
+def audited(found: Down, n_next, sign, intact, witness):
+    """What is told of a step, and the state from which to go on down."""
+    report = BackwardReport(
+        jnp.sum(~intact, dtype=jnp.float32),
+        jnp.sum(found.error != 0, dtype=jnp.float32),
+        jnp.max(jnp.abs(found.error)).astype(jnp.float32),
+    )
+    if witness is None:
+        return report, found.n_prev
+    n_prev, y = witness
+    wrong = jnp.where(per_sample(sign, y) == 0, found.q != n_next, found.n_prev != n_prev)
+    report = report._replace(
+        mismatched=jnp.sum(wrong, dtype=jnp.float32),
+        deviation=jnp.max(jnp.abs(found.y - y)).astype(jnp.float32),
+    )
+    # On from the true state, so that every step is judged by itself.
+    return report, n_prev
+
+
+def of_parts(reports: list[BackwardReport]) -> BackwardReport:
+    """The report of a block, from those of its parts."""
+    mismatched, corrected, deviation = map(jnp.stack, zip(*reports))
+    return BackwardReport(mismatched.sum(), corrected.sum(), deviation.max())
+
+
+def starts_in_range(scan: Scan, inputs: Inputs) -> Bool[Array, "batch"]:
+    """Per sample, whether the grid holds the state that the scan is given."""
+    fits = everywhere(grid.on_grid(inputs.x, scan.step.frac_bits))
+    if scan.start:
+        fits &= everywhere(grid.on_grid(inputs.x_prev, scan.step.frac_bits))
+    return fits
