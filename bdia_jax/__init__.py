@@ -8,6 +8,7 @@ This module is the table of contents of the core, which imports neither Flax nor
 
 from bdia_jax.adjoints import Adjoint, BackwardReport, Checkpoint, Direct, Online, Update
 from bdia_jax.check import Reversibility, check_reversible
+from bdia_jax.gamma import GammaChoice, choose_gamma
 from bdia_jax.grid import from_grid, on_grid, quantize, straight_through, to_grid
 from bdia_jax.maps import (
     bdia_inverse,
@@ -30,6 +31,7 @@ __all__ = [
     "Checkpoint",
     "Direct",
     "Euler",
+    "GammaChoice",
     "Midpoint",
     "Online",
     "Reversibility",
@@ -38,6 +40,7 @@ __all__ = [
     "bdia_inverse",
     "bdia_step",
     "check_reversible",
+    "choose_gamma",
     "from_grid",
     "on_grid",
     "pack_bits",

@@ -52,17 +52,15 @@ class Scan(NamedTuple):
         """What the update is added in."""
         return grid.accumulator(self.dtype)
 
-    def draw(self, key_of_all, keys, k, p: int) -> tuple[Int32[Array, "batch"], Array | None]:
+    def draw(self, scan_key, keys, k, p: int) -> tuple[Int32[Array, "batch"], Array | None]:
         """σ of every sample in part p of block k, and the key that is left for the part.
 
         Args:
-          key_of_all: of the signs that are the same in all blocks.
+          scan_key: for signs that are the same in all blocks.
           keys: of the parts of block k; None without a key.
         """
         sign_key, part_key = (None, None) if keys is None else jax.random.split(keys[p])
-        if self.step.signs == "sample":
-            sign_key = key_of_all
-        sign = self.step.sign(sign_key, self.shape[0])
+        sign = self.step.sign(sign_key, scan_key, self.shape[0])
         if self.start == 0 and p == 0:
             sign = jnp.where(k == 0, 0, sign)
         return sign, part_key
@@ -76,7 +74,7 @@ class Inputs(NamedTuple):
     consts: PyTree[Array]
     """The user's, and per part those that it closes over."""
     key: Key[Array, ""] | None
-    """Of the signs that are the same in all blocks."""
+    """For signs that are the same in all blocks."""
     keys: Key[Array, "blocks parts"] | None
     x_prev: Float[Array, "batch *shape"]
     x: Float[Array, "batch *shape"]

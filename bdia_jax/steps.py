@@ -94,9 +94,12 @@ class Step:
         """The step of the network that is handed back, and that evaluation runs."""
         return self
 
-    def sign(self, key: Key[Array, ""] | None, batch: int) -> Int32[Array, "batch"]:
-        """σ of every sample. ``key`` is that of the block, or for ``"sample"`` that of the scan."""
+    def sign(
+        self, block_key: Key[Array, ""] | None, scan_key: Key[Array, ""] | None, batch: int
+    ) -> Int32[Array, "batch"]:
+        """σ of every sample, by a key of the block's part, or by one that all blocks share."""
         if self.draws:
+            key = scan_key if self.signs == "sample" else block_key
             return maps.sample_signs(key, (batch,))
         return jnp.full(batch, {"minus": -1}.get(self.signs, 1) if self.gamma else 0, jnp.int32)
 
@@ -206,7 +209,7 @@ class BDIA(Step):
 
     γ is a dial. γ = 1/2 with a sign per block is a strong regularizer, for training from scratch on
     little data. Small γ, 1/8 or 1/16, hardly perturbs a network, and is for pretrained ones, at
-    m = 3 or 4 bits. :func:`bdia_jax.train.choose_gamma` measures which γ a model bears.
+    m = 3 or 4 bits. :func:`bdia_jax.choose_gamma` measures which γ a model bears.
 
     Args:
       gamma: magnitude of γ, in (0, 1]. With :class:`bdia_jax.Online` 2^-m, m in 0 … 16.
