@@ -110,7 +110,7 @@ def choose_gamma(
     Args:
       loss: ``loss(step, *args)``, a scalar; traced twice, whatever the number of trials. It gives
         the step to :func:`bdia_jax.reversible_scan`, with ``adjoint=Direct()``.
-      arguments: the ``args`` of some calls, such as ``[(params, batch, key), ...]``, alike in shape.
+      arguments: the ``args`` of some calls, such as ``[(params, batch, key), ...]``, of one shape.
         Losses are averaged over them; a few batches do.
       gammas: powers of two.
       signs: kinds of signs to try.
