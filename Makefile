@@ -1,11 +1,15 @@
-# A bare Python >= 3.11 is enough: `make demo` and `make test` make an environment in .venv.
+# A bare Python >= 3.11 is enough: every target makes the environment that it needs, in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo check test lint types docs clean
 
 demo: .venv/installed
 	$(BIN)/python experiments/demo.py --out demo
+
+# Before every commit: under two minutes.
+check: lint types
+	$(BIN)/python -m pytest -q -n 2 -m "not slow"
 
 test: .venv/installed
 	$(BIN)/python -m pytest -q -n 2
@@ -14,10 +18,21 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+types: .venv/installed
+	$(BIN)/pyright
+
+# The API site, in site/; needs no network.
+docs: .venv/docs
+	$(BIN)/mkdocs build --strict --quiet
+
 .venv/installed: pyproject.toml requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
 	touch $@
 
+.venv/docs: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	touch $@
+
 clean:
-	rm -rf .venv demo runs
+	rm -rf .venv demo runs site

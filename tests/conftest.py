@@ -1,4 +1,4 @@
-"""Settings shared by all tests: compiled programs, virtual devices, repeatable property tests."""
+"""Settings shared by all tests: compiled programs, virtual devices, checked types, fixed seeds."""
 
 import os
 import shutil
@@ -12,7 +12,12 @@ if made_here := SHARED not in os.environ:
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+
+# Shapes and dtypes that annotations promise are checked wherever a test calls the library.
+if os.environ.get("CHECK_SHAPES"):
+    jaxtyping.install_import_hook("bdia_jax", "beartype.beartype")
 
 # Eight virtual devices, for the tests of sharded arrays; everything else runs on the first.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -21,6 +26,12 @@ hypothesis.settings.register_profile(
     "bdia_jax", deadline=None, derandomize=True, max_examples=50, print_blob=True
 )
 hypothesis.settings.load_profile("bdia_jax")
+
+
+def pytest_runtest_setup(item):
+    """A test marked ``unchecked`` gives what no annotation allows, such as symbolic words."""
+    unchecked = item.get_closest_marker("unchecked") is not None
+    jaxtyping.config.update("jaxtyping_disable", unchecked)
 
 
 @pytest.fixture
