@@ -184,6 +184,5 @@ class _Trial(Step):
         return super().scaled(sign, like) * self.magnitude.astype(like.dtype)
 
     def sign(self, block_key, scan_key, batch):
-        drawn = (maps.sample_signs(key, (batch,)) for key in (block_key, scan_key))
-        always = (jnp.full(batch, sign, jnp.int32) for sign in (-1, 1))
-        return jnp.stack([*drawn, *always])[self.kind]
+        kinds = [BDIA(signs=kind).sign(block_key, scan_key, batch) for kind in SIGNS]
+        return jnp.stack(kinds)[self.kind]

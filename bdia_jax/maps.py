@@ -107,6 +107,14 @@ def sample_signs(key: Key[Array, ""], shape: tuple[int, ...]) -> Int32[Array, "*
     return 2 * jax.random.bernoulli(key, 0.5, shape).astype(jnp.int32) - 1
 
 
+def alternating_signs(key: Key[Array, ""], batch: int) -> Int32[Array, "batch"]:
+    """Fair signs σ ∈ {-1, +1}, alternating over the samples: half of a batch has each.
+
+    What is odd in σ cancels within a batch, rather than on average over batches.
+    """
+    return sample_signs(key, ()) * (1 - 2 * (jnp.arange(batch, dtype=jnp.int32) % 2))
+
+
 def side_information(
     n_prev: Int32[Array, "..."], m: int, tolerance_bits: int = 0
 ) -> UInt32[Array, "..."]:

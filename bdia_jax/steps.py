@@ -98,9 +98,10 @@ class Step:
         self, block_key: Key[Array, ""] | None, scan_key: Key[Array, ""] | None, batch: int
     ) -> Int32[Array, "batch"]:
         """σ of every sample, by a key of the block's part, or by one that all blocks share."""
+        if self.draws and self.signs == "block":
+            return maps.sample_signs(block_key, (batch,))
         if self.draws:
-            key = scan_key if self.signs == "sample" else block_key
-            return maps.sample_signs(key, (batch,))
+            return maps.alternating_signs(scan_key, batch)
         return jnp.full(batch, {"minus": -1}.get(self.signs, 1) if self.gamma else 0, jnp.int32)
 
     def scaled(self, sign: Int32[Array, "batch"], like: Float[Array, "batch *shape"]) -> Array:
@@ -213,10 +214,10 @@ class BDIA(Step):
 
     Args:
       gamma: magnitude of γ, in (0, 1]. With :class:`bdia_jax.Online` 2^-m, m in 0 … 16.
-      signs: of γ. ``"block"``: drawn per sample and block (the paper). ``"sample"``: drawn per
-        sample, one for all its blocks: zero on average as well, but errors do not add up over the
-        depth, since with one sign the deviation from the standard network telescopes. ``"minus"``
-        and ``"plus"``: one sign for all, which needs no key. Always minus is a momentum network:
+      signs: of γ. ``"block"``: drawn per sample and block (the paper). ``"sample"``: one for all
+        blocks of a sample, drawn so that half of a batch has each: zero on average as well, but
+        errors do not add up over the depth, since with one sign the deviation from the standard
+        network telescopes. ``"minus"`` and ``"plus"``: one sign for all, which needs no key. Always minus is a momentum network:
         it deviates least, but not by zero on average, so that weights adapt to it.
       frac_bits: l; the grid has the spacing 2^-l. None for no grid, which only
         :class:`bdia_jax.Direct` and :class:`bdia_jax.Checkpoint` take.
