@@ -217,8 +217,9 @@ class BDIA(Step):
       signs: of γ. ``"block"``: drawn per sample and block (the paper). ``"sample"``: one for all
         blocks of a sample, drawn so that half of a batch has each: zero on average as well, but
         errors do not add up over the depth, since with one sign the deviation from the standard
-        network telescopes. ``"minus"`` and ``"plus"``: one sign for all, which needs no key. Always minus is a momentum network:
-        it deviates least, but not by zero on average, so that weights adapt to it.
+        network telescopes. ``"minus"`` and ``"plus"``: one sign for all, which needs no key. Always
+        minus is a momentum network: it deviates least, but not by zero on average, so that weights
+        adapt to it.
       frac_bits: l; the grid has the spacing 2^-l. None for no grid, which only
         :class:`bdia_jax.Direct` and :class:`bdia_jax.Checkpoint` take.
       tolerance_bits: r more bits per element, with which the inverse corrects recomputed values
