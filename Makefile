@@ -23,7 +23,7 @@ types: .venv/installed
 
 # The API site, in site/; needs no network.
 docs: .venv/docs
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 .venv/installed: pyproject.toml requirements.txt
 	$(PYTHON) -m venv .venv
