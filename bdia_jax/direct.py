@@ -25,37 +25,38 @@ class Carry(NamedTuple):
 
     x_prev: Float[Array, "batch *shape"]
     x: Float[Array, "batch *shape"]
-    n_prev: Int32[Array, "batch *shape"] | None
-    n: Int32[Array, "batch *shape"] | None
-    """Their integers; None where the step needs none."""
+    integers: tuple[Int32[Array, "batch *shape"], Int32[Array, "batch *shape"]] | None
+    """Theirs; None for a step that is not exact."""
     finite: Bool[Array, "batch"]
 
 
 def start(scan: Scan, inputs: Inputs) -> Carry:
     """The states that the scan is given."""
-    x_prev, x, finite = inputs.x_prev, inputs.x, jnp.ones(scan.shape[0], bool)
-    n_prev = n = None
-    if (frac_bits := scan.step.frac_bits) is not None:
-        finite = starts_in_range(scan, inputs)
-        if scan.step.exact:
-            n_prev, n = (grid.to_grid(x, frac_bits) for x in (x_prev, x))
-        x_prev, x = (grid.quantize(x, frac_bits) for x in (x_prev, x))
-    return Carry(x_prev, x, n_prev, n, finite)
+    pair, step = (inputs.x_prev, inputs.x), scan.step
+    if step.frac_bits is None:
+        return Carry(*pair, None, jnp.ones(scan.shape[0], bool))
+    x_prev, x = (grid.quantize(x, step.frac_bits) for x in pair)
+    n_prev, n = (grid.to_grid(x, step.frac_bits) for x in pair)
+    integers = (n_prev, n) if step.exact else None
+    return Carry(x_prev, x, integers, starts_in_range(scan, inputs))
 
 
 def advance(scan: Scan, c: Carry, h: Float[Array, "batch *shape"], sign: Int32[Array, "batch"]):
     """The states after a step with the update ``h``."""
     step = scan.step
-    h = h.astype(scan.wide if step.frac_bits is not None else c.x.dtype)
-    x_next, n_next, finite = step.real(c.x_prev, c.x, h, sign), None, c.finite
-    if step.exact:
-        n_next, y = step.up(c.n_prev, c.n, h, sign)
-        finite &= in_range(y, n_next)
-        x_next = grid.straight_through(grid.from_grid(n_next, step.frac_bits, scan.wide), x_next)
-    elif step.frac_bits is not None:
-        finite &= everywhere(grid.on_grid(x_next, step.frac_bits))
-        x_next = grid.quantize(x_next, step.frac_bits)
-    return Carry(c.x, x_next.astype(c.x.dtype), c.n, n_next, finite)
+    if step.frac_bits is None:
+        x_next = step.real(c.x_prev, c.x, h, sign)
+        return Carry(c.x, x_next, None, c.finite)
+    h = h.astype(scan.wide)
+    x_next = step.real(c.x_prev, c.x, h, sign)
+    if c.integers is None:
+        finite = c.finite & everywhere(grid.on_grid(x_next, step.frac_bits))
+        return Carry(c.x, grid.quantize(x_next, step.frac_bits), None, finite)
+    n_prev, n = c.integers
+    n_next, y = step.up(n_prev, n, h, sign)
+    exact = grid.from_grid(n_next, step.frac_bits, x_next.dtype)
+    x_next = grid.straight_through(exact, x_next)
+    return Carry(c.x, x_next, (n, n_next), c.finite & in_range(y, n_next))
 
 
 def finish(scan: Scan, c: Carry) -> tuple[Array, Array]:

@@ -234,7 +234,7 @@ def cotangents_of_inputs(gradient, wanted: Wanted, c: Cotangents, report: Backwa
         jax.tree.map(lambda d, const: d.astype(const.dtype), c.consts, wanted.consts),
         None,
         None,
-        c.a,
+        jnp.zeros_like(c.a_next) if c.a is None else c.a,
         c.a_next,
         report,
         d_update_params,

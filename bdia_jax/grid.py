@@ -11,9 +11,9 @@ Architecture", ICML 2025 (arXiv 2407.09093): the quantizer ``Q_l``.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int32
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -26,7 +26,7 @@ LIMIT = 2**30
 
 def check_frac_bits(frac_bits: int) -> int:
     """``frac_bits`` itself, or a ``TypeError`` / ``ValueError`` that says what is allowed."""
-    if isinstance(frac_bits, bool | jax.core.Tracer) or not hasattr(frac_bits, "__index__"):
+    if isinstance(frac_bits, bool | Tracer) or not hasattr(frac_bits, "__index__"):
         raise TypeError(
             "frac_bits, the number of fractional bits, must be an integer "
             f"(static, not traced); got {frac_bits!r}"

@@ -51,6 +51,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Int32, Key, UInt32
 
 MAX_SIDE_BITS = 16
@@ -74,9 +75,7 @@ def gamma_shift(gamma: float) -> int:
 
 def check_tolerance_bits(tolerance_bits: int, m: int) -> int:
     """``tolerance_bits`` itself, or an error that says what is allowed."""
-    if isinstance(tolerance_bits, bool | jax.core.Tracer) or not hasattr(
-        tolerance_bits, "__index__"
-    ):
+    if isinstance(tolerance_bits, bool | Tracer) or not hasattr(tolerance_bits, "__index__"):
         raise TypeError(
             f"tolerance_bits must be an integer (static, not traced); got {tolerance_bits!r}"
         )
@@ -99,12 +98,12 @@ def pre_rounding(
     return (x - gamma * x) + (h + gamma * h)
 
 
-def sample_signs(key: Key[Array, ""], shape: tuple[int, ...]) -> Int32[Array, "*shape"]:
-    """Independent, fair signs σ ∈ {-1, +1}: one per training sample (and block).
+def sample_signs(key: Key[Array, ""], batch: int) -> Int32[Array, "batch"]:
+    """Independent, fair signs σ ∈ {-1, +1}, one per training sample.
 
     E[σ] = 0: on average over σ the BDIA network is the standard one.
     """
-    return 2 * jax.random.bernoulli(key, 0.5, shape).astype(jnp.int32) - 1
+    return 2 * jax.random.bernoulli(key, 0.5, (batch,)).astype(jnp.int32) - 1
 
 
 def alternating_signs(key: Key[Array, ""], batch: int) -> Int32[Array, "batch"]:
@@ -112,7 +111,7 @@ def alternating_signs(key: Key[Array, ""], batch: int) -> Int32[Array, "batch"]:
 
     What is odd in σ cancels within a batch, rather than on average over batches.
     """
-    return sample_signs(key, ()) * (1 - 2 * (jnp.arange(batch, dtype=jnp.int32) % 2))
+    return sample_signs(key, 1) * (1 - 2 * (jnp.arange(batch, dtype=jnp.int32) % 2))
 
 
 def side_information(

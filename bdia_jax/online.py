@@ -97,20 +97,23 @@ def up(scan: Scan, inputs: Inputs, wanted: Inputs | None):
         params, kept = read(split.params, k), []
         for p in range(len(scan.parts)):
             sign, part_key = scan.draw(inputs.key, key, k, p)
-            h, _, sign, alive = pinned(scan, p, split, params, n, k, part_key, sign, wanted)
-            n_next, y = scan.step.up(n_prev, n, h, sign)
-            if wanted is not None:
+            if wanted is None:
+                h, sign = alone(scan, p, split, params, n, k, part_key, sign)
+                n_next, y = scan.step.up(n_prev, n, h, sign)
+            else:
+                h, _, sign, alive = pinned(scan, p, split, params, n, k, part_key, sign)
+                n_next, y = scan.step.up(n_prev, n, h, sign)
                 witness = (n_prev, y) if scan.audit else None
                 kept.append(Kept(scan.step.keep(n_prev), checksum(n_prev) + alive, witness))
             n_prev, n, finite = n, n_next, finite & in_range(y, n_next)
         return (n_prev, n, finite), tuple(kept)
 
-    start = (grid.to_grid(x, scan.step.frac_bits) for x in (inputs.x_prev, inputs.x))
+    start = (grid.to_grid(x, scan.step.grid_bits) for x in (inputs.x_prev, inputs.x))
     (n_prev, n, finite), kept = lax.scan(
         block, (*start, starts_in_range(scan, inputs)), (jnp.arange(scan.blocks), inputs.keys)
     )
     output = tuple(
-        nan_unless(finite, grid.from_grid(n, scan.step.frac_bits, scan.wide)) for n in (n_prev, n)
+        nan_unless(finite, grid.from_grid(n, scan.step.grid_bits, scan.wide)) for n in (n_prev, n)
     )
     checksums = checksum(n_prev), checksum(n)
     return output, Saved(
@@ -130,7 +133,7 @@ def down(scan: Scan, saved: Saved, cotangents) -> Inputs:
         c, d_params, reports = c._replace(params=None), no_gradient(params), []
         for p in reversed(range(len(scan.parts))):
             sign, part_key = scan.draw(saved.key, key, k, p)
-            h, vjp, sign, alive = pinned(scan, p, wanted, params, n, k, part_key, sign, wanted)
+            h, vjp, sign, alive = pinned(scan, p, wanted, params, n, k, part_key, sign)
             found = step.down(n_next, n, h, sign, kept[p].side)
             # An Euler step cannot be taken back; there q itself is compared with what came of it.
             intact = jnp.where(
@@ -167,20 +170,28 @@ def down(scan: Scan, saved: Saved, cotangents) -> Inputs:
     return cotangents_of_inputs(gradient, wanted, c, report)
 
 
-def pinned(scan: Scan, p: int, split: Wanted, params, n, k, key, sign, wanted):
+def pinned(scan: Scan, p: int, split: Wanted, params, n, k, key, sign):
     """The update of a part, its derivative, the signs, and a value to fold into a checksum."""
-    part = scan.parts[p]
-    x = grid.from_grid(n, scan.step.frac_bits, scan.dtype)
-    # Sharded like the batch: over explicit mesh axes, a selection wants that of its condition.
-    sign += jnp.sum(jnp.zeros_like(n), axis=tuple(range(1, n.ndim)), dtype=sign.dtype)
-    params, consts = split.read_by(part, params, k)
-    params, x, key, consts, sign = fence((params, x, key, consts, sign))
-    if wanted is None:
-        h = fence(part.function(combine(*params), x, key, combine(*consts)))
-        return h.astype(scan.wide), None, sign, None
-    h, vjp, alive = pinned_vjp(part.function, params, x, key, consts)
+    params, x, key, consts, sign = fenced(scan, p, split, params, n, k, key, sign)
+    h, vjp, alive = pinned_vjp(scan.parts[p].function, params, x, key, consts)
     # σ is never above 1, which no compiler knows: residuals are read, and change nothing.
     return h.astype(scan.wide), vjp, sign, jnp.where(sign > 1, alive, jnp.uint32(0))
+
+
+def alone(scan: Scan, p: int, split: Wanted, params, n, k, key, sign):
+    """The update of a part, and the signs, where there will be no way back."""
+    params, x, key, consts, sign = fenced(scan, p, split, params, n, k, key, sign)
+    h = fence(scan.parts[p].function(combine(*params), x, key, combine(*consts)))
+    return h.astype(scan.wide), sign
+
+
+def fenced(scan: Scan, p: int, split: Wanted, params, n, k, key, sign):
+    """What a part reads, and the signs, so that nothing before it is fused into it."""
+    x = grid.from_grid(n, scan.step.grid_bits, scan.dtype)
+    # Sharded like the batch: over explicit mesh axes, a selection wants that of its condition.
+    sign += jnp.sum(jnp.zeros_like(n), axis=tuple(range(1, n.ndim)), dtype=sign.dtype)
+    params, consts = split.read_by(scan.parts[p], params, k)
+    return fence((params, x, key, consts, sign))
 
 
 def audited(found: Down, n_next, sign, intact, witness):
@@ -210,7 +221,7 @@ def of_parts(reports: list[BackwardReport]) -> BackwardReport:
 
 def starts_in_range(scan: Scan, inputs: Inputs) -> Bool[Array, "batch"]:
     """Per sample, whether the grid holds the state that the scan is given."""
-    fits = everywhere(grid.on_grid(inputs.x, scan.step.frac_bits))
+    fits = everywhere(grid.on_grid(inputs.x, scan.step.grid_bits))
     if scan.start:
-        fits &= everywhere(grid.on_grid(inputs.x_prev, scan.step.frac_bits))
+        fits &= everywhere(grid.on_grid(inputs.x_prev, scan.step.grid_bits))
     return fits

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +89,7 @@ batching.defvectorized(_by_rows_p)
 
 
 def _lower_by_rows(context: mlir.LoweringRuleContext, array):
-    (aval,) = context.avals_in
+    aval: Any = context.avals_in[0]
     if _device_count(context.module_context.axis_context) > 1:
         return [array]
     layout = Layout(major_to_minor=tuple(range(aval.ndim)))

@@ -25,8 +25,8 @@ import dataclasses
 import math
 from typing import ClassVar, Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jaxtyping import Array, Float, Int32, Key, UInt
 
 from bdia_jax import grid, maps, side_bits
@@ -80,6 +80,13 @@ class Step:
         return self.m + self.tolerance_bits
 
     @property
+    def grid_bits(self) -> int:
+        """``frac_bits`` of a step that is on the grid."""
+        if self.frac_bits is None:
+            raise ValueError(f"{self} is not on a grid")
+        return self.frac_bits
+
+    @property
     def draws(self) -> bool:
         """Whether the signs are random, so that a scan needs a key."""
         return bool(self.gamma) and self.signs in ("block", "sample")
@@ -98,10 +105,11 @@ class Step:
         self, block_key: Key[Array, ""] | None, scan_key: Key[Array, ""] | None, batch: int
     ) -> Int32[Array, "batch"]:
         """σ of every sample, by a key of the block's part, or by one that all blocks share."""
-        if self.draws and self.signs == "block":
-            return maps.sample_signs(block_key, (batch,))
         if self.draws:
-            return maps.alternating_signs(scan_key, batch)
+            key = scan_key if self.signs == "sample" else block_key
+            assert key is not None
+            draw = maps.alternating_signs if self.signs == "sample" else maps.sample_signs
+            return draw(key, batch)
         return jnp.full(batch, {"minus": -1}.get(self.signs, 1) if self.gamma else 0, jnp.int32)
 
     def scaled(self, sign: Int32[Array, "batch"], like: Float[Array, "batch *shape"]) -> Array:
@@ -197,8 +205,8 @@ class Step:
 
     def _before_rounding(self, n, h, sign) -> Array:
         """``y = 2^l [(1 - γ) x_k + (1 + γ) h_k]``, in grid steps."""
-        x = grid.from_grid(n, self.frac_bits, h.dtype)
-        return grid.scale(maps.pre_rounding(x, h, self.scaled(sign, x)), self.frac_bits)
+        x = grid.from_grid(n, self.grid_bits, h.dtype)
+        return grid.scale(maps.pre_rounding(x, h, self.scaled(sign, x)), self.grid_bits)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +247,7 @@ class BDIA(Step):
     def __post_init__(self):
         super().__post_init__()
         is_number = hasattr(self.gamma, "__float__") and not getattr(self.gamma, "ndim", 0)
-        if isinstance(self.gamma, bool | jax.core.Tracer) or not is_number:
+        if isinstance(self.gamma, bool | Tracer) or not is_number:
             raise TypeError(f"gamma must be a number (static, not traced); got {self.gamma!r}")
         gamma = float(self.gamma)
         if not 0 < gamma <= 1 or math.isnan(gamma):
