@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import eval_jaxpr
 from jaxtyping import Array, Float, Int32, Key, PyTree
 
 from bdia_jax import grid
@@ -231,7 +232,7 @@ def _close(function: Block, i: int, params, x, keys, consts) -> tuple[Part, list
         keys = [] if key is None else [key]
         # Leaves that are not read may be missing.
         leaves = [*of_params.flatten_up_to(params), x, *keys, *of_consts.flatten_up_to(own)]
-        return jax.core.eval_jaxpr(traced.jaxpr, captured[i], *leaves)[0]
+        return eval_jaxpr(traced.jaxpr, captured[i], *leaves)[0]
 
     return Part(closed, reads_params, reads_consts), [jnp.asarray(c) for c in traced.consts]
 

@@ -8,6 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Float, Key, PyTree
 
 from bdia_jax.adjoints import Online
@@ -77,7 +78,7 @@ def check_reversible(
         prepare(block, stacked_params, (x, x), 0, key, consts, step, Online()) for _ in range(2)
     )
     captured = jax.tree.leaves(inputs.consts[1])
-    if not any(isinstance(c, jax.core.Tracer) for c in captured) and not _same(
+    if not any(isinstance(c, Tracer) for c in captured) and not _same(
         captured, jax.tree.leaves(again.consts[1])
     ):
         raise ValueError(
