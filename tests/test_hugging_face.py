@@ -8,10 +8,10 @@ import pytest
 from flax import nnx
 
 from bdia_jax import interop
-from bdia_jax.interop import hugging_face
+from bdia_jax.interop import saving
+from bdia_jax.interop.families import FAMILIES
 from bdia_jax.nn import Decoder, generate, llama
 
-FAMILIES = ("gpt2", "llama", "qwen2", "qwen3")
 COMMON = {"vocab_size": 61, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 LLAMA = {
     "hidden_size": 32,
@@ -107,7 +107,7 @@ def small(tmp_path, monkeypatch=None, **settings):
         rngs=nnx.Rngs(0),
     )
     if monkeypatch is not None:
-        monkeypatch.setattr(hugging_face, "SHARD_BYTES", 6000)
+        monkeypatch.setattr(saving, "SHARD_BYTES", 6000)
     interop.save(model, tmp_path)
     return model
 
@@ -119,40 +119,34 @@ def same(a, b):
 
 def test_several_files(tmp_path, monkeypatch):
     model = small(tmp_path, monkeypatch)
-    files = sorted(path.name for path in tmp_path.glob("*"))
-    assert len(files) > 4
-    assert not [name for name in files if name.endswith(".tmp")]
+    assert len(list(tmp_path.glob("*.safetensors"))) > 4
     assert same(interop.load(tmp_path), model)
-    # A smaller one in the same folder takes its place.
-    monkeypatch.undo()
-    second = small(tmp_path)
-    assert same(interop.load(tmp_path), second)
 
 
 def test_settings_of_ours(tmp_path):
     small(tmp_path)
     model = interop.load(
-        tmp_path,
-        method="standard",
-        dtype="bfloat16",
-        dropout=0.1,
-        ffn_chunk=8,
-        stored_blocks=1,
+        tmp_path, method="standard", dtype="bfloat16", dropout=0.1, ffn_chunk=8, gamma=0.25
     )
     assert model.config.method == "standard"
     assert model.blocks.stacked.dropout.rate == 0.1
     # The folder knows nothing of them.
     interop.save(model, tmp_path / "again")
     assert same(interop.load(tmp_path / "again"), model)
-    assert interop.read_config(tmp_path).depth == 3
+    interop.save(model, tmp_path / "again", like=tmp_path)
+    assert interop.read_config(tmp_path / "again") == interop.read_config(tmp_path)
 
 
 def test_wrong_folders(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         interop.load(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        interop.load(tmp_path / "nothing.gguf")
     with pytest.raises(FileNotFoundError, match=r"there is no .*config.json"):
         interop.load(tmp_path)
     small(tmp_path, monkeypatch)
+    with pytest.raises(FileNotFoundError, match=r"config\.json is neither"):
+        interop.load(tmp_path / "config.json")
     config = json.loads((tmp_path / "config.json").read_text())
 
     def changed(**values):
@@ -160,18 +154,18 @@ def test_wrong_folders(tmp_path, monkeypatch):
 
     for values, message in [
         ({"model_type": "mamba"}, "model_type must be one of gpt2, .*; got 'mamba'"),
-        ({"hidden_act": "relu"}, "hidden_act must be silu; got 'relu'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type must be default or llama3"),
+        ({"hidden_act": "relu"}, "hidden_act must be silu or swish; got 'relu'"),
         ({"num_hidden_layers": 4}, r"the tensor model.layers.3.*weight is missing"),
         ({"num_hidden_layers": 2}, r"no parameter is made from: model.layers.2."),
         ({"intermediate_size": 8}, r"the tensor model.layers.0.mlp.*gives \(64, 16\)"),
+        ({"num_attention_heads": 5}, r"config.json of a llama model: .*divide"),
     ]:
         changed(**values)
-        with pytest.raises(hugging_face.FolderError, match=message):
+        with pytest.raises(interop.FolderError, match=message):
             interop.load(tmp_path)
     del config["hidden_size"]
     changed()
-    with pytest.raises(hugging_face.FolderError, match="lacks 'hidden_size'"):
+    with pytest.raises(interop.FolderError, match="lacks 'hidden_size'"):
         interop.load(tmp_path)
 
 
@@ -179,11 +173,16 @@ def test_damaged_files(tmp_path, monkeypatch):
     small(tmp_path, monkeypatch)
     victim = sorted(tmp_path.glob("*.safetensors"))[1]
     victim.write_bytes(victim.read_bytes()[:50])
-    with pytest.raises(hugging_face.FolderError, match="is damaged"):
+    with pytest.raises(interop.FolderError, match="is damaged"):
         interop.load(tmp_path)
     victim.unlink()
-    with pytest.raises(hugging_face.FolderError, match=f"{victim.name}, which are not there"):
+    with pytest.raises(interop.FolderError, match=f"{victim.name}, which are not there"):
         interop.load(tmp_path)
+    for name in ("model.safetensors.index.json", "config.json"):
+        for content, message in [("[]", "must hold an object"), ("{", "is not JSON")]:
+            (tmp_path / name).write_text(content)
+            with pytest.raises(interop.FolderError, match=f"{name} {message}"):
+                interop.load(tmp_path)
 
 
 def test_no_family_has_such_networks(tmp_path):

@@ -1,5 +1,26 @@
-"""Weights of other libraries, in and out."""
+"""Weights of other libraries, in and out.
 
-from bdia_jax.interop.hugging_face import FolderError, load, read_config, resolve, save
+- Folders of ``transformers`` (GPT-2, Llama, Qwen 2, Qwen 3), local or of the Hugging Face hub:
+  :func:`load`, :func:`read_config`, :func:`save`.
+- GGUF files of llama.cpp: :func:`load` and :func:`read_config`, too; their tokenizer:
+  :func:`bdia_jax.interop.gguf.load_tokenizer`. A pretrained model in one, as a package:
+  :func:`packaged_model`.
 
-__all__ = ["FolderError", "load", "read_config", "resolve", "save"]
+Another family of networks is a class in ``families``, and a line in its table.
+"""
+
+from bdia_jax.interop import gguf
+from bdia_jax.interop.checkpoint import FolderError
+from bdia_jax.interop.hub import packaged_model, resolve
+from bdia_jax.interop.models import load, read_config
+from bdia_jax.interop.saving import save
+
+__all__ = [
+    "FolderError",
+    "gguf",
+    "load",
+    "packaged_model",
+    "read_config",
+    "resolve",
+    "save",
+]

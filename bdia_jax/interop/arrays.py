@@ -1,0 +1,67 @@
+"""Parameters of ours from tensors of other libraries, and tensors from parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bdia_jax.interop.checkpoint import Checkpoint, FolderError
+from bdia_jax.interop.families import Source
+
+
+def parameter(
+    name: str, shape: tuple[int, ...], dtype: Any, source: Source, tensors: Checkpoint
+) -> jax.Array:
+    """A parameter of ours, on the device; of stacked blocks, if the source has a number in it.
+
+    Raises:
+      FolderError: for a tensor that is missing, or has another shape.
+    """
+
+    def one(theirs: str, shape: tuple[int, ...]) -> np.ndarray:
+        tensor = tensors.get(theirs)
+        if source.transposed:
+            tensor = tensor.T
+        if source.part is not None:
+            which, count = source.part
+            size = tensor.shape[-1] // count
+            tensor = tensor[..., which * size : (which + 1) * size]
+        if tensor.shape != shape:
+            raise FolderError(
+                f"{tensors.where}: the tensor {theirs}, for {name}, should give an array of shape "
+                f"{shape}; it gives {tensor.shape}"
+            )
+        return tensor
+
+    if "{}" not in source.name:
+        return jnp.asarray(one(source.name, shape), dtype)
+    stacked = np.empty(shape, dtype)
+    for i in range(len(stacked)):
+        stacked[i] = one(source.name.format(i), shape[1:])
+    return jnp.asarray(stacked)
+
+
+def tensors(
+    parameters: Mapping[str, jax.Array], layout: Mapping[str, Source], dtype: Any
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The inverse: every tensor by its name, one in memory at a time."""
+    by_name: dict[str, list[tuple[Source, jax.Array]]] = {}
+    for ours, source in layout.items():
+        by_name.setdefault(source.name, []).append((source, parameters[ours]))
+    for name, parts in by_name.items():
+        parts.sort(key=lambda part: part[0].part or (0, 1))
+
+        def whole(pick: Callable[[jax.Array], jax.Array], parts=parts) -> np.ndarray:
+            arrays = [np.asarray(pick(array).astype(dtype)) for _, array in parts]
+            arrays = [a.T if source.transposed else a for a, (source, _) in zip(arrays, parts)]
+            return np.ascontiguousarray(np.concatenate(arrays, axis=-1))
+
+        if "{}" not in name:
+            yield name, whole(lambda array: array)
+            continue
+        for i in range(len(parts[0][1])):
+            yield name.format(i), whole(lambda array, i=i: array[i])

@@ -1,0 +1,100 @@
+"""Families of networks: a file, or a class of one, for each; and the table of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bdia_jax.interop.checkpoint import FolderError
+from bdia_jax.interop.families.family import Config, Family, Names, Source, agree
+from bdia_jax.interop.families.gpt2 import GPT2
+from bdia_jax.interop.families.llama import Llama, Qwen2, Qwen3
+from bdia_jax.nn import DecoderConfig
+
+FAMILIES: dict[str, Family] = {f.name: f for f in (GPT2(), Llama(), Qwen2(), Qwen3())}
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "Names",
+    "Source",
+    "family_of",
+    "layout",
+    "named",
+    "read",
+    "write",
+]
+
+
+def named(name: Any) -> Family:
+    """The family of a name.
+
+    Raises:
+      FolderError: if there is none.
+    """
+    if name not in FAMILIES:
+        raise FolderError(f"model_type must be one of {', '.join(FAMILIES)}; got {name!r}")
+    return FAMILIES[name]
+
+
+def family_of(config: DecoderConfig) -> Family:
+    """The first family that has such networks.
+
+    Raises:
+      ValueError: if there is none.
+    """
+    for family in FAMILIES.values():
+        if family.has(config):
+            return family
+    raise ValueError(f"no family of {', '.join(FAMILIES)} has such networks; got {config}")
+
+
+def read(c: Config) -> DecoderConfig:
+    """The configuration that a config.json holds.
+
+    Raises:
+      FolderError: for another architecture, settings that there is no equivalent of, or that
+        contradict each other.
+    """
+    if quantized := c.get("quantization_config") or c.get("quantization"):
+        kind = quantized.get("quant_method") if isinstance(quantized, dict) else None
+        raise FolderError(
+            f"the weights are quantized ({kind or quantized}); only those that are not can be "
+            "read: give the folder that they were made from"
+        )
+    family = named(c.get("model_type"))
+    agree({name: c.get(name) for name in ("dtype", "torch_dtype")})
+    classes = c.get("architectures") or [family.architecture]
+    prefix = family.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel").lower()
+    if not any(name.lower().startswith(prefix) for name in classes):
+        raise FolderError(
+            f"config.json contradicts itself: model_type is {family.name!r}, architectures is "
+            f"{', '.join(classes)}"
+        )
+    try:
+        return family.read(c)
+    except KeyError as error:
+        raise FolderError(f"config.json of a {family.name} model lacks {error}") from None
+    except (TypeError, ValueError) as error:
+        if isinstance(error, FolderError):
+            raise
+        raise FolderError(f"config.json of a {family.name} model: {error}") from error
+
+
+def write(config: DecoderConfig) -> dict[str, Any]:
+    """The inverse of :func:`read`."""
+    family = family_of(config)
+    return {
+        "model_type": family.name,
+        "architectures": [family.architecture],
+        "vocab_size": config.vocab_size,
+        "tie_word_embeddings": config.tied_head,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        **family.write(config),
+    }
+
+
+def layout(family: Family, config: DecoderConfig, names: Names | None) -> dict[str, Source]:
+    """Where every parameter is found: :meth:`Family.layout`, and the head."""
+    found = family.layout(config, names)
+    return found if config.tied_head else found | {"head": Source("lm_head.weight")}

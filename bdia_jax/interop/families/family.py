@@ -1,0 +1,120 @@
+"""What a family of networks is: one subclass says how other libraries write its models."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import numpy as np
+
+from bdia_jax.interop.checkpoint import Checkpoint, FolderError
+from bdia_jax.nn import DecoderConfig
+
+Config = Mapping[str, Any]
+"""The contents of a config.json."""
+BLOCKS = "blocks.stacked."
+"""Where a decoder of ours keeps the parameters of its blocks, each with a leading block axis."""
+
+
+class Source(NamedTuple):
+    """Where a parameter of ours is found."""
+
+    name: str
+    """Of the tensor; with ``{}`` for the number of the block."""
+    transposed: bool = False
+    """Whether it is stored as ``[outputs, inputs]``; ours are ``[inputs, outputs]``."""
+    part: tuple[int, int] | None = None
+    """Which share of the last axis, of how many equal ones; None for all of it."""
+
+
+class Names(Protocol):
+    """Names of tensors."""
+
+    def __contains__(self, name: str, /) -> bool: ...
+
+
+class Family(abc.ABC):
+    """How ``transformers`` and llama.cpp write the models of one kind."""
+
+    name: ClassVar[str]
+    """``model_type`` in config.json; and llama.cpp's name of the architecture."""
+    architecture: ClassVar[str]
+    """The class in ``transformers``."""
+
+    @abc.abstractmethod
+    def read(self, c: Config) -> DecoderConfig:
+        """A configuration of ours from that of ``transformers``.
+
+        Raises:
+          KeyError: for a setting that is missing.
+          FolderError: for one that there is no equivalent of.
+        """
+
+    @abc.abstractmethod
+    def has(self, config: DecoderConfig) -> bool:
+        """Whether such networks are of this family."""
+
+    @abc.abstractmethod
+    def write(self, config: DecoderConfig) -> dict[str, Any]:
+        """The inverse of :meth:`read`, but for what all families have in common."""
+
+    @abc.abstractmethod
+    def layout(self, config: DecoderConfig, names: Names | None) -> dict[str, Source]:
+        """Where each parameter of ours is found, the head of a network without a tied one aside.
+
+        Args:
+          config: of the network.
+          names: those that are there, if it is read; None if it is written.
+        """
+
+    @abc.abstractmethod
+    def read_gguf(self, metadata: Mapping[str, Any], tensors: Checkpoint) -> dict[str, Any]:
+        """The contents of a config.json, from a GGUF file.
+
+        Args:
+          metadata: names without that of the architecture: ``block_count``, not
+            ``llama.block_count``.
+          tensors: of the file.
+
+        Returns:
+          What :meth:`write` returns.
+
+        Raises:
+          KeyError: for metadata that are missing.
+          FolderError: for a network that there is no equivalent of.
+        """
+
+    def from_gguf(self, name: str, tensor: np.ndarray, c: Config) -> np.ndarray:
+        """Undoes what llama.cpp does to a tensor when it writes it.
+
+        Args:
+          name: in ``transformers``.
+          tensor: as it is stored.
+          c: contents of a config.json.
+        """
+        return tensor
+
+
+def expect(c: Config, name: str, allowed: tuple, default: Any) -> None:
+    """An error unless a setting is one of some values."""
+    if c.get(name, default) not in allowed:
+        raise FolderError(
+            f"config.json: {name} must be {' or '.join(map(str, allowed))}; got {c[name]!r}"
+        )
+
+
+def agree(places: Mapping[str, Any]) -> Any:
+    """The value that several places of a config.json give; None if all of them are None.
+
+    Raises:
+      FolderError: with the names of two that contradict each other.
+    """
+    given = {place: value for place, value in places.items() if value is not None}
+    for place, value in given.items():
+        first = next(iter(given))
+        if value != given[first]:
+            raise FolderError(
+                f"config.json contradicts itself: {first} is {given[first]!r}, {place} is {value!r}"
+            )
+    return next(iter(given.values()), None)

@@ -1,0 +1,188 @@
+"""Llama, and two that differ from it by biases and norms: Qwen 2 and Qwen 3."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from bdia_jax.interop.checkpoint import Checkpoint, FolderError
+from bdia_jax.interop.families.family import BLOCKS, Config, Family, Names, Source, expect
+from bdia_jax.interop.families.rotary import read_gguf_rope, read_rope, write_rope
+from bdia_jax.nn import DecoderConfig, llama
+
+_LINEAR = {
+    "attention.q": ("self_attn.q_proj", "qkv_bias"),
+    "attention.k": ("self_attn.k_proj", "qkv_bias"),
+    "attention.v": ("self_attn.v_proj", "qkv_bias"),
+    "attention.out": ("self_attn.o_proj", "out_bias"),
+    "ffn.gate": ("mlp.gate_proj", "ffn_bias"),
+    "ffn.up": ("mlp.up_proj", "ffn_bias"),
+    "ffn.down": ("mlp.down_proj", "ffn_bias"),
+}
+_NORMS = {
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+}
+
+
+class Llama(Family):
+    """Touvron et al., "LLaMA: Open and Efficient Foundation Language Models", 2023."""
+
+    name = "llama"
+    architecture = "LlamaForCausalLM"
+    turns_neighbors: ClassVar[bool] = True
+    """Whether llama.cpp rotates features 2i and 2i + 1, and reorders queries and keys for that."""
+
+    def details(self, c: Config) -> dict[str, bool]:
+        """Which linear layers have biases, and whether queries and keys are normalized."""
+        bias = c.get("attention_bias", False)
+        ffn_bias = c.get("mlp_bias", False)
+        return {"qkv_bias": bias, "out_bias": bias, "ffn_bias": ffn_bias, "qk_norm": False}
+
+    def write_details(self, config: DecoderConfig) -> dict[str, bool]:
+        """The inverse of :meth:`details`."""
+        return {"attention_bias": config.qkv_bias, "mlp_bias": config.ffn_bias}
+
+    def head_dim(self, c: Config) -> int:
+        """Features of a head."""
+        return c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+
+    def has(self, config: DecoderConfig) -> bool:
+        kind = (config.norm, config.positions, config.feed_forward)
+        read_back = self.details(self.write_details(config))
+        return kind == ("rms", "rotary", "swiglu") and all(
+            getattr(config, name) == value for name, value in read_back.items()
+        )
+
+    def read(self, c: Config) -> DecoderConfig:
+        expect(c, "hidden_act", ("silu", "swish"), "silu")
+        expect(c, "use_sliding_window", (False, None), False)
+        expect(c, "pretraining_tp", (1, None), 1)
+        if other := set(c.get("layer_types") or ()) - {"full_attention"}:
+            raise FolderError(
+                f"config.json: layer_types must be full_attention; got {', '.join(sorted(other))}"
+            )
+        theta, scaling = read_rope(c)
+        return llama(
+            vocab_size=c["vocab_size"],
+            max_length=c["max_position_embeddings"],
+            width=c["hidden_size"],
+            depth=c["num_hidden_layers"],
+            heads=c["num_attention_heads"],
+            kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
+            head_dim=self.head_dim(c),
+            hidden=c["intermediate_size"],
+            norm_epsilon=c.get("rms_norm_eps", 1e-6),
+            rope_theta=theta,
+            rope_scaling=scaling,
+            tied_head=c.get("tie_word_embeddings", False),
+            **self.details(c),
+        )
+
+    def write(self, config: DecoderConfig) -> dict[str, Any]:
+        return {
+            "max_position_embeddings": config.max_length,
+            "hidden_size": config.width,
+            "num_hidden_layers": config.depth,
+            "num_attention_heads": config.heads,
+            "num_key_value_heads": config.num_kv_heads,
+            "head_dim": config.size_of_head,
+            "intermediate_size": config.hidden or 4 * config.width,
+            "rms_norm_eps": config.norm_epsilon,
+            "hidden_act": "silu",
+            **self.write_details(config),
+            **write_rope(config.rope_theta, config.rope_scaling),
+        }
+
+    def layout(self, config: DecoderConfig, names: Names | None) -> dict[str, Source]:
+        block = "model.layers.{}."
+        layout = {
+            "embedding": Source("model.embed_tokens.weight"),
+            "norm.scale": Source("model.norm.weight"),
+        }
+        for ours, theirs in _NORMS.items():
+            layout[f"{BLOCKS}{ours}.scale"] = Source(f"{block}{theirs}.weight")
+        for ours, (theirs, bias) in _LINEAR.items():
+            layout[f"{BLOCKS}{ours}.kernel"] = Source(f"{block}{theirs}.weight", transposed=True)
+            if getattr(config, bias):
+                layout[f"{BLOCKS}{ours}.bias"] = Source(f"{block}{theirs}.bias")
+        if config.qk_norm:
+            for name in ("q_norm", "k_norm"):
+                layout[f"{BLOCKS}attention.{name}.scale"] = Source(
+                    f"{block}self_attn.{name}.weight"
+                )
+        return layout
+
+    def read_gguf(self, metadata: Mapping[str, Any], tensors: Checkpoint) -> dict[str, Any]:
+        if experts := metadata.get("expert_count", 0):
+            raise FolderError(f"expert_count must be 0; got {experts}")
+        width, heads = metadata["embedding_length"], metadata["attention.head_count"]
+        head_dim = metadata.get("attention.key_length", width // heads)
+        if (of_values := metadata.get("attention.value_length", head_dim)) != head_dim:
+            raise FolderError(
+                f"attention.value_length must be {head_dim}, the size of a key; got {of_values}"
+            )
+        divisors = "rope_freqs.weight"
+        return {
+            "max_position_embeddings": metadata["context_length"],
+            "hidden_size": width,
+            "num_hidden_layers": metadata["block_count"],
+            "num_attention_heads": heads,
+            "num_key_value_heads": metadata.get("attention.head_count_kv", heads),
+            "head_dim": head_dim,
+            "intermediate_size": metadata["feed_forward_length"],
+            "rms_norm_eps": metadata["attention.layer_norm_rms_epsilon"],
+            "hidden_act": "silu",
+            "attention_bias": "model.layers.0.self_attn.q_proj.bias" in tensors,
+            "mlp_bias": "model.layers.0.mlp.up_proj.bias" in tensors,
+            **read_gguf_rope(
+                metadata, head_dim, tensors.get(divisors) if divisors in tensors else None
+            ),
+        }
+
+    def from_gguf(self, name: str, tensor: np.ndarray, c: Config) -> np.ndarray:
+        if not self.turns_neighbors:
+            return tensor
+        if ".q_proj." in name:
+            heads = c["num_attention_heads"]
+        elif ".k_proj." in name:
+            heads = c["num_key_value_heads"]
+        else:
+            return tensor
+        # Rows [head, pair, member] become [head, member, pair]: ours are i and i + dim/2.
+        pairs = tensor.reshape(heads, -1, 2, *tensor.shape[1:])
+        return pairs.swapaxes(1, 2).reshape(tensor.shape)
+
+
+class Qwen2(Llama):
+    """Yang et al., "Qwen2 Technical Report", 2024: queries, keys and values have biases."""
+
+    name = "qwen2"
+    architecture = "Qwen2ForCausalLM"
+    turns_neighbors = False
+
+    def details(self, c: Config) -> dict[str, bool]:
+        return {"qkv_bias": True, "out_bias": False, "ffn_bias": False, "qk_norm": False}
+
+    def write_details(self, config: DecoderConfig) -> dict[str, bool]:
+        return {}
+
+
+class Qwen3(Llama):
+    """Yang et al., "Qwen3 Technical Report", 2025: queries and keys are normalized."""
+
+    name = "qwen3"
+    architecture = "Qwen3ForCausalLM"
+    turns_neighbors = False
+
+    def details(self, c: Config) -> dict[str, bool]:
+        bias = c.get("attention_bias", False)
+        return {"qkv_bias": bias, "out_bias": bias, "ffn_bias": False, "qk_norm": True}
+
+    def write_details(self, config: DecoderConfig) -> dict[str, bool]:
+        return {"attention_bias": config.qkv_bias}
+
+    def head_dim(self, c: Config) -> int:
+        return c.get("head_dim") or 128

@@ -1,0 +1,100 @@
+"""Decoders from folders of ``transformers``, and from GGUF files."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from bdia_jax.interop import arrays, families
+from bdia_jax.interop.checkpoint import Checkpoint, FolderError
+from bdia_jax.interop.folder import Folder
+from bdia_jax.interop.gguf import GGUF
+from bdia_jax.interop.hub import resolve
+from bdia_jax.nn import Decoder, DecoderConfig
+
+
+def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
+    """A folder or a GGUF file, to read from; or a name on the Hugging Face hub."""
+    path = resolve(path)
+    return GGUF(path) if path.is_file() else Folder(path)
+
+
+def read_config(path: str | os.PathLike) -> DecoderConfig:
+    """The configuration of a folder of ``transformers``, or of a GGUF file.
+
+    Args:
+      path: as of :func:`load`; a folder may have a ``config.json`` only.
+
+    Raises:
+      FileNotFoundError: without config.json.
+      FolderError: for another architecture, settings of one that there is no equivalent of, and
+        settings that contradict each other.
+    """
+    with open_checkpoint(path) as checkpoint:
+        return _configuration(checkpoint)
+
+
+def load(path: str | os.PathLike, **settings: Any) -> Decoder:
+    """A decoder with the weights of a folder of ``transformers``, or of a GGUF file.
+
+    Of the weights there is one copy in memory, and the largest stacked array a second time.
+
+    Args:
+      path: a folder with ``config.json`` and ``*.safetensors``; a ``*.gguf`` file, of which
+        quantized weights are expanded; or a name on the Hugging Face hub, from where the folder is
+        downloaded (to the cache of ``huggingface_hub``).
+      **settings: of :class:`bdia_jax.nn.DecoderConfig`, in place of those that are read:
+        ``method``, ``dtype``, ``param_dtype``, ``dropout``, …
+
+    Raises:
+      FileNotFoundError: for a folder that does not exist, or has no weights.
+      FolderError: for a folder that does not fit, with the name of the tensor.
+    """
+    with open_checkpoint(path) as checkpoint:
+        config = dataclasses.replace(_configuration(checkpoint), **settings)
+        family = families.named(checkpoint.config["model_type"])
+        layout = families.layout(family, config, checkpoint)
+        make = lambda: nnx.split(Decoder(config, rngs=nnx.Rngs(0)), nnx.Param, ...)  # noqa: E731
+        graph, abstract, _ = jax.eval_shape(make)
+        rest = jax.jit(lambda: make()[2])()
+        state = []
+        for path, leaf in nnx.to_flat_state(abstract):
+            name = ".".join(map(str, path))
+            value = arrays.parameter(name, leaf.shape, leaf.dtype, layout[name], checkpoint)
+            state.append((path, leaf.replace(value)))
+        if unused := checkpoint.unused():
+            raise FolderError(
+                f"{checkpoint.where}: tensors that no parameter is made from: {', '.join(unused)}"
+            )
+    return nnx.merge(graph, nnx.from_flat_state(state), rest)
+
+
+def describe(theirs: DecoderConfig, ours: DecoderConfig) -> str:
+    """In which settings two configurations differ; empty if in none."""
+    pairs = {
+        field.name: (getattr(theirs, field.name), getattr(ours, field.name))
+        for field in dataclasses.fields(ours)
+    }
+    return ", ".join(
+        f"{name} = {a!r}, where the model has {b!r}" for name, (a, b) in pairs.items() if a != b
+    )
+
+
+def _configuration(checkpoint: Checkpoint) -> DecoderConfig:
+    """That of config.json; but the head is untied if there is one that differs, as in transformers.
+
+    (Since its version 5.)
+    """
+    config = families.read(checkpoint.config)
+    head = "lm_head.weight"
+    if not config.tied_head or not checkpoint.has_weights or head not in checkpoint:
+        return config
+    family = families.named(checkpoint.config["model_type"])
+    embedding = family.layout(config, checkpoint)["embedding"].name
+    same = np.array_equal(checkpoint.get(head), checkpoint.get(embedding))
+    return config if same else dataclasses.replace(config, tied_head=False)

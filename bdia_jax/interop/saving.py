@@ -1,0 +1,208 @@
+"""Folders that ``transformers`` loads, written whole."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from bdia_jax.files import write_json
+from bdia_jax.interop import arrays, families
+from bdia_jax.interop.checkpoint import FolderError
+from bdia_jax.interop.folder import (
+    BESIDE,
+    CONFIG,
+    INDEX,
+    WHOLE,
+    check_kind,
+    indexed_files,
+    read_json,
+)
+from bdia_jax.interop.models import describe, open_checkpoint
+from bdia_jax.interop.replacing import Step, new_files, put_in_place
+from bdia_jax.nn import Decoder, DecoderConfig, Frozen
+from bdia_jax.nn.stack import DTYPES, check_dtype
+
+SHARD_BYTES = 2 * 2**30
+"""Files are written up to this size, one in memory at a time."""
+_NOT_KEPT = ("auto_map", "transformers_weights")
+"""Settings of a config.json about files that are not written."""
+
+
+def save(
+    model: Decoder,
+    folder: str | os.PathLike,
+    *,
+    dtype: str | None = None,
+    like: str | os.PathLike | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a folder that ``transformers`` loads.
+
+    A model that was in the folder before is replaced as a whole: if the save is interrupted, it is
+    still there, and is what :func:`load` finds; or else the new one is.
+
+    Args:
+      model: without low-rank updates (:func:`bdia_jax.nn.merge_lora`).
+      folder: is made; what is in it beside a model stays.
+      dtype: float32, bfloat16, float16 or float64; by default that of the parameters.
+      like: what the model was loaded from (a folder, or a GGUF file). Its config.json is kept where
+        it does not contradict, and its tokenizer, chat template and generation_config.json are
+        written, in place of any that were in the folder. None leaves these files as they are.
+      config: contents of a config.json, in place of that of ``like``.
+
+    Raises:
+      ValueError: for a configuration that no family has, one of another model, an unknown dtype, or
+        a model with low-rank updates.
+      FolderError: for a folder with an adapter, which loaders would apply to the saved weights.
+    """
+    folder = pathlib.Path(folder).expanduser()
+    dtype = dtype or model.config.param_dtype
+    check_dtype(dtype)
+    beside = None
+    if like is not None:
+        with open_checkpoint(like) as checkpoint:
+            beside = checkpoint.beside()
+            config = checkpoint.config if config is None else config
+    written = _config_json(model.config, config, dtype)
+    layout = families.layout(families.named(written["model_type"]), model.config, None)
+    parameters = {
+        ".".join(map(str, path)): leaf.get_value()
+        for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Any(nnx.Param, Frozen)))
+    }
+    if set(layout) != set(parameters):
+        raise ValueError(
+            f"the model has other parameters than its configuration: "
+            f"{', '.join(sorted(set(layout) ^ set(parameters)))}; merge low-rank updates before "
+            "saving"
+        )
+    check_kind(folder)
+    with new_files(folder) as new:
+        before = _weights_before(folder)
+        tensors = arrays.tensors(parameters, layout, DTYPES[dtype])
+        weights = _write_weights(tensors, new, avoid=before)
+        write_json(new / CONFIG, written)
+        for name, content in (beside or {}).items():
+            (new / name).write_bytes(content)
+        put_in_place(folder, _steps(folder, new, weights, before, beside))
+
+
+def _config_json(
+    config: DecoderConfig, given: Mapping[str, Any] | None, dtype: str
+) -> dict[str, Any]:
+    """What is written: what was given, if it is of such a model."""
+    plain = families.write(config)
+    written = dict(plain if given is None else given)
+    # Weights may be untied that were loaded from a folder which says they are tied.
+    written["tie_word_embeddings"] = config.tied_head
+    if differences := describe(families.read(written), families.read(plain)):
+        raise ValueError(f"config is of another model: {differences}")
+    for name in _NOT_KEPT:
+        written.pop(name, None)
+    return written | {"dtype": dtype, "torch_dtype": dtype}
+
+
+def _write_weights(
+    tensors: Iterable[tuple[str, np.ndarray]], folder: pathlib.Path, avoid: set[str]
+) -> list[str]:
+    """Writes one file; or several, and their index.
+
+    Returns:
+      Names of the files, in the order in which they are to be put in place.
+    """
+    from safetensors.numpy import save_file
+
+    parts: list[pathlib.Path] = []
+    index: dict[str, int] = {}
+    shard: dict[str, np.ndarray] = {}
+    total = 0
+
+    def write() -> None:
+        index.update(dict.fromkeys(shard, len(parts)))
+        parts.append(folder / f"part-{len(parts)}")
+        save_file(shard, parts[-1], metadata={"format": "pt"})
+        shard.clear()
+
+    for name, tensor in tensors:
+        if shard and sum(a.nbytes for a in shard.values()) + tensor.nbytes > SHARD_BYTES:
+            write()
+        shard[name] = tensor
+        total += tensor.nbytes
+    write()
+    if len(parts) == 1:
+        parts[0].rename(folder / WHOLE)
+        return [WHOLE]
+    # Files of a model that is still being used are not overwritten one by one.
+    prefixes = itertools.chain(["model"], (f"model-{i}" for i in itertools.count(2)))
+    for prefix in prefixes:
+        names = [f"{prefix}-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
+        if not avoid & set(names):
+            break
+    for part, name in zip(parts, names):
+        part.rename(folder / name)
+    write_json(
+        folder / INDEX,
+        {
+            "metadata": {"total_size": total},
+            "weight_map": {name: names[i] for name, i in sorted(index.items())},
+        },
+    )
+    return [*names, INDEX]
+
+
+def _weights_before(folder: pathlib.Path) -> set[str]:
+    """Names of the files with weights that are in a folder."""
+    shard = re.compile(r"model-(\d+-)?\d{5}-of-\d{5}\.safetensors")
+    found = {path.name for path in folder.iterdir() if shard.fullmatch(path.name)}
+    # An index that cannot be read is replaced all the same.
+    with contextlib.suppress(FolderError):
+        found |= set(indexed_files(folder))
+    # An index may name anything: nothing outside the folder is removed, and nothing but weights.
+    ours = {name for name in found if re.fullmatch(r"[^/\\]+\.safetensors", name)}
+    return {name for name in {*ours, WHOLE, INDEX} if (folder / name).exists()}
+
+
+def _steps(
+    folder: pathlib.Path,
+    new: pathlib.Path,
+    weights: list[str],
+    before: set[str],
+    beside: Mapping[str, bytes] | None,
+) -> list[Step]:
+    """An order in which readers that know nothing of it find a whole model, or none.
+
+    ``model.safetensors`` is preferred to an index: put first, or removed last, it is the moment at
+    which other weights count. Where old weights and new files do not go together, there is no
+    config.json meanwhile.
+    """
+    others = list(beside or {})
+    steps = [Step("put", name) for name in [*weights, *others]]
+    removed = sorted(before - set(weights))
+    if beside is not None:
+        removed += [name for name in BESIDE if name not in beside and (folder / name).exists()]
+    # The whole file first: it hides the index of the new ones.
+    removed.sort(key=lambda name: name != WHOLE)
+    together = _same_network(folder / CONFIG, new / CONFIG) and all(
+        _same_content(folder / name, new / name) for name in others
+    )
+    if (folder / CONFIG).exists() and not together:
+        steps.insert(0, Step("remove", CONFIG))
+    return [*steps, *(Step("remove", name) for name in removed), Step("put", CONFIG)]
+
+
+def _same_network(old: pathlib.Path, new: pathlib.Path) -> bool:
+    try:
+        return families.read(read_json(old)) == families.read(read_json(new))
+    except (OSError, FolderError):
+        return False
+
+
+def _same_content(old: pathlib.Path, new: pathlib.Path) -> bool:
+    return not old.exists() or old.read_bytes() == new.read_bytes()
