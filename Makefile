@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo check test lint types docs clean
+.PHONY: demo check test lint types docs results clean
 
 demo: .venv/installed
 	$(BIN)/python experiments/demo.py --out demo
@@ -24,6 +24,10 @@ types: .venv/installed
 # The API site, in site/; needs no network.
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# Measures what a CPU can, stage by stage, and writes the tables into the pages.
+results: .venv/installed
+	$(BIN)/python experiments/results.py
 
 .venv/installed: pyproject.toml requirements.txt
 	$(PYTHON) -m venv .venv
