@@ -22,6 +22,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Key, PyTree
 
+from bdia_jax.adjoints import Direct, Online
+
 Pair = tuple[Float[Array, "batch *shape"], Float[Array, "batch *shape"]]
 Half = Callable[[PyTree[Array], Array, Key[Array, ""] | None], Array]
 
@@ -33,7 +35,7 @@ def coupled_scan(
     state: Pair,
     *,
     key: Key[Array, ""] | None = None,
-    backprop: str = "online",
+    adjoint: Online | Direct = Online(),  # noqa: B008  (frozen)
 ) -> Pair:
     """Runs a pair of streams through a stack of coupled blocks.
 
@@ -43,16 +45,16 @@ def coupled_scan(
       stacked_params: a pytree of floating-point arrays with a leading block axis.
       state: ``(x1, x2)``, of equal shape and dtype; float32 is what the inverse needs.
       key: PRNG key, or None if ``f`` and ``g`` draw nothing.
-      backprop: ``"online"``: every block is taken back in the backward pass, which keeps nothing
-        that grows with depth; ``"stored"``: plain automatic differentiation.
+      adjoint: ``Online()``: every block is taken back in the backward pass, which keeps nothing
+        that grows with depth; ``Direct()``: plain automatic differentiation.
 
     Returns:
       The pair after the last block.
     """
-    if backprop not in ("online", "stored"):
-        raise ValueError(f'backprop must be "online" or "stored"; got {backprop!r}')
+    if not isinstance(adjoint, Online | Direct):
+        raise TypeError(f"adjoint must be Online() or Direct(); got {adjoint!r}")
     keys = _keys(key, len(jax.tree.leaves(stacked_params)[0]))
-    run = _online if backprop == "online" else _forward
+    run = _online if isinstance(adjoint, Online) else _forward
     return run(f, g, stacked_params, state, keys)
 
 

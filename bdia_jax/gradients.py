@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
+from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float, PyTree
@@ -138,7 +138,7 @@ def with_derivative(primal, forward, backward) -> Callable[[Inputs], tuple[Array
     run = jax.custom_vjp(primal)
 
     def forward_rule(primals):
-        is_primal = lambda leaf: hasattr(leaf, "perturbed")  # noqa: E731
+        is_primal = lambda leaf: isinstance(leaf, CustomVJPPrimal)  # noqa: E731
         wanted = jax.tree.map(lambda leaf: leaf.perturbed, primals, is_leaf=is_primal)
         inputs = jax.tree.map(lambda leaf: leaf.value, primals, is_leaf=is_primal)
         return forward(once(inputs), wanted)

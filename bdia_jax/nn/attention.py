@@ -1,4 +1,4 @@
-"""Multi-head self-attention."""
+"""Attention of all models: of images, of texts, and of one text to another."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from bdia_jax.nn.blocks import make_norm
+from bdia_jax.nn.chunked_attention import chunked_attention
+from bdia_jax.nn.configs import DecoderConfig
 from bdia_jax.nn.dropout import Dropout
+from bdia_jax.nn.kernels import choose_kernel
+from bdia_jax.nn.rotary import rotate
+from bdia_jax.nn.settings import DTYPES
 
 
 class MultiHead(nnx.Module):
@@ -117,3 +123,96 @@ class LinearAttention(MultiHead):
         logits = jnp.einsum("bhqd,bhpd->bhqp", q, k, preferred_element_type=jnp.float32)
         weights = self.dropout(jax.nn.softmax(logits * self.head_dim**-0.5).astype(v.dtype))
         return self.merge(jnp.einsum("bhqp,bhpd->bhqd", weights, v))
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention, to the sequence itself or to another one."""
+
+    def __init__(self, config: DecoderConfig, *, causal: bool = True, rngs: nnx.Rngs):
+        c = self.config = config
+        self.causal = causal
+        inner, kv_inner = c.heads * c.size_of_head, c.num_kv_heads * c.size_of_head
+
+        def linear(inputs, outputs, bias):
+            return nnx.Linear(
+                inputs,
+                outputs,
+                use_bias=bias,
+                dtype=DTYPES[c.dtype],
+                param_dtype=DTYPES[c.param_dtype],
+                kernel_init=nnx.initializers.normal(0.02),
+                rngs=rngs,
+            )
+
+        self.q = linear(c.width, inner, c.qkv_bias)
+        self.k = linear(c.width, kv_inner, c.qkv_bias)
+        self.v = linear(c.width, kv_inner, c.qkv_bias)
+        self.out = linear(inner, c.width, c.out_bias)
+        self.q_norm = make_norm(c, c.size_of_head, rngs) if c.qk_norm else None
+        self.k_norm = make_norm(c, c.size_of_head, rngs) if c.qk_norm else None
+        self.dropout = Dropout(c.dropout, rngs=rngs)
+
+    def queries(self, x, angles=None):
+        """``[batch, length, head, dim]``, positions applied."""
+        return self._heads(self.q(x), self.q_norm, angles)
+
+    def keys_values(self, x, angles=None):
+        """Twice ``[batch, length, kv_head, dim]``, positions applied."""
+        v = self.v(x).reshape(*x.shape[:2], -1, self.config.size_of_head)
+        return self._heads(self.k(x), self.k_norm, angles), v
+
+    def _heads(self, y, norm, angles):
+        y = y.reshape(*y.shape[:2], -1, self.config.size_of_head)
+        y = y if norm is None else norm(y)
+        return y if angles is None else rotate(y, angles)
+
+    def __call__(self, x, angles=None, segments=None, memory=None):
+        """Over the positions of ``x`` itself, or of ``memory``.
+
+        ``memory`` is a pair: another sequence, and the segments in it.
+        """
+        other, other_segments = (x, segments) if memory is None else memory
+        q, (k, v) = self.queries(x, angles), self.keys_values(other, angles)
+        dropout = 0.0 if self.dropout.deterministic else self.dropout.rate
+        attend = choose_kernel(self.config, q, k, dropout)
+        attended = attend(
+            q,
+            k,
+            v,
+            causal=self.causal,
+            segments=None if segments is None else (segments, other_segments),
+            dropout=dropout,
+            key=self.dropout.rngs() if dropout else None,
+        )
+        return self._out(attended)
+
+    def look_up(self, x, keys_values, present):
+        """In keys and values that are known already; ``present`` is 0 where they are padding."""
+        q = self.queries(x)
+        k, v = (y.astype(q.dtype) for y in keys_values)
+        segments = jnp.ones(x.shape[:2], jnp.int32), present
+        return self._out(chunked_attention(q, k, v, segments=segments))
+
+    def _out(self, attended):
+        return self.out(attended.reshape(*attended.shape[:2], -1))
+
+    def extend(self, x, angles, cache, start, present):
+        """As above, with the positions in a cache before those of ``x``; and the longer cache.
+
+        ``cache`` is a pair ``[batch, slot, kv_head, dim]``, of which ``start`` slots are filled;
+        ``present`` (``[batch, slot]``, 0 or 1) tells the slots that hold no padding.
+        """
+        q, new = self.queries(x, angles), self.keys_values(x, angles)
+        k, v = cache = tuple(
+            jax.lax.dynamic_update_slice_in_dim(old, y.astype(old.dtype), start, axis=1)
+            for old, y in zip(cache, new, strict=True)
+        )
+        attended = chunked_attention(
+            q,
+            k.astype(q.dtype),
+            v.astype(q.dtype),
+            causal=True,
+            offset=start,
+            segments=(jnp.ones(x.shape[:2], jnp.int32), present),
+        )
+        return self._out(attended), cache

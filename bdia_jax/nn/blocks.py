@@ -9,7 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from bdia_jax.nn.chunks import by_chunks
+from bdia_jax.nn.configs import DecoderConfig
 from bdia_jax.nn.dropout import Dropout
+from bdia_jax.nn.settings import DTYPES
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -75,8 +78,43 @@ _gelu = jax.checkpoint(jax.nn.gelu)
 _swiglu = jax.checkpoint(lambda gate, y: jax.nn.silu(gate) * y)
 
 
+def make_norm(config: DecoderConfig, width: int, rngs: nnx.Rngs) -> nnx.Module:
+    """Layer or root-mean-square normalization, as configured."""
+    kind = LayerNorm if config.norm == "layer" else RMSNorm
+    return kind(
+        width,
+        epsilon=config.norm_epsilon,
+        dtype=DTYPES[config.dtype],
+        param_dtype=DTYPES[config.param_dtype],
+        rngs=rngs,
+    )
+
+
+def make_feed_forward(c: DecoderConfig, rngs: nnx.Rngs) -> FeedForward:
+    """The feed-forward network of a block, as configured."""
+    return FeedForward(
+        c.width,
+        c.hidden or 4 * c.width,
+        gated=c.feed_forward == "swiglu",
+        bias=c.ffn_bias,
+        dtype=DTYPES[c.dtype],
+        param_dtype=DTYPES[c.param_dtype],
+        kernel_init=nnx.initializers.normal(0.02),
+        rngs=rngs,
+    )
+
+
+def feed_forward(
+    block: nnx.Module, x: Float[Array, "batch length width"]
+) -> Float[Array, "batch length width"]:
+    """``ffn(norm(x))`` of a block; a chunk of positions at a time, if it says so."""
+    return by_chunks(lambda x: block.ffn(block.ffn_norm(x)), x, block.ffn_chunk)
+
+
 class TransformerBlock(nnx.Module):
     """The pre-norm transformer block: ``h(x) = a + ffn(norm(x + a))``, ``a = attn(norm(x))``."""
+
+    PARTS = ("attend", "feed_forward")
 
     def __init__(
         self,

@@ -2,90 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from bdia_jax.nn.decoder import (
-    Attention,
-    DecoderBlock,
-    DecoderConfig,
-    feed_forward,
-    lookup,
-    make_feed_forward,
-    make_norm,
-)
+from bdia_jax.nn.attention import Attention
+from bdia_jax.nn.blocks import feed_forward, make_feed_forward, make_norm
+from bdia_jax.nn.configs import DecoderConfig, EncoderDecoderConfig
+from bdia_jax.nn.decoder import DecoderBlock, lookup
 from bdia_jax.nn.dropout import Dropout
 from bdia_jax.nn.losses import Sums, cross_entropy, logits
-from bdia_jax.nn.stack import DTYPES, ReversibleSettings, ReversibleStack, check_method
-
-
-@dataclasses.dataclass(frozen=True)
-class EncoderDecoderConfig(ReversibleSettings):
-    """A pre-norm encoder-decoder transformer (Vaswani et al. 2017, norms before the sublayers)."""
-
-    source_vocab: int = 8000
-    """Number of tokens of the sources."""
-    target_vocab: int | None = None
-    """Number of tokens of the targets; None for one vocabulary, and one embedding, of both."""
-    max_length: int = 256
-    """Most positions of a sequence, on either side."""
-    width: int = 512
-    """Features of the residual stream."""
-    encoder_depth: int = 6
-    """Blocks of the encoder."""
-    decoder_depth: int = 6
-    """Blocks of the decoder."""
-    heads: int = 8
-    """Attention heads."""
-    hidden: int | None = None
-    """Features of the hidden layer of the feed-forward networks; None for 4 width."""
-    positions: Literal["sinusoidal", "learned"] = "sinusoidal"
-    """What is added to the embeddings."""
-    tied_head: bool = True
-    """Whether the output matrix is the embedding of the targets."""
-    dropout: float = 0.1
-    """Probability of dropping: on the embeddings, the attention weights and all updates."""
-    param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """What the parameters are kept in."""
-
-    def __post_init__(self):
-        for name in ("source_vocab", "target_vocab", "encoder_depth", "decoder_depth"):
-            value = getattr(self, name)
-            if value is None and name == "target_vocab":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an int >= 1; got {value!r}")
-        if self.positions not in ("sinusoidal", "learned"):
-            raise ValueError(f"positions must be sinusoidal or learned; got {self.positions!r}")
-        if self.positions == "sinusoidal" and self.width % 2:
-            raise ValueError(f"sinusoidal positions need an even width; got {self.width}")
-        check_method(self.method)
-        _ = self.block
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens that a translation is made of."""
-        return self.target_vocab or self.source_vocab
-
-    @property
-    def block(self) -> DecoderConfig:
-        """The settings of a block, which are a decoder's."""
-        return DecoderConfig(
-            vocab_size=self.vocab_size,
-            max_length=self.max_length,
-            width=self.width,
-            heads=self.heads,
-            hidden=self.hidden,
-            dropout=self.dropout,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-        )
+from bdia_jax.nn.settings import DTYPES
+from bdia_jax.nn.stack import ReversibleStack
 
 
 class CrossBlock(nnx.Module):
@@ -94,6 +25,8 @@ class CrossBlock(nnx.Module):
     ``h(x) = a + c + ffn(norm(x + a + c))`` with causal ``a = attn(norm(x))`` and
     ``c = attn(norm(x + a), memory)``.
     """
+
+    PARTS = ("attend", "look_up", "feed_forward")
 
     def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
         c = config
@@ -114,10 +47,22 @@ class CrossBlock(nnx.Module):
         memory_segments: Int[Array, "batch source"],
     ) -> Float[Array, "batch length width"]:
         """The update ``h(x)``."""
-        a = self.dropout(self.attention(self.attention_norm(x), None, segments))
-        looked_up = self.cross(self.cross_norm(x + a), None, segments, (memory, memory_segments))
-        a += self.dropout(looked_up)
-        return a + self.dropout(feed_forward(self, x + a))
+        a = self.attend(x, memory, segments, memory_segments)
+        a += self.look_up(x + a, memory, segments, memory_segments)
+        return a + self.feed_forward(x + a)
+
+    def attend(self, x, memory, segments, memory_segments):
+        """The first part: ``attn(norm(x))``."""
+        return self.dropout(self.attention(self.attention_norm(x), None, segments))
+
+    def look_up(self, x, memory, segments, memory_segments):
+        """The second part: ``attn(norm(x), memory)``."""
+        attended = self.cross(self.cross_norm(x), None, segments, (memory, memory_segments))
+        return self.dropout(attended)
+
+    def feed_forward(self, x, memory=None, segments=None, memory_segments=None):
+        """The third part: ``ffn(norm(x))``."""
+        return self.dropout(feed_forward(self, x))
 
     def extend(self, x, cache, start, present, keys_values, memory_present):
         """The update after what is in a cache, and the longer cache."""
@@ -147,13 +92,18 @@ class EncoderDecoder(nnx.Module):
         self.source_positions = table(c.max_length) if learned else None
         self.positions = table(c.max_length) if learned else None
         self.dropout = Dropout(c.dropout)
-        of_encoder, of_decoder = c.of_stacks(c.encoder_depth, c.decoder_depth)
         self.encoder = ReversibleStack(
-            lambda rngs: DecoderBlock(block, causal=False, rngs=rngs), **of_encoder, rngs=rngs
+            lambda rngs: DecoderBlock(block, causal=False, rngs=rngs),
+            c.encoder_depth,
+            **c.of_stack(DecoderBlock.PARTS),
+            rngs=rngs,
         )
         self.encoder_norm = make_norm(block, c.width, rngs)
         self.decoder = ReversibleStack(
-            lambda rngs: CrossBlock(block, rngs=rngs), **of_decoder, rngs=rngs
+            lambda rngs: CrossBlock(block, rngs=rngs),
+            c.decoder_depth,
+            **c.of_stack(CrossBlock.PARTS),
+            rngs=rngs,
         )
         self.norm = make_norm(block, c.width, rngs)
         self.head = None if c.tied_head else table(c.vocab_size)
@@ -265,7 +215,7 @@ class EncoderDecoder(nnx.Module):
         The batch is the second axis of each.
         """
         memory = self.encode(sources, present)
-        keys_values, params = self.decoder._pure(lambda block, x: block.cross.keys_values(x))
+        keys_values, params = self.decoder.pure(lambda block, x: block.cross.keys_values(x))
         keys, values = jax.lax.map(lambda params: keys_values(params, memory, None), params)
         return keys, values, present[None]
 
@@ -278,7 +228,7 @@ class EncoderDecoder(nnx.Module):
     def extend(self, tokens, positions, cache, start, present, context):
         """As :meth:`bdia_jax.nn.Decoder.extend`, with the sources' :meth:`context`."""
         x, _ = self._embed(tokens, positions, None, of_source=False)
-        extend, params = self.decoder._pure(lambda block, *args: block.extend(*args))
+        extend, params = self.decoder.pure(lambda block, *args: block.extend(*args))
         *keys_values, memory_present = context
 
         def step(x, block):

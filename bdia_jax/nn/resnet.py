@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -10,56 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from bdia_jax.nn.configs import ResNetConfig
 from bdia_jax.nn.dropout import Dropout
-from bdia_jax.nn.stack import DTYPES, ReversibleSettings, ReversibleStack, check_dtype, check_method
-
-
-@dataclasses.dataclass(frozen=True)
-class ResNetConfig(ReversibleSettings):
-    """A pre-activation residual network (He, Zhang, Ren, Sun 2016) for images of 32 × 32 pixels.
-
-    Group normalization, because a block must be a pure function: statistics of the batch would
-    tie the samples together, in which γ is drawn one by one, and running averages of them would be
-    updated twice by a block that is computed twice.
-    """
-
-    image_size: int = 32
-    """Height and width of the images in pixels."""
-    channels: int = 3
-    """Colour channels of the images."""
-    num_classes: int = 10
-    """Number of classes."""
-    widths: tuple[int, ...] = (64, 128, 256)
-    """Channels of each stage; from one stage to the next, height and width are halved."""
-    depth: int = 5
-    """Residual blocks per stage."""
-    groups: int = 8
-    """Groups of the normalization; divides every width."""
-    dropout: float = 0.0
-    """Probability of dropping, between the two convolutions of a block."""
-
-    def __post_init__(self):
-        if not self.widths:
-            raise ValueError("widths must name at least one stage; got none")
-        sizes = {
-            name: getattr(self, name)
-            for name in ("image_size", "channels", "num_classes", "depth", "groups")
-        }
-        sizes |= {f"widths[{i}]": width for i, width in enumerate(self.widths)}
-        for name, value in sizes.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an int >= 1; got {value!r}")
-        if any(width % self.groups for width in self.widths):
-            raise ValueError(f"groups must divide the widths {self.widths}; got {self.groups}")
-        if self.image_size % 2 ** (len(self.widths) - 1):
-            raise ValueError(
-                f"image_size must be divisible by {2 ** (len(self.widths) - 1)}, for "
-                f"{len(self.widths)} stages; got {self.image_size}"
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1); got {self.dropout}")
-        check_dtype(self.dtype)
-        check_method(self.method)
+from bdia_jax.nn.settings import DTYPES
+from bdia_jax.nn.stack import ReversibleStack
 
 
 class ResidualConv(nnx.Module):
@@ -112,8 +65,10 @@ class ResNet(nnx.Module):
         )
         self.stages = nnx.List(
             [
-                ReversibleStack(functools.partial(_make_block, c, width), **options, rngs=rngs)
-                for width, options in zip(c.widths, c.of_stacks(*[c.depth] * len(c.widths)))
+                ReversibleStack(
+                    functools.partial(_make_block, c, width), c.depth, **c.of_stack(), rngs=rngs
+                )
+                for width in c.widths
             ]
         )
         self.norm = nnx.GroupNorm(c.widths[-1], c.groups, rngs=rngs)

@@ -4,85 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.extend.core import get_opaque_trace_state
 from jaxtyping import Array, Float, Key, PyTree
 
 from bdia_jax import coupling
+from bdia_jax.adjoints import Adjoint, BackwardReport, Direct, Online, Update
+from bdia_jax.arguments import Block, check_combination
 from bdia_jax.check import Reversibility, check_reversible
-from bdia_jax.reversible import BackwardReport, Block, Update, reversible_scan
-
-Method = Literal[
-    "bdia", "bdia-stored", "standard", "standard-checkpoint", "midpoint", "midpoint-stored"
-]
-METHODS: tuple[str, ...] = get_args(Method)
-CoupledMethod = Literal["coupled", "coupled-stored"]
-
-
-DTYPES = {
-    "float32": jnp.float32,
-    "bfloat16": jnp.bfloat16,
-    "float16": jnp.float16,
-    "float64": jnp.float64,
-}
-
-
-def check_dtype(name: str, what: str = "dtype") -> None:
-    """A ``ValueError`` for what is none of the names, or cannot be had."""
-    if name not in DTYPES:
-        raise ValueError(f"{what} must be one of {', '.join(DTYPES)}; got {name!r}")
-    if name == "float64" and not jax.config.jax_enable_x64:
-        raise ValueError(f"{what}='float64' needs jax_enable_x64; it is not set")
-
-
-def check_method(method: str, methods: tuple[str, ...] = METHODS) -> str:
-    """``method`` itself, or a ``ValueError`` that lists the methods."""
-    if method not in methods:
-        raise ValueError(f"method must be one of {', '.join(methods)}; got {method!r}")
-    return method
-
-
-@dataclasses.dataclass(frozen=True)
-class ReversibleSettings:
-    """How reversible blocks are trained: what the configurations of all networks have."""
-
-    method: Method = "bdia"
-    """How the blocks are trained."""
-    gamma: float = 0.5
-    """Magnitude of γ: 2^-m, or any in (0, 1] with bdia-stored."""
-    frac_bits: int | None = 9
-    """Fractional bits l of the fixed-point grid."""
-    tolerance_bits: int = 0
-    """Bits of side information beyond those of γ, for hardware that is not deterministic."""
-    stored_blocks: int = 0
-    """How many blocks, from the last one down, keep their activations: more memory, less time."""
-    quantize_standard: bool = False
-    """Whether the standard methods run on the grid, too."""
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"
-    """What the blocks compute in."""
-
-    def of_stacks(self, *depths: int) -> list[dict[str, Any]]:
-        """Arguments of a :class:`ReversibleStack` for each of some depths, in their order."""
-        total = sum(depths)
-        if isinstance(self.stored_blocks, bool) or not 0 <= self.stored_blocks <= total:
-            raise ValueError(
-                f"stored_blocks must lie in [0, {total}], the number of blocks; got "
-                f"{self.stored_blocks!r}"
-            )
-        common = {
-            f.name: getattr(self, f.name)
-            for f in dataclasses.fields(ReversibleSettings)
-            if f.name != "dtype"
-        }
-        stacks, above = [], total
-        for depth in depths:
-            above -= depth
-            stored = min(depth, max(0, self.stored_blocks - above))
-            stacks.append(common | {"depth": depth, "stored_blocks": stored})
-        return stacks
+from bdia_jax.nn.pure import as_function
+from bdia_jax.reversible import reversible_scan
+from bdia_jax.steps import BDIA, Step
 
 
 class Probe(nnx.Variable):
@@ -101,31 +37,14 @@ class StackedBlocks(nnx.Module):
         self.depth = depth
         self.deterministic = False
         self.stacked = nnx.vmap(make_block)(rngs.split(depth))
-        kept = nnx.state(self.stacked, nnx.BatchStat)
-        if jax.tree.leaves(kept):
-            raise ValueError(
-                "blocks must be pure functions, and cannot keep batch statistics: use layer, group "
-                f"or RMS normalization; got {', '.join(map(_name, nnx.to_flat_state(kept)))}"
-            )
 
-    def _pure(self, call: Callable[..., Array]) -> tuple[Block, PyTree[Array]]:
-        """``call(block, x, *consts)`` as a function of a block's arrays; and those, stacked."""
-        graphdef, params, streams, rest = nnx.split(self.stacked, nnx.Param, nnx.RngState, ...)
+    def pure(self, call: Callable[..., PyTree[Array]]) -> tuple[Callable, PyTree[Array]]:
+        """``call(block, *args)`` as a function of a block's arrays; and those, stacked.
 
-        def function(state, x, key, *consts):
-            params, rest = state
-            return call(nnx.merge(graphdef, params, _seeded(streams, key), rest), x, *consts)
-
-        return function, (params, rest)
-
-    def _check_key(self, key) -> None:
-        if key is None and not self.deterministic:
-            if not jax.tree.leaves(nnx.state(self.stacked, nnx.RngState)):
-                return
-            raise ValueError(
-                "in training mode the blocks draw random numbers, and need one PRNG key per call: "
-                "stack(x, key=key); got key=None (model.eval() is the mode without)"
-            )
+        :func:`bdia_jax.nn.pure.as_function` says more. The function is given one block's arrays,
+        without the block axis.
+        """
+        return as_function(self.stacked, call)
 
 
 class ReversibleStack(StackedBlocks):
@@ -133,22 +52,13 @@ class ReversibleStack(StackedBlocks):
 
     A block is any Flax module that maps ``x`` (and whatever else the stack is called with) to
     its update ``h(x)``. It may use dropout: every random stream in it is seeded per block, and
-    per call, from the key that the stack is called with. It must not keep statistics between
-    calls (batch normalization): normalize by layer, group or root mean square.
+    per call, from the key that the stack is called with. It must not write to variables (batch
+    normalization does): normalize by layer, group or root mean square.
 
-    Four training methods share the parameters, so that a network trained by one can be
-    evaluated, or trained on, by another:
-
-    - ``"bdia"``: BDIA with online back-propagation; keeps bits, not activations.
-    - ``"bdia-stored"``: the same network and gradients by plain automatic differentiation.
-    - ``"standard"``: ``x + h(x)``, plain automatic differentiation.
-    - ``"standard-checkpoint"``: the same, each block under ``jax.checkpoint``.
-
-    In evaluation mode (``model.eval()``) the BDIA methods have γ = 0: ``x + h(x)`` on the grid.
-
-    Two more are another network, with the same parameters: ``"midpoint"`` (online
-    back-propagation) and ``"midpoint-stored"``, the reversible mid-point network
-    ``x_{k+1} = x_{k-1} + 2 h_k(x_k)`` on the grid, in training and in evaluation.
+    A step and an adjoint say what the network does from block to block in training, and how that
+    is differentiated. Stacks with other steps and adjoints have the same parameters. In evaluation
+    mode (``model.eval()``) the stack is the network that is handed back, ``step.network``,
+    differentiated directly: for :class:`bdia_jax.BDIA`, ``x + h(x)`` on the grid.
     """
 
     def __init__(
@@ -156,12 +66,9 @@ class ReversibleStack(StackedBlocks):
         make_block: Callable[[nnx.Rngs], nnx.Module],
         depth: int,
         *,
-        method: Method = "bdia",
-        gamma: float = 0.5,
-        frac_bits: int | None = 9,
-        tolerance_bits: int = 0,
-        stored_blocks: int = 0,
-        quantize_standard: bool = False,
+        step: Step = BDIA(),  # noqa: B008  (frozen)
+        adjoint: Adjoint = Online(),  # noqa: B008
+        parts: tuple[str, ...] | None = None,
         residual: bool = False,
         rngs: nnx.Rngs,
     ):
@@ -170,35 +77,67 @@ class ReversibleStack(StackedBlocks):
         Args:
           make_block: a function (or class) of ``nnx.Rngs`` that returns a block.
           depth: number of blocks, at least 1.
-          method: one of the above.
-          gamma, frac_bits, tolerance_bits, stored_blocks: as in
-            :func:`bdia_jax.reversible_scan`.
-          quantize_standard: whether the standard methods run on the grid, too.
-          residual: whether a block returns ``x + h(x)`` rather than ``h(x)``.
+          step: :class:`bdia_jax.BDIA`, :class:`bdia_jax.Midpoint` or :class:`bdia_jax.Euler`.
+          adjoint: :class:`bdia_jax.Online`, :class:`bdia_jax.Checkpoint` or
+            :class:`bdia_jax.Direct`, without probe and update, which the stack installs.
+          parts: names of methods of the block, such as ``("attend", "feed_forward")``. Each is
+            called as the block would be, is an update of its own, and a step of its own. None for
+            the block as a whole.
+          residual: whether a block (a part) returns ``x + h(x)`` rather than ``h(x)``.
           rngs: for the initialization; each block draws its own.
+
+        Raises:
+          TypeError, ValueError: for a step and an adjoint, or parts, that do not fit.
         """
         super().__init__(make_block, depth, rngs)
-        if isinstance(stored_blocks, bool) or not 0 <= stored_blocks <= depth:
+        check_combination(step, adjoint)
+        if not isinstance(adjoint, Direct) and (adjoint.probe, adjoint.update) != (None, None):
             raise ValueError(
-                f"stored_blocks must lie in [0, depth = {depth}]; got {stored_blocks!r}"
+                "adjoint must be given without probe and update: the stack has a probe, and "
+                f"updates are installed by stack.updates(update); got {adjoint}"
             )
-        self.method = check_method(method)
-        self.gamma = gamma
-        self.frac_bits = frac_bits
-        self.tolerance_bits = tolerance_bits
-        self.stored_blocks = stored_blocks
-        self.quantize_standard = quantize_standard
+        if parts is not None:
+            missing = [p for p in parts if not callable(getattr(self.stacked, p, None))]
+            if not isinstance(parts, tuple) or not parts or missing:
+                raise ValueError(
+                    f"parts must be a tuple of names of methods of {type(self.stacked).__name__}; "
+                    f"got {parts!r}"
+                )
+        self.step = step
+        self.adjoint = adjoint
+        self.parts = parts
         self.residual = residual
         self.probe = Probe(BackwardReport.zeros(depth))
 
-    def updates(self, update: Update | None) -> None:
-        """Has the backward pass update the parameters: :class:`bdia_jax.Update`.
+    def updates(self, update: Update) -> None:
+        """Has the backward pass of the next call update the parameters.
 
-        Set it within a traced function, on the model that is differentiated. ``update.function``
-        is given the ``nnx.Param`` of a block, as an ``nnx.State`` without the block axis.
+        For use within a traced function that is differentiated, on the model that is made there::
+
+            def loss(slots):
+                model = nnx.merge(graph, params, rest)
+                model.blocks.updates(Update(function, slots.params, slots.state))
+                return mean_loss(model, batch)
+
+            new_slots = jax.grad(loss)(slots)
+
+        Args:
+          update: ``update.params`` is the ``nnx.State`` of the ``nnx.Param`` in ``stacked``, and
+            ``update.function`` is given that of one block, without the block axis.
+
+        Raises:
+          ValueError: for an adjoint that does not finish one block after the other. And, at trace
+            time, where the stack is called in evaluation mode, a second time, or in another trace
+            (within ``jax.lax.scan``, ``jax.vmap``, ``jax.checkpoint``): new values would then be
+            summed as if they were gradients.
         """
+        if isinstance(self.adjoint, Direct):
+            raise ValueError(
+                "updates need an adjoint that finishes one block after the other, Online() or "
+                f"Checkpoint(); got {self.adjoint}"
+            )
         # Not an attribute of the module's state: it holds traced values, and is not to be kept.
-        object.__setattr__(self, "_update", update)
+        object.__setattr__(self, "_updates", _Updates(update, get_opaque_trace_state()))
 
     def __call__(
         self, x: Float[Array, "batch *shape"], *consts, key: Key[Array, ""] | None = None
@@ -208,77 +147,98 @@ class ReversibleStack(StackedBlocks):
         Args:
           x: input of the first block; its dtype is what the blocks see.
           *consts: given to every block after ``x``; differentiable.
-          key: PRNG key of this call, for γ and dropout. None in evaluation mode.
+          key: PRNG key of this call, for signs and dropout. None where nothing is drawn: in
+            evaluation mode, and in training for a step without random signs and blocks without
+            dropout.
+
+        Raises:
+          ValueError: for ``key=None`` where something is drawn, and for blocks that write to
+            variables.
         """
-        self._check_key(key)
         block, stacked_params = self.functional()
-        standard = self.method.startswith("standard")
-        if self.method == "standard-checkpoint":
-            # Inside a scan, XLA cannot merge the recomputation with the original.
-            block = jax.checkpoint(block, prevent_cse=False)
-        gamma, signs = self._gamma_and_signs()
         return reversible_scan(
             block,
             stacked_params,
             x,
             key=key,
             consts=consts,
-            gamma=gamma,
-            signs=signs,
-            frac_bits=self.frac_bits if not standard or self.quantize_standard else None,
-            tolerance_bits=self.tolerance_bits,
-            backprop="online" if self.method in ("bdia", "midpoint") else "stored",
-            stored_blocks=self.stored_blocks,
-            probe=self.probe.get_value(),
-            update=self._params_only(getattr(self, "_update", None)),
+            step=self.step.network if self.deterministic else self.step,
+            adjoint=self._adjoint(stacked_params),
         )
 
-    @staticmethod
-    def _params_only(update: Update | None) -> Update | None:
-        """For the pairs of parameters and the rest that a block is a function of."""
-        if update is None:
-            return None
+    def _adjoint(self, stacked_params) -> Adjoint:
+        """With the probe, and with the updates if there are any, for one call."""
+        updates: _Updates | None = getattr(self, "_updates", None)
+        if self.deterministic:
+            if updates is not None:
+                raise ValueError("blocks are updated in training mode; the stack is in evaluation")
+            return Direct()
+        if isinstance(self.adjoint, Direct):
+            return self.adjoint
+        update = None if updates is None else updates.of_blocks(stacked_params)
+        return dataclasses.replace(self.adjoint, probe=self.probe.get_value(), update=update)
 
-        def function(params, d_params, state):
-            new, state = update.function(params[0], d_params[0], state)
-            return (new, params[1]), state
+    def functional(self) -> tuple[Block | tuple[Block, ...], PyTree[Array]]:
+        """The blocks as :func:`bdia_jax.reversible_scan` takes them.
 
-        return Update(function, update.state)
+        Returns:
+          A function, or one per part; and the stacked parameters.
+        """
+        if self.parts is None:
+            return self._update("__call__")
+        functions, params = zip(*map(self._update, self.parts))
+        return functions, params[0]
 
-    def _gamma_and_signs(self) -> tuple[float, str]:
-        if self.method.startswith("midpoint"):
-            return 1.0, "positive"
-        bdia = self.method.startswith("bdia") and not self.deterministic
-        return self.gamma if bdia else 0.0, "random"
+    def _update(self, method: str):
+        """The update of the block, or of a part of it."""
 
-    def functional(self) -> tuple[Block, PyTree[Array]]:
-        """The blocks as :func:`bdia_jax.reversible_scan` takes them: a function, and parameters."""
-
-        def update(block, x, *consts):
-            y = block(x, *consts)
+        def call(block, x, *consts):
+            y = getattr(block, method)(x, *consts)
             return y - x if self.residual else y
 
-        return self._pure(update)
+        function, params = self.pure(call)
+        return lambda params, x, key, *consts: function(params, key, x, *consts), params
 
     def check_reversible(
-        self, x: Float[Array, "batch *shape"], *consts, key: Key[Array, ""]
+        self, x: Float[Array, "batch *shape"], *consts, key: Key[Array, ""] | None = None
     ) -> Reversibility:
-        """:func:`bdia_jax.check_reversible` of these blocks, in their mode and settings."""
+        """:func:`bdia_jax.check_reversible` of these blocks, in their mode, with their step."""
         block, stacked_params = self.functional()
-        gamma, signs = self.gamma, "random"
-        if self.method.startswith("midpoint"):
-            gamma, signs = self._gamma_and_signs()
-        return check_reversible(
-            block,
-            stacked_params,
-            x,
-            key=key,
-            consts=consts,
-            gamma=gamma,
-            signs=signs,
-            frac_bits=self.frac_bits,
-            tolerance_bits=self.tolerance_bits,
-        )
+        return check_reversible(block, stacked_params, x, key=key, consts=consts, step=self.step)
+
+
+class _Updates:
+    """An update, for one call in the trace in which it was installed."""
+
+    def __init__(self, update: Update, trace: Any):
+        self.update, self.trace, self.called = update, trace, False
+
+    def of_blocks(self, stacked_params: tuple[nnx.State, nnx.State]) -> Update:
+        """For blocks that are functions of a pair, of parameters and other variables.
+
+        Raises:
+          ValueError: at the second call, or in another trace.
+        """
+        reason = "; new values of its blocks would be summed as if they were gradients"
+        if self.called:
+            raise ValueError(
+                "a stack whose blocks are updated in the backward pass can be called once; it is "
+                "called a second time" + reason
+            )
+        if get_opaque_trace_state() != self.trace:
+            raise ValueError(
+                "a stack whose blocks are updated in the backward pass must be called where "
+                "updates() was; it is called in another trace (of jax.lax.scan, jax.vmap, "
+                "jax.checkpoint or jax.jit)" + reason
+            )
+        self.called = True
+
+        def function(params, d_params, state):
+            new, state = self.update.function(params[0], d_params[0], state)
+            return (new, params[1]), state
+
+        untrained = jax.tree.map(lambda _: None, stacked_params[1])
+        return Update(function, (self.update.params, untrained), self.update.state)
 
 
 class CoupledStack(StackedBlocks):
@@ -294,33 +254,41 @@ class CoupledStack(StackedBlocks):
         make_block: Callable[[nnx.Rngs], nnx.Module],
         depth: int,
         *,
-        method: CoupledMethod = "coupled",
+        adjoint: Adjoint = Online(),  # noqa: B008
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
-        """``dtype`` is what the blocks see; the streams are float32. Otherwise as above."""
+        """Builds the blocks.
+
+        Args:
+          make_block, depth, rngs: as for :class:`ReversibleStack`.
+          adjoint: :class:`bdia_jax.Online` or :class:`bdia_jax.Direct`.
+          dtype: what the blocks see; the streams are float32.
+        """
         super().__init__(make_block, depth, rngs)
-        self.method = check_method(method, get_args(CoupledMethod))
+        if adjoint not in (Online(), Direct()):
+            raise ValueError(f"adjoint must be Online() or Direct(); got {adjoint!r}")
+        self.adjoint = adjoint
         self.dtype = dtype
 
     def __call__(
         self, x: Float[Array, "batch *shape"], *, key: Key[Array, ""] | None = None
     ) -> Float[Array, "batch *shape_but_doubled"]:
         """Runs the blocks; the streams, in float32, one after the other on the last axis."""
-        self._check_key(key)
+        backprop = "online" if isinstance(self.adjoint, Online) else "stored"
         pair = coupling.coupled_scan(
-            *self.functional(),
-            self._start(x),
-            key=key,
-            backprop="online" if self.method == "coupled" else "stored",
+            *self.functional(), self._start(x), key=key, backprop=backprop
         )
         return jnp.concatenate(pair, axis=-1)
 
     def functional(self) -> tuple[coupling.Half, coupling.Half, PyTree[Array]]:
         """Both halves and the stacked parameters, as :func:`bdia_jax.coupling.coupled_scan`."""
-        attend, params = self._pure(lambda block, x: block.attend(x.astype(self.dtype)))
-        feed_forward, _ = self._pure(lambda block, x: block.feed_forward(x.astype(self.dtype)))
-        return attend, feed_forward, params
+        attend, params = self._half("attend")
+        return attend, self._half("feed_forward")[0], params
+
+    def _half(self, method: str):
+        function, params = self.pure(lambda block, x: getattr(block, method)(x.astype(self.dtype)))
+        return lambda params, x, key: function(params, key, x), params
 
     def reconstruction_errors(
         self, x: Float[Array, "batch *shape"], *, key: Key[Array, ""] | None = None
@@ -337,20 +305,3 @@ class CoupledStack(StackedBlocks):
 def is_stacked(path: tuple) -> bool:
     """Whether the leaf at a path of a model's state has a leading block axis."""
     return any(getattr(entry, "key", None) == "stacked" for entry in path)
-
-
-def _seeded(streams: nnx.State, key: Key[Array, ""] | None) -> nnx.State:
-    """The random streams of a block, started afresh from ``key``: each gets its own."""
-    flat = []
-    for i, (path, leaf) in enumerate(nnx.to_flat_state(streams)):
-        if isinstance(leaf, nnx.RngKey):
-            value = jax.random.key(0) if key is None else jax.random.fold_in(key, i)
-        else:
-            value = jnp.uint32(0)
-        flat.append((path, leaf.replace(value)))
-    return nnx.from_flat_state(flat)
-
-
-def _name(item) -> str:
-    path, _ = item
-    return ".".join(map(str, path))

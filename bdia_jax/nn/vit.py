@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,104 +11,10 @@ from jaxtyping import Array, Float, Key
 
 from bdia_jax.nn.attention import LinearAttention, SelfAttention
 from bdia_jax.nn.blocks import TransformerBlock
+from bdia_jax.nn.configs import ViTConfig
 from bdia_jax.nn.dropout import Dropout
-from bdia_jax.nn.stack import (
-    DTYPES,
-    CoupledMethod,
-    CoupledStack,
-    Method,
-    ReversibleSettings,
-    ReversibleStack,
-    check_dtype,
-    check_method,
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class ViTConfig(ReversibleSettings):
-    """A pre-norm vision transformer.
-
-    The defaults are those of the BDIA experiments on CIFAR: shifted-patch tokenization and
-    locality self-attention, for small images (Lee, Lee, Song 2021).
-    """
-
-    image_size: int = 32
-    """Height and width of the images in pixels."""
-    channels: int = 3
-    """Colour channels of the images."""
-    num_classes: int = 10
-    """Number of classes."""
-    patch_size: int = 4
-    """Height and width of a patch in pixels; divides image_size."""
-    width: int = 512
-    """Features of the residual stream."""
-    depth: int = 6
-    """Number of transformer blocks."""
-    heads: int = 8
-    """Attention heads."""
-    head_dim: int = 64
-    """Features per attention head."""
-    hidden: int = 512
-    """Features of the hidden layer of the feed-forward network."""
-    dropout: float = 0.1
-    """Probability of dropping, in the blocks and on the embedding."""
-    pool: Literal["cls", "mean"] = "cls"
-    """What is classified: a class token, or the mean over the patches."""
-    shifted_patches: bool = True
-    """Shifted-patch tokenization: patches of the image and of its four one-pixel shifts."""
-    attention: Literal["local", "full", "linear"] = "local"
-    """local: masked diagonal, learned temperature; full: the usual one; linear: to a few learned
-    mixtures of positions (Linformer)."""
-    projection: int = 16
-    """Number of mixtures of linear attention."""
-    method: Method | CoupledMethod = "bdia"
-    """How the blocks are trained. Two are other networks: midpoint (x_{k-1} + 2 h(x_k)), and
-    coupled (RevViT: attention and feed-forward network update two streams in turns)."""
-
-    def __post_init__(self):
-        sizes = (
-            "image_size",
-            "channels",
-            "num_classes",
-            "patch_size",
-            "width",
-            "depth",
-            "heads",
-            "head_dim",
-            "hidden",
-            "projection",
-        )
-        for name in sizes:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an int >= 1; got {value!r}")
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"patch_size must divide image_size = {self.image_size}; got {self.patch_size}"
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1); got {self.dropout}")
-        if self.pool not in ("cls", "mean"):
-            raise ValueError(f'pool must be "cls" or "mean"; got {self.pool!r}')
-        if self.attention not in ("local", "full", "linear"):
-            raise ValueError(f"attention must be local, full or linear; got {self.attention!r}")
-        check_dtype(self.dtype)
-        check_method(self.method, (*get_args(Method), *get_args(CoupledMethod)))
-
-    @property
-    def patches(self) -> int:
-        """Patches per image."""
-        return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def length(self) -> int:
-        """Positions of the residual stream."""
-        return self.patches + (self.pool == "cls")
-
-    @property
-    def coupled(self) -> bool:
-        """Whether there are two streams."""
-        return self.method in get_args(CoupledMethod)
+from bdia_jax.nn.settings import DTYPES
+from bdia_jax.nn.stack import CoupledStack, ReversibleStack
 
 
 class ViT(nnx.Module):
@@ -132,7 +36,9 @@ class ViT(nnx.Module):
         if c.coupled:
             self.blocks = CoupledStack(make_block, c.depth, method=c.method, dtype=dtype, rngs=rngs)
         else:
-            self.blocks = ReversibleStack(make_block, **c.of_stacks(c.depth)[0], rngs=rngs)
+            self.blocks = ReversibleStack(
+                make_block, c.depth, **c.of_stack(TransformerBlock.PARTS), rngs=rngs
+            )
         width = c.width * (2 if c.coupled else 1)
         self.norm = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
         self.head = nnx.Linear(width, c.num_classes, rngs=rngs)

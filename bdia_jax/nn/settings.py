@@ -1,0 +1,170 @@
+"""How the blocks of a model are trained: short names on a command line, objects in the library.
+
+This is the only place that reads a method's name. To add a method, add its name to :data:`Method`
+and a line to :data:`MEANINGS`; every model, command and plan then takes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+
+from bdia_jax.adjoints import Adjoint, Checkpoint, Direct, Online
+from bdia_jax.arguments import check_combination
+from bdia_jax.steps import BDIA, Euler, Midpoint, Signs, Step
+
+Method = Literal[
+    "bdia",
+    "bdia-checkpoint",
+    "bdia-direct",
+    "standard",
+    "standard-checkpoint",
+    "midpoint",
+    "midpoint-direct",
+]
+CoupledMethod = Literal["coupled", "coupled-direct"]
+METHODS: tuple[str, ...] = get_args(Method)
+Dtype = Literal["float32", "bfloat16", "float16", "float64"]
+DTYPES = {
+    "float32": jnp.float32,
+    "bfloat16": jnp.bfloat16,
+    "float16": jnp.float16,
+    "float64": jnp.float64,
+}
+
+
+class Meaning(NamedTuple):
+    """What a method's name stands for."""
+
+    step: Callable[[ReversibleSettings], Step]
+    adjoint: Adjoint
+
+
+def _bdia(s: ReversibleSettings) -> Step:
+    return BDIA(s.gamma, s.signs, s.frac_bits, s.tolerance_bits)
+
+
+def _midpoint(s: ReversibleSettings) -> Step:
+    return Midpoint(s.frac_bits, s.tolerance_bits)
+
+
+def _standard(s: ReversibleSettings) -> Step:
+    return Euler(s.frac_bits if s.quantize_standard else None)
+
+
+MEANINGS: dict[str, Meaning] = {
+    "bdia": Meaning(_bdia, Online()),
+    "bdia-checkpoint": Meaning(_bdia, Checkpoint()),
+    "bdia-direct": Meaning(_bdia, Direct()),
+    "standard": Meaning(_standard, Direct()),
+    "standard-checkpoint": Meaning(_standard, Checkpoint()),
+    "midpoint": Meaning(_midpoint, Online()),
+    "midpoint-direct": Meaning(_midpoint, Direct()),
+}
+COUPLED: dict[str, Adjoint] = {"coupled": Online(), "coupled-direct": Direct()}
+"""Methods of two streams (:class:`bdia_jax.nn.CoupledStack`), which have no step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReversibleSettings:
+    """How residual blocks are trained: what the configurations of all networks have.
+
+    A configuration is checked when it is made: every field that has names has one of them, and
+    step and adjoint fit each other. Errors are ``ValueError``.
+    """
+
+    method: Method = "bdia"
+    """bdia, midpoint: every step is taken back. standard, -direct: activations are kept.
+    -checkpoint: the input of every step is kept."""
+    gamma: float = 0.5
+    """Magnitude of γ: 2^-m for bdia, m bits per activation and step; any in (0, 1] for
+    bdia-checkpoint and bdia-direct. 0.5 regularizes, for training from scratch; 1/8 or 1/16 is for
+    pretrained networks."""
+    signs: Signs = "block"
+    """Of γ. block: drawn per sample and block; sample: per sample, one for all its blocks; minus,
+    plus: always that one."""
+    frac_bits: int | None = 9
+    """Fractional bits l of the fixed-point grid."""
+    tolerance_bits: int = 0
+    """Bits of side information beyond those of γ, for hardware that is not deterministic."""
+    quantize_standard: bool = False
+    """Whether the standard methods run on the grid, too."""
+    parts_as_steps: bool = False
+    """Whether attention and feed-forward network are a step each, rather than their block: less
+    memory for the derivative, side information for twice as many steps."""
+    dtype: Dtype = "float32"
+    """What the blocks compute in."""
+
+    def __post_init__(self):
+        check_names(self)
+        if self.method in MEANINGS:
+            check_combination(self.step(), self.adjoint())
+
+    def step(self) -> Step:
+        """What the network does from block to block, in training."""
+        return MEANINGS[self.method].step(self)
+
+    def adjoint(self) -> Adjoint:
+        """How that is differentiated."""
+        return COUPLED[self.method] if self.method in COUPLED else MEANINGS[self.method].adjoint
+
+    def of_stack(self, depth: int, parts: tuple[str, ...] | None = None) -> dict[str, Any]:
+        """Keyword arguments of a :class:`bdia_jax.nn.ReversibleStack`.
+
+        Args:
+          depth: number of blocks.
+          parts: the parts of a block, if it has any.
+        """
+        return {
+            "depth": depth,
+            "step": self.step(),
+            "adjoint": self.adjoint(),
+            "parts": parts if self.parts_as_steps else None,
+        }
+
+
+def check_names(config: Any) -> None:
+    """Raises ``ValueError`` unless every field with names (a ``Literal``) has one of them."""
+    for name, annotation in typing.get_type_hints(type(config)).items():
+        kinds = get_args(annotation) if _is_union(annotation) else (annotation,)
+        allowed = [n for kind in kinds if typing.get_origin(kind) is Literal for n in get_args(kind)]
+        value = getattr(config, name)
+        if allowed and value not in allowed:
+            raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+        if allowed and allowed[0] in DTYPES:
+            check_dtype(value, name)
+
+
+def check_dtype(name: str, what: str = "dtype") -> None:
+    """Raises ``ValueError`` for a name that is not a dtype of blocks, or that JAX cannot have."""
+    if name not in DTYPES:
+        raise ValueError(f"{what} must be one of {', '.join(DTYPES)}; got {name!r}")
+    if name == "float64" and not jax.config.read("jax_enable_x64"):
+        raise ValueError(f"{what}='float64' needs jax_enable_x64; it is not set")
+
+
+def check_sizes(config: Any, *names: str) -> None:
+    """Raises ``ValueError`` unless these fields are positive integers, or None where they may."""
+    optional = {f.name for f in dataclasses.fields(config) if f.default is None}
+    for name in names:
+        value = getattr(config, name)
+        if value is None and name in optional:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name} must be an int >= 1; got {value!r}")
+
+
+def check_dropout(config: Any) -> None:
+    """Raises ``ValueError`` unless ``dropout`` is a probability below 1."""
+    if not 0 <= config.dropout < 1:
+        raise ValueError(f"dropout must lie in [0, 1); got {config.dropout}")
+
+
+def _is_union(annotation: Any) -> bool:
+    return typing.get_origin(annotation) in (typing.Union, types.UnionType)
