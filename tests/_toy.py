@@ -12,6 +12,7 @@ import json
 import logging
 import pathlib
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from bdia_jax.nn import ReversibleStack
-from bdia_jax.train import TrainSettings, read_metrics, train
+from bdia_jax.train import Sums, TrainSettings, read_metrics, train
 
 
 class Block(nnx.Module):
@@ -47,7 +48,8 @@ class Toy(nnx.Module):
 class Regression:
     """The sum of four numbers; targets of step ``poison`` are NaN."""
 
-    name, best = "toy", "-loss"
+    name, best, unit = "toy", "-loss", "samples"
+    samples, eval_samples, eval_batch_size = None, 64, 32
 
     def __init__(self, poison=None, evaluation_poison=False):
         self.poison, self.evaluation_poison, self.traces = poison, evaluation_poison, 0
@@ -55,9 +57,6 @@ class Regression:
     def arrays(self):
         x = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
         return {"x": x, "y": x.sum(1)}
-
-    def eval_steps(self):
-        return 2
 
     def batch(self, arrays, key, step, size):
         self.traces += 1
@@ -67,15 +66,21 @@ class Regression:
             y = jnp.where(step == self.poison, jnp.nan, y)
         return arrays["x"][index], y
 
+    def eval_batch(self, arrays, step, size):
+        rows = jnp.minimum(step * size + jnp.arange(size), 63)
+        y = jnp.where(step * size + jnp.arange(size) < 64, arrays["y"][rows], jnp.inf)
+        return arrays["x"][rows], y
+
     def loss(self, model, batch, key):
         x, y = batch
-        error = model(x, key=key) - y
-        return jnp.mean(error**2), {"absolute": jnp.mean(jnp.abs(error))}
+        weights = jnp.float32(y != jnp.inf)
+        error = model(x, key=key) - jnp.where(y == jnp.inf, 0, y)
+        absolute = jnp.sum(weights * jnp.abs(error))
+        return Sums(jnp.sum(weights * error**2), jnp.sum(weights), {"absolute": absolute})
 
-    def evaluate(self, model, arrays, step):
-        x, y = (jax.lax.dynamic_slice_in_dim(arrays[name], 32 * step, 32) for name in "xy")
-        loss = jnp.sum((model(x) - y) ** 2)
-        return {"loss": loss * jnp.nan if self.evaluation_poison else loss}, jnp.float32(32)
+    def evaluate(self, model, batch):
+        sums = self.loss(model, batch, None)
+        return sums._replace(loss=sums.loss * jnp.nan) if self.evaluation_poison else sums
 
 
 SETTINGS = {
@@ -126,7 +131,12 @@ def lines(folder) -> list[dict]:
 
 
 def main(folder: pathlib.Path, changes: dict) -> None:
-    width = changes.pop("width", 16)
+    width, slow_save = changes.pop("width", 16), changes.pop("slow_save", 0)
+    if slow_save:
+        from bdia_jax.train.checkpoints import Checkpoints
+
+        save = Checkpoints.save
+        Checkpoints.save = lambda *arguments: (time.sleep(slow_save), save(*arguments))
     _, model = run(folder, model=Toy(width), resume=True, **changes)
     told = {"parameters": digest(model), "lines": lines(folder)}
     (folder / "told.json").write_text(json.dumps(told))

@@ -195,14 +195,14 @@ def test_a_full_disk(room, small_disk, tmp_path, monkeypatch):
     _toy.run(folder, model=_toy.Toy(96), stop_at=4, **changes)
     # Full when the first step has been taken: of room for the lines of metrics but not for a
     # checkpoint of 300 kB, or of none at all.
-    first = loop._Run._first
+    first = loop.Run._look_at_first
 
-    def fill(self):
-        first(self)
+    def fill(self, model):
+        first(self, model)
         filler.write_bytes(bytes(shutil.disk_usage(small_disk).free - room))
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "_first", fill)
+        patch.setattr(loop.Run, "_look_at_first", fill)
         with pytest.raises(CheckpointError, match=r"could not be written.*last good one is step 4"):
             _toy.run(folder, model=_toy.Toy(96), resume=True, **changes)
     filler.unlink()
@@ -240,3 +240,125 @@ def test_a_save_that_fails_is_told_with_the_next_one_or_at_the_end(tmp_path, mon
     result, model = _toy.run(tmp_path / "run", resume=True)
     assert result.step == 8
     assert all(np.isfinite(value).all() for value in _toy.parameters(model).values())
+
+
+# ---------------------------------------------------------------------------------------------
+# Ctrl-C
+# ---------------------------------------------------------------------------------------------
+
+QUIET = {"checkpoint_every": 100_000, "eval_every": 100_000, "log_every": 1}
+"""Without checkpoints on the way: what is found later was saved because of the signal."""
+
+
+def begun(folder, **changes):
+    """A process that is in the middle of a run."""
+    process = subprocess.Popen(
+        command(folder, schedule="constant", **QUIET | {"steps": 100_000} | changes),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not read_metrics(folder):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    return process
+
+
+def test_ctrl_c_saves_and_leaves(tmp_path):
+    folder = tmp_path / "run"
+    process = begun(folder)
+    try:
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode in (-signal.SIGINT, 130)
+    (step,) = (int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
+    assert step == read_metrics(folder)[-1]["step"] < 100_000
+    assert f"stopped at step {step}, which is saved: resume to go on" in told
+    assert "Ctrl-C: saving, then leaving" in (folder / "log.txt").read_text()
+    _, resumed = _toy.run(folder, resume=True, schedule="constant", **QUIET | {"steps": step + 2})
+    _, whole = _toy.run(tmp_path / "whole", schedule="constant", **QUIET | {"steps": step + 2})
+    assert _toy.digest(resumed) == _toy.digest(whole)
+
+
+def test_a_second_ctrl_c_leaves_at_once(tmp_path):
+    folder = tmp_path / "run"
+    process = begun(folder, slow_save=60)
+    try:
+        process.send_signal(signal.SIGINT)
+        while "saving, then leaving" not in (folder / "log.txt").read_text():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode in (-signal.SIGINT, 130)
+    assert "Ctrl-C again: leaving at once" in told
+    assert not [p for p in (folder / "checkpoints").iterdir() if p.name.isdigit()]
+
+
+def test_ctrl_c_has_its_usual_effect_afterwards(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    _toy.run(tmp_path / "run", steps=1)
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+# ---------------------------------------------------------------------------------------------
+# Killed while a checkpoint is deleted
+# ---------------------------------------------------------------------------------------------
+
+
+def half_delete(checkpoint):
+    """What is left of it: names without data."""
+    for path in checkpoint.rglob("*"):
+        if path.is_file() and path.parent.name != "about":
+            path.unlink()
+
+
+@pytest.mark.parametrize(
+    "damage", [half_delete, lambda c: shutil.rmtree(c / "state"), lambda c: remake(c)]
+)
+def test_a_checkpoint_half_deleted_is_removed(damage, whole, tmp_path, caplog):
+    folder = copy(whole, tmp_path)
+    damage(folder / "checkpoints" / "4")
+    assert (folder / "checkpoints" / "4").is_dir()
+    with caplog.at_level(logging.WARNING, "bdia_jax"):
+        _, model = _toy.run(folder, resume=True)
+    assert _toy.digest(model) == whole[1]
+    assert f"removed {folder / 'checkpoints' / '4'}, which was half deleted" in caplog.text
+    assert "half deleted" in (folder / "log.txt").read_text()
+    assert {p.name for p in (folder / "checkpoints").iterdir() if any(p.iterdir())} == {"8"}
+    assert not (folder / "checkpoints-unreadable").exists()
+
+
+def remake(checkpoint):
+    shutil.rmtree(checkpoint)
+    checkpoint.mkdir()
+
+
+def test_the_newest_checkpoint_is_never_taken_for_half_deleted(whole, tmp_path):
+    folder = copy(whole, tmp_path)
+    half_delete(folder / "checkpoints" / "8")
+    _, model = _toy.run(folder, resume=True)
+    assert _toy.digest(model) == whole[1]
+    assert (folder / "checkpoints-unreadable" / "8").is_dir()
+
+
+def test_what_is_left_of_a_deletion_goes(whole, tmp_path):
+    folder = copy(whole, tmp_path)
+    left = folder / "checkpoints" / "deleting" / "2"
+    shutil.copytree(folder / "checkpoints" / "4", left)
+    half_delete(left)
+    _, model = _toy.run(folder, resume=True)
+    assert _toy.digest(model) == whole[1]
+    assert not left.exists()
+
+
+def test_deleted_checkpoints_were_renamed_first(tmp_path, monkeypatch):
+    """Every folder under a checkpoint's name is whole, at any moment."""
+    removed = []
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **_: removed.append(path))
+    _toy.run(tmp_path / "run", checkpoint_every=1, keep_last=1, eval_every=8)
+    names = [(path.parent.name, path.name) for path in map(pathlib.Path, removed)]
+    assert {("deleting", str(step)) for step in range(1, 7)} <= set(names)
+    assert all(parent == "deleting" for parent, _ in names)

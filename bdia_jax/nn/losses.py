@@ -1,7 +1,8 @@
-"""Cross-entropy over large vocabularies."""
+"""Cross-entropy over large vocabularies, and other metrics of the next token."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -12,16 +13,30 @@ from jaxtyping import Array, Float, Int
 from bdia_jax.grid import accumulator
 from bdia_jax.nn.chunks import cut
 
+METRICS: dict[str, Callable[[Array, Array], Array]] = {
+    "accuracy": lambda logits, targets: logits.argmax(-1) == targets,
+}
+"""Metrics of text: functions of logits [..., vocab] and targets [...], with a value per position. A
+new one is an entry here: training and evaluation report it."""
+
 
 class Sums(NamedTuple):
-    """Sums over positions, each times its weight, in float32 (float64)."""
+    """Sums over positions or samples, each times its weight, in float32 (float64).
+
+    Sums of several batches are added; their mean is the mean over all that is in them.
+    """
 
     loss: Float[Array, ""]
-    """Cross-entropy in nats."""
-    correct: Float[Array, ""]
-    """Whether the target has the highest logit."""
     weight: Float[Array, ""]
-    """1."""
+    """The sum of the weights; it must not depend on parameters."""
+    metrics: dict[str, Float[Array, ""]]
+    """Such as those of :data:`METRICS`."""
+
+    def means(self) -> dict[str, Float[Array, ""]]:
+        """The loss and the metrics, divided by the weight; 0 where there is no weight."""
+        weight = self.weight + (self.weight == 0)
+        sums = {"loss": self.loss, **self.metrics}
+        return {name: value / weight for name, value in sums.items()}
 
 
 @jax.custom_vjp
@@ -116,14 +131,15 @@ def cross_entropy(
         loss = norm - jnp.where(exists, target, jnp.nan)
         if label_smoothing:
             loss += label_smoothing * (target - each.mean(axis=-1))
-        correct = each.argmax(axis=-1) == targets
         # A target that does not exist makes the loss NaN, but where nobody asks for it.
         loss = jnp.where(weights == 0, 0, loss)
-        return Sums(*(jnp.sum(weights * value) for value in (loss, correct, 1.0)))
+        metrics = {name: jnp.sum(weights * f(each, targets)) for name, f in METRICS.items()}
+        return Sums(jnp.sum(weights * loss), jnp.sum(weights), metrics)
 
     def step(sums: Sums, chunk):
         return jax.tree.map(jnp.add, sums, part(matrix, *chunk)), None
 
-    zero = Sums(*(jnp.zeros((), wide) for _ in Sums._fields))
+    zero = jnp.zeros((), wide)
+    zeros = Sums(zero, zero, dict.fromkeys(METRICS, zero))
     chunks = tuple(cut(a, size) for a in (features, targets, weights.astype(wide)))
-    return lax.scan(step, zero, chunks)[0]
+    return lax.scan(step, zeros, chunks)[0]

@@ -1,27 +1,44 @@
-"""One training loop for every experiment."""
+"""One training loop for every experiment.
 
-from bdia_jax.train.checkpoints import CheckpointError
+=============  =====================================================================
+settings       how to train
+tasks          what: batches, a loss, an evaluation, by kind of data
+optimizers     optimizers and schedules, by name
+step           one training step, as a pure function
+in_backward    the same, with blocks updated in the backward pass
+programs       both compiled, and where their arrays live
+loop           the run: steps, lines, evaluations, checkpoints
+gamma          γ chosen for a model and its data
+gap            what γ costs: the loss without it, beside that of training
+errors         steps that went wrong
+weights        what the model holds before and after
+run_folder     the folder of a run, and whose it is
+checkpoints    saving and restoring
+signals        Ctrl-C and SIGTERM
+memory         what a step will need
+=============  =====================================================================
+"""
+
+from bdia_jax.nn.losses import Sums
+from bdia_jax.train.checkpoints import CheckpointError, restore_best
+from bdia_jax.train.errors import InexactInverseError, NonFiniteError
 from bdia_jax.train.figures import plot_curves
-from bdia_jax.train.loop import (
-    EXIT_TERMINATED,
-    InexactInverseError,
-    NonFiniteError,
-    Result,
-    StepMemory,
-    TrainSettings,
-    evaluate,
-    step_memory,
-    train,
-    training_step,
-)
+from bdia_jax.train.gamma import choose_gamma
+from bdia_jax.train.loop import Result, evaluate, train, training_step
+from bdia_jax.train.memory import StepMemory, evaluation_memory, step_memory
 from bdia_jax.train.metrics import read_metrics
 from bdia_jax.train.optimizers import make_optimizer
+from bdia_jax.train.run_folder import check_run_folder
+from bdia_jax.train.settings import TrainSettings
+from bdia_jax.train.signals import EXIT_TERMINATED
+from bdia_jax.train.step import State, StepReport
 from bdia_jax.train.tasks import (
     ImageClassification,
     LanguageModelling,
     PackedTexts,
     Task,
     Translation,
+    check_batch_size,
 )
 
 __all__ = [
@@ -33,14 +50,22 @@ __all__ = [
     "NonFiniteError",
     "PackedTexts",
     "Result",
+    "State",
     "StepMemory",
+    "StepReport",
+    "Sums",
     "Task",
     "TrainSettings",
     "Translation",
+    "check_batch_size",
+    "check_run_folder",
+    "choose_gamma",
     "evaluate",
+    "evaluation_memory",
     "make_optimizer",
     "plot_curves",
     "read_metrics",
+    "restore_best",
     "step_memory",
     "train",
     "training_step",

@@ -2,24 +2,34 @@
 
 orbax notices a checkpoint that was cut short, but neither a flipped bit in its data nor a dtype
 that differs (it casts). Each checkpoint therefore says which arrays it holds, and a checksum.
+
+A checkpoint that is no longer kept is renamed before it is deleted: under its name, it is whole.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import pathlib
+import shutil
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from flax import nnx
 from jaxtyping import Array, PyTree, UInt32
 from orbax.checkpoint import checkpoint_managers
 
-from bdia_jax.reversible import checksum
+from bdia_jax.states import checksum
 
 log = logging.getLogger("bdia_jax")
+
+DELETING = "deleting"
+"""The folder, among the checkpoints, of those that are being deleted."""
+ITEMS = ("state", "about", "metrics")
+"""What a whole checkpoint consists of."""
 
 
 class CheckpointError(RuntimeError):
@@ -73,6 +83,7 @@ class Checkpoints:
     def __init__(self, folder: pathlib.Path, keep_last: int, best: str):
         """``best``: the metric to choose by, highest first; lowest first after a leading "-"."""
         self.folder = folder.resolve()
+        self._remove_half_deleted()
         policy = checkpoint_managers.preservation_policy
 
         def rank(metrics: dict[str, float]) -> float:
@@ -90,12 +101,18 @@ class Checkpoints:
             best_fn=rank,
             step_prefix=None,
             cleanup_tmp_directories=True,
+            todelete_subdir=DELETING,
         )
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def steps(self) -> list[int]:
         """Steps of which there is a checkpoint."""
         return sorted(self.manager.all_steps())
+
+    def best_step(self) -> int | None:
+        """The best checkpoint of those at steps that were evaluated; None if there is none."""
+        best = self.manager.best_step()
+        return best if best is not None and self.manager.metrics(best) else None
 
     def save(
         self, step: int, state: PyTree[jax.Array], about: dict[str, Any], metrics: dict[str, float]
@@ -104,7 +121,11 @@ class Checkpoints:
 
         ``metrics`` are those of this very state; {} if it was not evaluated.
         """
-        about = about | {"arrays": describe(state), "checksum": int(_fingerprint(state))}
+        about = about | {
+            "arrays": describe(state),
+            "checksum": int(_fingerprint(state)),
+            "checksum of params": int(_fingerprint(state.params)),
+        }
         try:
             saved = self.manager.save(
                 step,
@@ -132,6 +153,13 @@ class Checkpoints:
         """Waits, and frees threads."""
         self.wait()
         self.manager.close()
+        self.sweep()
+
+    def sweep(self) -> None:
+        """Deletes the checkpoints that are no longer kept."""
+        if jax.process_index() == 0:
+            for path in (self.folder / DELETING).glob("*"):
+                shutil.rmtree(path, ignore_errors=True)
 
     def abandon(self) -> None:
         """Closes after an error; a save under way is finished, and if it can't be, told so."""
@@ -173,9 +201,21 @@ class Checkpoints:
         return step, state, about
 
     def _read(self, step: int, abstract: PyTree) -> tuple[PyTree[jax.Array], dict[str, Any]]:
+        about = self._about(step)
+        self._check_arrays(step, about, abstract)
+        restore = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        state = self.manager.restore(step, args=restore)["state"]
+        self._check_data(state, about["checksum"])
+        return state, about
+
+    def _about(self, step: int) -> dict[str, Any]:
         args = ocp.args
-        about = self.manager.restore(step, args=args.Composite(about=args.JsonRestore()))["about"]
-        found, expected = about["arrays"], describe(abstract)
+        return self.manager.restore(step, args=args.Composite(about=args.JsonRestore()))["about"]
+
+    def _check_arrays(self, step: int, about: dict[str, Any], abstract, below: str = "") -> None:
+        """That a checkpoint holds these arrays, as far as names begin with ``below``."""
+        found = {n: a for n, a in about["arrays"].items() if n.startswith(below)}
+        expected = describe(abstract)
         differences = [
             f"{name}: {found.get(name, 'nothing')} there, {expected.get(name, 'nothing')} now"
             # The parameters before what the optimizer keeps about them.
@@ -188,11 +228,36 @@ class Checkpoints:
                 f"checkpoint {step} in {self.folder} is of another model or optimizer: "
                 f"{'; '.join(differences[:8])}{more}"
             )
-        restore = args.Composite(state=args.StandardRestore(abstract))
-        state = self.manager.restore(step, args=restore)["state"]
-        if int(_fingerprint(state)) != about["checksum"]:
+
+    @staticmethod
+    def _check_data(tree: PyTree[jax.Array], checksum: int) -> None:
+        if int(_fingerprint(tree)) != checksum:
             raise CheckpointError("its data is not what was saved (the checksum differs)")
-        return state, about
+
+    def restore_params(self, step: int, abstract: nnx.State) -> nnx.State:
+        """The weights of a checkpoint, without the optimizer's state.
+
+        Raises:
+          ValueError: if they are not as ``abstract``.
+          CheckpointError: if they cannot be read.
+        """
+        about = self._about(step)
+        self._check_arrays(step, about, {"params": abstract}, "params")
+        item = {"params": abstract}
+        args = ocp.args.PyTreeRestore(
+            item,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+            partial_restore=True,
+        )
+        try:
+            with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+                params = reader.restore(self.folder / str(step) / "state", args=args)["params"]
+        except Exception as error:
+            raise CheckpointError(
+                f"checkpoint {step} in {self.folder} can't be read: {error}"
+            ) from error
+        self._check_data(params, about["checksum of params"])
+        return params
 
     def _put_aside(self, step: int) -> None:
         # A later save of this step would otherwise find the name taken. Nothing is deleted.
@@ -207,10 +272,71 @@ class Checkpoints:
         self.manager.reload()
         log.warning("moved the unreadable checkpoint %d to %s", step, target)
 
+    def _remove_half_deleted(self) -> None:
+        """Removes what a process left that was killed while it deleted a checkpoint.
+
+        The newest checkpoint is never deleted: if that one is incomplete, it was damaged otherwise,
+        and stays to be put aside.
+        """
+        if jax.process_index() != 0 or not self.folder.is_dir():
+            return
+        self.sweep()
+        steps = sorted((p for p in self.folder.iterdir() if p.name.isdigit()), key=_step_of)
+        for path in steps[:-1]:
+            missing = [item for item in ITEMS if not any((path / item).glob("*"))]
+            if missing:
+                shutil.rmtree(path)
+                log.warning(
+                    "removed %s, which was half deleted: it had no %s", path, " or ".join(missing)
+                )
+
     def _failed(self, error: Exception) -> CheckpointError:
-        left = sorted(int(p.name) for p in self.folder.iterdir() if p.name.isdigit())
+        left = sorted(_step_of(p) for p in self.folder.iterdir() if p.name.isdigit())
         kept = f"the last good one is step {left[-1]}" if left else "there is no earlier one"
         return CheckpointError(
             f"a checkpoint could not be written to {self.folder}: {error}. Checkpoints are renamed "
             f"into place when complete, and {kept}; make room, and resume"
         )
+
+
+def restore_best(folder: str | pathlib.Path, model: nnx.Module) -> int:
+    """Gives a model the weights of the best checkpoint of a run, and returns its step.
+
+    The best is that of the steps that were both evaluated and saved, by the metric of the task.
+    Only weights are read. They go where those of ``model`` are.
+
+    Args:
+      folder: of the run.
+      model: the one that was trained, or another of the same configuration.
+
+    Raises:
+      FileNotFoundError: if there is no run.
+      CheckpointError: if no checkpoint is of a step that was evaluated, or it cannot be read.
+      ValueError: if the weights are those of another model.
+    """
+    folder = pathlib.Path(folder).expanduser()
+    settings = folder / "settings.json"
+    if not settings.exists():
+        raise FileNotFoundError(f"there is no run in {folder}")
+    checkpoints = Checkpoints(
+        folder / "checkpoints", 1, json.loads(settings.read_text())["data"]["best"]
+    )
+    try:
+        step = checkpoints.best_step()
+        if step is None:
+            raise CheckpointError(
+                f"no checkpoint in {checkpoints.folder} is of a step that was evaluated; there are "
+                f"{checkpoints.steps()}"
+            )
+        abstract = jax.tree.map(
+            lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding),
+            nnx.state(model, nnx.Param),
+        )
+        nnx.update(model, checkpoints.restore_params(step, abstract))
+    finally:
+        checkpoints.close()
+    return step
+
+
+def _step_of(path: pathlib.Path) -> int:
+    return int(path.name)

@@ -19,10 +19,10 @@ def parse_mesh(text: str | None, devices: Sequence[jax.Device] | None = None) ->
 
     Args:
       text: axes and their sizes.
-      devices: that it is of; None for all that there are.
+      devices: those of the mesh; None for all that there are.
 
     Raises:
-      ValueError: for unknown axes, sizes that are no numbers, or not as many as there are devices.
+      ValueError: for unknown axes, sizes that are not numbers, or another number of devices.
     """
     if not text:
         return None
@@ -39,6 +39,15 @@ def parse_mesh(text: str | None, devices: Sequence[jax.Device] | None = None) ->
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
+def check_batch(mesh: Mesh | None, text: str | None, samples: int) -> None:
+    """A ``ValueError`` if the samples of a micro-batch cannot be split over the devices."""
+    if mesh is not None and samples % mesh.size:
+        raise ValueError(
+            f"the {mesh.size} devices of mesh {text!r} must divide a micro-batch of {samples} "
+            "samples"
+        )
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """One copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -50,10 +59,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def state_shardings(mesh: Mesh, tree: PyTree) -> PyTree[NamedSharding]:
-    """Of every array with two axes or more, the largest axis but the first, over ``fsdp``.
+    """Splits every array over ``fsdp``, along its largest axis that divides, except the first.
 
-    The first axis is that of the blocks in stacked parameters: split, it would make every block
-    travel. What does not divide is replicated.
+    The first axis of stacked parameters counts blocks: if it were split, every block would be sent
+    from device to device. Arrays with no axis that divides are replicated.
     """
     shards = mesh.shape["fsdp"]
 

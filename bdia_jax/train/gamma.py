@@ -1,0 +1,43 @@
+"""γ chosen for a model and its data, before training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from bdia_jax.gamma import GammaChoice
+from bdia_jax.nn import gamma
+from bdia_jax.train.tasks import Task
+
+
+def choose_gamma(
+    model: nnx.Module,
+    task: Task,
+    batch_size: int,
+    *,
+    batches: int = 2,
+    seed: int = 0,
+    **options: Any,
+) -> GammaChoice:
+    """:func:`bdia_jax.choose_gamma` by the first batches of a task.
+
+    Args:
+      model: whose stacks train by :class:`bdia_jax.BDIA`; it is left as it is.
+      task: data and loss.
+      batch_size: samples per batch, all in one forward pass.
+      batches: how many to average over.
+      seed: of batches, dropout and signs.
+      **options: of :func:`bdia_jax.choose_gamma`.
+    """
+    data_key, model_key = jax.random.split(jax.random.key(seed))
+    arrays = jax.device_put(task.arrays())
+    make = jax.jit(lambda step: task.batch(arrays, data_key, step, batch_size))
+
+    def loss(model, batch, key):
+        return task.loss(model, batch, key).means()["loss"]
+
+    arguments = ((make(jnp.int32(i)), jax.random.fold_in(model_key, i)) for i in range(batches))
+    return gamma.choose_gamma(model, loss, arguments, **options)

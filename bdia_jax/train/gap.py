@@ -1,0 +1,75 @@
+"""How much the noise of γ costs: the loss of training beside that of the network handed back.
+
+A step with γ trains the network ``step.network``, that is γ = 0. A network that was trained without
+γ may not bear a large one: the loss in training then says little about the network that comes out.
+What is compared is one batch, with the same weights, dropout and label smoothing, so that γ alone
+makes the difference.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from bdia_jax import Direct
+from bdia_jax.nn.stack import ReversibleStack
+from bdia_jax.train.step import Recipe, State, draw, micro_batches, shard
+
+log = logging.getLogger("bdia_jax")
+
+FAR = 0.15
+"""The rise of the first batch's loss by γ, as a share of the loss without it, that is warned of."""
+
+
+def has_gap(model: nnx.Module) -> bool:
+    """Whether training runs another network than the one that is handed back."""
+    return any(stack.step.network != stack.step for stack in _stacks(model))
+
+
+def network_loss(recipe: Recipe, state: State, rest, arrays) -> Float[Array, ""]:
+    """The mean loss of the next training batch without γ: one forward pass, otherwise as a step."""
+    batch, keys = draw(recipe, state, arrays)
+
+    def of_part(part_and_key):
+        part, key = part_and_key
+        model = nnx.merge(recipe.graph, state.params, recipe.probes, rest)
+        for stack in _stacks(model):
+            stack.step, stack.adjoint = stack.step.network, Direct()
+        return recipe.task.loss(model, shard(recipe, part), key)
+
+    if recipe.settings.accumulate == 1:
+        sums = of_part((batch, keys[0]))
+    else:
+        # One micro-batch after the other, as in a step.
+        of_parts = jax.lax.map(of_part, (micro_batches(recipe, batch), keys))
+        sums = jax.tree.map(lambda a: a.sum(axis=0), of_parts)
+    return sums.means()["loss"]
+
+
+def warn_if_far(model: nnx.Module, loss: float, without: float) -> None:
+    """Warns if the loss of the first batch, with γ, lies far above that without it."""
+    if not math.isfinite(loss) or loss - without <= FAR * abs(without):
+        return
+    step = next(s.step for s in _stacks(model) if s.step.network != s.step)
+    log.warning(
+        "\n".join(
+            (
+                "",
+                "*** The noise of γ destroys what these weights know ***",
+                f"    loss of the first batch: {loss:.4g} with γ = {step.gamma:g}, signs by "
+                f"{step.signs}; {without:.4g} without γ, as the network is handed back.",
+                "    Choose a smaller γ (gamma=0.0625: 4 bits per activation and step), one sign",
+                '    per sample (signs="sample"), or have it measured (gamma="auto"). If weights',
+                "    start from scratch, a rise may be what you want: γ then regularizes.",
+                "",
+            )
+        )
+    )
+
+
+def _stacks(model: nnx.Module) -> list[ReversibleStack]:
+    return [m for _, m in nnx.iter_modules(model) if isinstance(m, ReversibleStack)]

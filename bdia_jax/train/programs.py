@@ -1,0 +1,206 @@
+"""The compiled programs of a run, and where their arrays live."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from bdia_jax.nn.losses import Sums
+from bdia_jax.nn.stack import Probe
+from bdia_jax.train import gap, in_backward
+from bdia_jax.train import mesh as meshes
+from bdia_jax.train.settings import TrainSettings
+from bdia_jax.train.step import Recipe, State, StepReport, train_step
+from bdia_jax.train.tasks import Task
+
+
+class Programs:
+    """The training step, the evaluation and the loss without γ, compiled once each.
+
+    A model is described here, not held: :meth:`first_state` takes its arrays over.
+    """
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        task: Task,
+        settings: TrainSettings,
+        optimizer: optax.GradientTransformation | None = None,
+        devices: Sequence[jax.Device] | None = None,
+    ):
+        """``optimizer``: instead of that of the settings. ``devices``: that need not be there."""
+        self.task, self.settings, self.devices = task, settings, devices
+        self.mesh = mesh = meshes.parse_mesh(settings.mesh, devices)
+        meshes.check_batch(mesh, settings.mesh, settings.batch_size // settings.accumulate)
+        self._stacks = in_backward.depths(model) if settings.update_in_backward else {}
+        self.has_gap = gap.has_gap(model)
+
+        model.eval()
+        self._eval_graph = nnx.split(model, nnx.Param, ...)[0]
+        model.train()
+        graph, params, probes, rest = nnx.split(model, nnx.Param, Probe, ...)
+        # Zeros, also where the model is abstract.
+        probes = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), probes)
+        schedule = None
+        if optimizer is None:
+            schedule, optimizer = settings.make_schedule(), settings.make_optimizer()
+        self.recipe = Recipe(graph, probes, task, settings, optimizer, schedule, mesh)
+
+        self._shapes = jax.eval_shape(self._new_state, params)
+        self._shardings = None if mesh is None else meshes.state_shardings(mesh, self._shapes)
+        # What is not trained may be most of the model: an argument is not copied into a program.
+        self._rest = self._place(rest, None if mesh is None else meshes.state_shardings(mesh, rest))
+        self._arrays = self._place(task.arrays())
+        self._eval_size = min(settings.eval_batch_size or task.eval_batch_size, task.eval_samples)
+
+        step = functools.partial(train_step, self.recipe)
+        if self._stacks:
+            step = functools.partial(in_backward.updating_step, self.recipe, self._stacks)
+        self._step = jax.jit(
+            step,
+            donate_argnums=0,
+            out_shardings=None if mesh is None else (self._shardings, meshes.replicated(mesh)),
+        )
+        self._evaluate = jax.jit(self._eval_step)
+        self._network_loss = jax.jit(functools.partial(gap.network_loss, self.recipe))
+
+    # -----------------------------------------------------------------------------------------
+    # What is run
+    # -----------------------------------------------------------------------------------------
+
+    def step(self, state: State) -> tuple[State, StepReport]:
+        """One optimizer step; ``state`` is used up."""
+        return self._step(state, self._rest, self._arrays)
+
+    def evaluate(self, params: nnx.State) -> dict[str, float]:
+        """Means over the evaluation split."""
+        return means(
+            self._evaluate(params, self._rest, self._arrays, jnp.int32(i))
+            for i in range(-(-self.task.eval_samples // self._eval_size))
+        )
+
+    def network_loss(self, state: State) -> Float[Array, ""]:
+        """The loss without γ of the batch that the next step takes, before it is taken."""
+        return self._network_loss(state, self._rest, self._arrays)
+
+    def _eval_step(self, params, rest, arrays, i) -> Sums:
+        model = nnx.merge(self._eval_graph, params, nnx.merge_state(self.recipe.probes, rest))
+        return self.task.evaluate(model, self.task.eval_batch(arrays, i, self._eval_size))
+
+    # -----------------------------------------------------------------------------------------
+    # States
+    # -----------------------------------------------------------------------------------------
+
+    def first_state(self, model: nnx.Module) -> State:
+        """The state before the first step, made of the model's own arrays."""
+        # A dtype of its own rather than a weak one, or the second step would be compiled anew.
+        params = jax.tree.map(lambda p: jnp.asarray(p, p.dtype), nnx.state(model, nnx.Param))
+        return _unshared(self._place(self._new_state(params), self._shardings))
+
+    def share_arrays(self, model: nnx.Module, state: State) -> None:
+        """Has the model hold the arrays of the programs and of a state, so that none exists twice.
+
+        A step writes into them, after which ``model`` cannot be used until it is given the weights
+        of a later state.
+        """
+        nnx.update(model, state.params, self._rest)
+
+    def abstract_state(self) -> State:
+        """Shapes and shardings of a state, to restore into."""
+        return self._abstract(self._shapes, self._shardings)
+
+    def _new_state(self, params: nnx.State) -> State:
+        settings = self.settings
+        key = jax.random.key_data(jax.random.key(settings.seed))
+        opt_state = self.recipe.optimizer.init(params)
+        if settings.update_in_backward:
+            opt_state = in_backward.with_norm(opt_state, settings.clip_norm)
+        return State(jnp.int32(0), params, opt_state, key)
+
+    # -----------------------------------------------------------------------------------------
+    # Before anything is run
+    # -----------------------------------------------------------------------------------------
+
+    def trace(self) -> None:
+        """Traces all programs, so that what does not fit fails now; jit remembers the result."""
+        state = self.abstract_state()
+        self._step.eval_shape(state, self._rest, self._arrays)
+        self._evaluate.eval_shape(state.params, self._rest, self._arrays, _INDEX)
+        if self.has_gap:
+            self._network_loss.eval_shape(state, self._rest, self._arrays)
+
+    def compiled_step(self, options: dict[str, str] | None = None) -> jax.stages.Compiled:
+        """The training step, compiled for shapes; ``options`` are XLA's."""
+        lowered = self._step.lower(self.abstract_state(), self._rest, self._arrays)
+        return lowered.compile(options)
+
+    def compiled_evaluation(self, options: dict[str, str] | None = None) -> jax.stages.Compiled:
+        """The evaluation of a batch, compiled for shapes."""
+        params = self.abstract_state().params
+        return self._evaluate.lower(params, self._rest, self._arrays, _INDEX).compile(options)
+
+    def trees(self) -> dict[str, Any]:
+        """Shapes and shardings of what a step has on the device, besides what it computes."""
+        state = self.abstract_state()
+        return {
+            "parameters": state.params,
+            "frozen": self._rest,
+            "optimizer": state.opt_state,
+            "gradients": in_backward.without(state.params, self._stacks),
+        }
+
+    def _place(self, tree, shardings=None):
+        """Puts arrays where ``shardings`` say, or on every device; shapes stay shapes."""
+        shapes = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree))
+        if shapes or self.devices is not None:
+            return self._abstract(tree, shardings)
+        if self.mesh is None:
+            return jax.device_put(tree)
+        return jax.device_put(
+            tree, meshes.replicated(self.mesh) if shardings is None else shardings
+        )
+
+    def _abstract(self, tree, shardings):
+        if self.mesh is None:
+            devices = self.devices or jax.devices()
+            device = jax.sharding.SingleDeviceSharding(devices[0])
+            shardings = jax.tree.map(lambda _: device, tree)
+        elif shardings is None:
+            shardings = jax.tree.map(lambda _: meshes.replicated(self.mesh), tree)
+        return jax.tree.map(
+            lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
+            tree,
+            shardings,
+        )
+
+
+_INDEX = jax.ShapeDtypeStruct((), jnp.int32)
+
+
+def means(batches: Iterable[Sums]) -> dict[str, float]:
+    """The means over all batches, from the sums of each, which may be on the device."""
+    total = None
+    for sums in jax.device_get([*batches]):
+        sums = jax.tree.map(float, sums)
+        total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
+    return total.means()
+
+
+def _unshared(state: State) -> State:
+    """``state`` without an array that is in it twice: a step writes into each of them."""
+    seen: set[int] = set()
+
+    def own(leaf):
+        if id(leaf) in seen:
+            return jnp.array(leaf)
+        seen.add(id(leaf))
+        return leaf
+
+    return jax.tree.map(own, state)

@@ -1,0 +1,155 @@
+"""The folder of a run: what may be in it, whose run it is, and its log.
+
+settings.json       what decides the trained weights; compared when the run is resumed
+metrics.jsonl       a line per log, evaluation and checkpoint
+log.txt             what was told
+tensorboard/        a copy of the metrics
+checkpoints/        the last few, and the best
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jaxtyping import PyTree
+
+from bdia_jax.files import write_json
+from bdia_jax.train.settings import TrainSettings
+from bdia_jax.train.tasks import Task
+
+SETTINGS = "settings.json"
+LOG = "log.txt"
+
+
+def check_run_folder(folder: str | pathlib.Path, resume: bool = False) -> pathlib.Path:
+    """Whether a run can be made, or resumed, in a folder; call it before anything takes long.
+
+    Args:
+      folder: of the run; it need not exist.
+      resume: whether a run that is there is to be continued.
+
+    Returns:
+      The folder, with ``~`` expanded.
+
+    Raises:
+      NotADirectoryError: if the folder, or what it is to be made in, is a file.
+      FileExistsError: if there is a run, without ``resume``; or something else.
+    """
+    folder = pathlib.Path(folder).expanduser()
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"the folder of the run must be a folder; {there} is a file")
+    if there != folder:
+        return folder
+    # A process killed at its very start leaves a settings.json.tmp.
+    if (folder / SETTINGS).exists():
+        if not resume:
+            raise FileExistsError(
+                f"there is a run in {folder}; continue it with resume=True (--resume), or give "
+                "another folder"
+            )
+    elif {path.name for path in folder.iterdir()} - {SETTINGS + ".tmp"}:
+        raise FileExistsError(f"{folder} is not empty, and holds no run; give another folder")
+    return folder
+
+
+def describe_run(
+    settings: TrainSettings, task: Task, about: dict[str, Any] | None, own_optimizer: bool
+) -> dict[str, Any]:
+    """What decides the weights that come out, as it comes back from JSON."""
+    training = settings.described()
+    if own_optimizer:
+        training["optimizer"] = "one given to train()"
+    data = {"name": task.name, "best": task.best, "sha256": fingerprint(task.arrays())}
+    everything = {"train": training, "data": data, **(about or {})}
+    return json.loads(json.dumps(everything, default=str))
+
+
+def check_same_run(
+    folder: pathlib.Path, described: dict[str, Any], settings: TrainSettings
+) -> None:
+    """A ``ValueError`` if there is a run in the folder, and it is another one than this."""
+    path = folder / SETTINGS
+    if not path.exists():
+        return
+    try:
+        found = dict(json.loads(path.read_text()))
+        # A setting that did not exist when the run was started had the default's effect.
+        found["train"] = TrainSettings().described() | found["train"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} can't be read, so this may be another run: {error}") from error
+    harmless = {f"train.{name}" for name in settings.harmless()}
+    differences = [
+        f"{name}: {old!r} there, {new!r} now"
+        for name, old, new in _differences(found, described)
+        if name not in harmless
+    ]
+    if differences:
+        data = any(difference.startswith("data.sha256") for difference in differences)
+        edited = f" (the data named {described['data']['name']} are not those it was started with)"
+        raise ValueError(
+            f"the run in {folder} is another one: {'; '.join(differences)}{edited * data}"
+        )
+
+
+def make_run_folder(folder: pathlib.Path, described: dict[str, Any], main: bool) -> None:
+    """Makes it, and writes the settings."""
+    if jax.process_count() > 1:
+        # No process may find the folder that another one has just made.
+        multihost_utils.sync_global_devices("bdia_jax: folder checked")
+    if main:
+        try:
+            write_json(folder / SETTINGS, described)
+        except OSError as error:
+            raise PermissionError(f"the folder of the run cannot be written: {error}") from error
+
+
+@contextlib.contextmanager
+def logging_to(folder: pathlib.Path, main: bool) -> Iterator[None]:
+    """Has what the library tells, from INFO up, written to ``log.txt``, too."""
+    if not main:
+        yield
+        return
+    logger, handler = logging.getLogger("bdia_jax"), logging.FileHandler(folder / LOG)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    level = logger.level
+    if level == logging.NOTSET:
+        # The root logger's level, WARNING, would hold INFO back from every handler.
+        logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        handler.close()
+
+
+def fingerprint(arrays: PyTree[np.ndarray]) -> str:
+    """SHA-256 of arrays: names, shapes, dtypes and contents."""
+    sha = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
+        array = np.ascontiguousarray(leaf)
+        sha.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
+        sha.update(array.reshape(-1).view(np.uint8))
+    return sha.hexdigest()
+
+
+def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """The leaves at which two trees of dicts differ: name, old and new value."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            yield from _differences(
+                old.get(key, "nothing"), new.get(key, "nothing"), f"{name}.{key}".lstrip(".")
+            )
+    elif old != new:
+        yield name, old, new

@@ -1,0 +1,167 @@
+"""How to train: the settings of a run, checked when they are made."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, Literal
+
+import optax
+
+from bdia_jax.train.optimizers import (
+    OPTIMIZERS,
+    SCHEDULES,
+    Optimizer,
+    Schedule,
+    make_optimizer,
+    make_schedule,
+)
+
+HARMLESS = (
+    "log_every",
+    "eval_every",
+    "eval_batch_size",
+    "checkpoint_every",
+    "keep_last",
+    "stop_at",
+    "mesh",
+)
+"""Settings that may differ between a run and its continuation: the weights do not depend on them.
+(On another mesh sums are rounded otherwise: the weights are then equal to float tolerance.)"""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainSettings:
+    """How to train."""
+
+    steps: int = 1000
+    """Optimizer steps in all."""
+    batch_size: int = 128
+    """Samples per step."""
+    accumulate: int = 1
+    """Micro-batches that a batch is computed in, one after the other; divides batch_size."""
+    optimizer: Optimizer = "adamw"
+    """By its name; sgd has momentum 0.9."""
+    learning_rate: float = 1e-3
+    """Highest learning rate."""
+    schedule: Schedule = "cosine"
+    """constant, or cosine: half a cosine to 0 at the last step."""
+    warmup_steps: int = 0
+    """Steps in which the learning rate rises from 0; never more than half of all steps."""
+    weight_decay: float = 0.0
+    """Weight decay, for optimizers that have it (adamw)."""
+    clip_norm: float | None = 1.0
+    """The gradient is scaled down to this global norm; None for no clipping."""
+    update_in_backward: bool = False
+    """Update each block as soon as its gradient is known, so that the gradient of all blocks never
+    exists; for stacks that are taken back or checkpointed. If a step goes wrong, a block whose
+    gradient is not finite stays as it is, but the blocks above it have taken the step: go on from
+    the last checkpoint."""
+    clip_by: Literal["previous", "second-pass"] = "previous"
+    """With update_in_backward, clip by the norm of the previous step (which is close to this one's,
+    and free), or compute this step's norm in a backward pass of its own (as long as the first)."""
+    seed: int = 0
+    """Of order, augmentation, dropout and γ (the initialization has a seed of its own)."""
+    log_every: int = 50
+    """Steps between lines about training. Errors are noticed at that rate, too. (There is also a
+    line at every evaluation and checkpoint.)"""
+    eval_every: int = 500
+    """Steps between evaluations; there is one at the end in any case."""
+    eval_batch_size: int | None = None
+    """Samples per evaluation batch; None for what the task says. A large evaluation batch can need
+    more memory than a training step."""
+    checkpoint_every: int = 500
+    """Steps between checkpoints; there is one at the end in any case."""
+    keep_last: int = 2
+    """Checkpoints kept, besides the best of those at steps that were evaluated."""
+    stop_at: int | None = None
+    """Save and leave after this step, to be resumed later."""
+    mesh: str | None = None
+    """Devices, such as data=4,fsdp=2: batches over both, parameters over fsdp."""
+
+    def __post_init__(self):
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulate",
+            "log_every",
+            "eval_every",
+            "checkpoint_every",
+            "keep_last",
+        ):
+            _check_int(name, getattr(self, name), at_least=1)
+        for name in ("eval_batch_size", "stop_at"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), at_least=1, or_none=True)
+        _check_int("warmup_steps", self.warmup_steps, at_least=0)
+        _check_int("seed", self.seed)
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate must divide batch_size = {self.batch_size}; got {self.accumulate}"
+            )
+        for name, allowed in (
+            ("optimizer", OPTIMIZERS),
+            ("schedule", SCHEDULES),
+            ("clip_by", ("previous", "second-pass")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}"
+                )
+        _check_number("learning_rate", self.learning_rate, "positive")
+        _check_number("weight_decay", self.weight_decay, "0 or positive")
+        if self.clip_norm is not None:
+            _check_number("clip_norm", self.clip_norm, "positive, or None")
+        if self.weight_decay and not OPTIMIZERS[self.optimizer].decays:
+            decaying = [name for name, recipe in OPTIMIZERS.items() if recipe.decays]
+            raise ValueError(
+                f"weight_decay needs an optimizer of {', '.join(decaying)}; got "
+                f"{self.weight_decay} with {self.optimizer!r}"
+            )
+        if self.update_in_backward and self.accumulate > 1:
+            raise ValueError(
+                "update_in_backward takes a step with the gradient of each micro-batch, and cannot "
+                f"accumulate: accumulate must be 1; got {self.accumulate}"
+            )
+
+    @property
+    def warmup(self) -> int:
+        """Steps in which the learning rate rises: a short run has a short warmup."""
+        return min(self.warmup_steps, self.steps // 2)
+
+    def make_schedule(self) -> optax.Schedule:
+        """The learning rate, by step."""
+        return make_schedule(self.schedule, self.learning_rate, self.steps, self.warmup)
+
+    def make_optimizer(self) -> optax.GradientTransformation:
+        """The optimizer, with its schedule; and clipping, unless the backward pass updates."""
+        return make_optimizer(
+            self.optimizer,
+            self.make_schedule(),
+            weight_decay=self.weight_decay,
+            clip_norm=None if self.update_in_backward else self.clip_norm,
+        )
+
+    def described(self) -> dict[str, Any]:
+        """What decides the trained weights, for comparing a run with its continuation."""
+        return dataclasses.asdict(self) | {"warmup_steps": self.warmup}
+
+    def harmless(self) -> set[str]:
+        """Settings that may change when the run is resumed."""
+        # With a constant schedule, no step depends on how many there are.
+        return {*HARMLESS, *(["steps"] if self.schedule == "constant" else [])}
+
+
+def _check_int(name: str, value: Any, at_least: int | None = None, or_none: bool = False) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if not whole or (at_least is not None and value < at_least):
+        allowed = "an int" if at_least is None else f"an int >= {at_least}"
+        raise ValueError(f"{name} must be {allowed}{', or None' * or_none}; got {value!r}")
+
+
+def _check_number(name: str, value: Any, allowed: str) -> None:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name} must be finite and {allowed}; got {value!r}")
+    if value == 0 and not allowed.startswith("0"):
+        raise ValueError(f"{name} must be {allowed}; got {value!r}")

@@ -1,0 +1,16 @@
+"""What is trained, by kind: batches, a loss, and an evaluation, as pure functions."""
+
+from bdia_jax.train.tasks.images import ImageClassification
+from bdia_jax.train.tasks.task import Task, check_batch_size
+from bdia_jax.train.tasks.text import LanguageModelling, PackedTexts, Tokens
+from bdia_jax.train.tasks.translation import Translation
+
+__all__ = [
+    "ImageClassification",
+    "LanguageModelling",
+    "PackedTexts",
+    "Task",
+    "Tokens",
+    "Translation",
+    "check_batch_size",
+]

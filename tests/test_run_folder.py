@@ -1,0 +1,190 @@
+"""The folder of a run: what is refused before anything takes long, whose run it is, and its log."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import _toy
+import numpy as np
+import pytest
+
+from bdia_jax.train import check_batch_size, check_run_folder, read_metrics
+from bdia_jax.train.run_folder import fingerprint
+
+
+def test_a_folder_that_is_free(tmp_path):
+    assert check_run_folder(tmp_path) == tmp_path
+    new = tmp_path / "a" / "b"
+    assert check_run_folder(str(new)) == new
+    assert not new.exists()
+    # What a process leaves that was killed at its very start.
+    (tmp_path / "settings.json.tmp").write_text('{"tra')
+    check_run_folder(tmp_path)
+    assert check_run_folder("~/no such folder").is_absolute()
+
+
+def test_a_folder_that_is_not(tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(NotADirectoryError, match=r"must be a folder; .*file is a file"):
+            check_run_folder(path)
+    for resume in (False, True):
+        with pytest.raises(FileExistsError, match="not empty, and holds no run"):
+            check_run_folder(tmp_path, resume)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "settings.json").write_text("{}")
+    with pytest.raises(FileExistsError, match=r"there is a run in .*--resume"):
+        check_run_folder(run)
+    assert check_run_folder(run, resume=True) == run
+
+
+def test_a_relative_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.tex").write_text("")
+    assert str(check_run_folder("new/run")) == "new/run"
+    with pytest.raises(FileExistsError, match="not empty"):
+        check_run_folder("taken")
+
+
+# ---------------------------------------------------------------------------------------------
+# The data belong to the run
+# ---------------------------------------------------------------------------------------------
+
+
+class Edited(_toy.Regression):
+    def arrays(self):
+        arrays = super().arrays()
+        arrays["y"][17] += 1e-3
+        return arrays
+
+
+def test_other_data_under_the_same_name(tmp_path):
+    folder = tmp_path / "run"
+    _toy.run(folder, steps=2, stop_at=1)
+    before = {p: p.read_bytes() for p in folder.glob("*.json*")}
+    with pytest.raises(
+        ValueError,
+        match=r"another one: data.sha256: '\w{64}' there, '\w{64}' now "
+        r"\(the data named toy are not those it was started with\)",
+    ):
+        _toy.run(folder, steps=2, task=Edited(), resume=True)
+    assert before == {p: p.read_bytes() for p in folder.glob("*.json*")}
+    result, _ = _toy.run(folder, steps=2, resume=True)
+    assert result.step == 2
+
+
+def test_fingerprints():
+    a = {"x": np.arange(6, dtype=np.int32), "y": np.zeros((2, 0))}
+    assert fingerprint(a) == fingerprint({"y": a["y"], "x": np.arange(12, dtype=np.int32)[::1][:6]})
+    others = [
+        {"x": a["x"].reshape(2, 3), "y": a["y"]},
+        {"x": a["x"].view(np.float32), "y": a["y"]},
+        {"z": a["x"], "y": a["y"]},
+        {"x": a["x"][::-1], "y": a["y"]},
+        {"x": a["x"]},
+    ]
+    assert len({fingerprint(tree) for tree in [a, *others]}) == 6
+    # Of a view into another array, what is seen counts.
+    assert fingerprint(np.arange(8)[::2]) == fingerprint(np.array([0, 2, 4, 6]))
+
+
+# ---------------------------------------------------------------------------------------------
+# Batches and warmup
+# ---------------------------------------------------------------------------------------------
+
+
+def test_more_samples_per_batch_than_there_are(tmp_path):
+    task = _toy.Regression()
+    task.samples, task.unit = 5, "sequences"
+    with pytest.raises(
+        ValueError,
+        match=r"number of training sequences in toy, 5; got 8: set batch_size "
+        r"\(--train.batch-size\) to 5 or less",
+    ):
+        _toy.run(tmp_path / "run", task=task)
+    assert not (tmp_path / "run").exists()
+    check_batch_size(task, 5)
+
+
+def test_a_warmup_bends():
+    assert _toy.settings(steps=500, warmup_steps=20).warmup == 20
+    assert _toy.settings(steps=3, warmup_steps=20).warmup == 1
+    schedule = _toy.settings(steps=3, warmup_steps=20, learning_rate=1.0).make_schedule()
+    np.testing.assert_allclose([schedule(i) for i in range(4)], [0, 1, 0.5, 0], atol=1e-6)
+
+
+def test_a_bent_warmup_belongs_to_the_run(tmp_path):
+    """Otherwise more steps of a constant schedule would have had another warmup."""
+    changes = {"schedule": "constant", "warmup_steps": 6}
+    _toy.run(tmp_path / "run", steps=4, **changes)
+    with pytest.raises(ValueError, match=r"train.warmup_steps: 2 there, 6 now"):
+        _toy.run(tmp_path / "run", steps=20, resume=True, **changes)
+    result, _ = _toy.run(
+        tmp_path / "run", steps=6, resume=True, schedule="constant", warmup_steps=2
+    )
+    assert result.step == 6
+
+
+# ---------------------------------------------------------------------------------------------
+# What is told
+# ---------------------------------------------------------------------------------------------
+
+EXACT = "reversible blocks: 3; in the first step 0 states mismatched, 0 roundings corrected"
+
+
+def test_the_log(tmp_path):
+    folder = tmp_path / "run"
+    logger = logging.getLogger("bdia_jax")
+    before = logger.level, [*logger.handlers]
+    _toy.run(folder, stop_at=4)
+    assert EXACT in (folder / "log.txt").read_text()
+    _toy.run(folder, resume=True)
+    lines = (folder / "log.txt").read_text().splitlines()
+    assert [line.split("INFO ")[1] for line in lines] == [EXACT, "resumed at step 4", EXACT]
+    assert (logger.level, [*logger.handlers]) == before
+
+
+def test_the_log_has_the_warning_that_ended_a_run(tmp_path):
+    with pytest.raises(RuntimeError):
+        _toy.run(tmp_path / "run", task=_toy.Regression(poison=0))
+    assert (tmp_path / "run" / "log.txt").exists()
+    assert read_metrics(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize(("level", "told"), [("INFO", True), ("WARNING", False)])
+def test_a_command_tells_it_on_the_terminal(level, told, tmp_path):
+    """In a process of its own: what imports install at the root logger is part of the test."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, logging, dataclasses, pathlib\n"
+        f"sys.path[:0] = [{os.path.dirname(_toy.__file__)!r}, 'experiments']\n"
+        "import command, _toy\n"
+        "@dataclasses.dataclass\n"
+        "class Settings:\n"
+        "    out: pathlib.Path\n"
+        "command.run(lambda s: _toy.run(s.out, steps=1), Settings, '', "
+        f"told=logging.{level})\n"
+    )
+    root = os.path.dirname(os.path.dirname(os.path.abspath(_toy.__file__)))
+    ran = subprocess.run(
+        [sys.executable, str(script), "--out", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        cwd=root,
+        check=True,
+    )
+    assert ((EXACT + "\n") in ran.stderr) == told
+    assert EXACT in (tmp_path / "run" / "log.txt").read_text()
+    again = subprocess.run(
+        [sys.executable, str(script), "--out", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        cwd=root,
+    )
+    assert again.returncode == 1
+    assert again.stderr.strip().splitlines()[-1].startswith("FileExistsError: there is a run in")
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["data"]["name"] == "toy"
