@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +112,27 @@ def feed_forward(
     return by_chunks(lambda x: block.ffn(block.ffn_norm(x)), x, block.ffn_chunk)
 
 
-class TransformerBlock(nnx.Module):
+class Block(nnx.Module):
+    """A residual block of several parts, one after the other.
+
+    A part is a method that is called as the block is, with ``x`` and the constants of the stack,
+    and returns its update. A stack takes them for one step, or each for a step of its own: the
+    standard network is the same.
+    """
+
+    PARTS: ClassVar[tuple[str, ...]]
+    """Names of the methods."""
+
+    def __call__(self, x: Float[Array, "batch *shape"], *consts) -> Float[Array, "batch *shape"]:
+        """The update ``h(x)`` of all parts."""
+        first, *others = (getattr(self, part) for part in self.PARTS)
+        h = first(x, *consts)
+        for part in others:
+            h = h + part(x + h, *consts)
+        return h
+
+
+class TransformerBlock(Block):
     """The pre-norm transformer block: ``h(x) = a + ffn(norm(x + a))``, ``a = attn(norm(x))``."""
 
     PARTS = ("attend", "feed_forward")
@@ -133,17 +154,12 @@ class TransformerBlock(nnx.Module):
         self.ffn = FeedForward(width, hidden, dropout=dropout, dtype=dtype, rngs=rngs)
         self.dropout = Dropout(dropout, rngs=rngs)
 
-    def __call__(self, x: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
-        """The update ``h(x)``."""
-        a = self.attend(x)
-        return a + self.feed_forward(x + a)
-
     def attend(self, x: Float[Array, "batch length width"]) -> Float[Array, "batch length width"]:
-        """The first half: ``attn(norm(x))``."""
+        """``attn(norm(x))``."""
         return self.dropout(self.attention(self.attention_norm(x)))
 
     def feed_forward(
         self, x: Float[Array, "batch length width"]
     ) -> Float[Array, "batch length width"]:
-        """The second half: ``ffn(norm(x))``."""
+        """``ffn(norm(x))``."""
         return self.ffn(self.ffn_norm(x))

@@ -1,27 +1,144 @@
-"""The configurations of all models."""
+"""Configurations of the models: frozen dataclasses, checked when they are made."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal
 
-from bdia_jax.nn.kernels import KERNELS
-from bdia_jax.nn.settings import Method, ReversibleSettings, check_dtype, check_method
-from bdia_jax.nn.stack import CoupledMethod
+from bdia_jax.nn.attention.kernels import KERNELS, KernelName
+from bdia_jax.nn.positions import RotaryScaling
+from bdia_jax.nn.settings import (
+    COUPLED,
+    CoupledMethod,
+    Method,
+    ReversibleSettings,
+    check_dropout,
+    check_sizes,
+)
+
+ParamDtype = Literal["float32", "bfloat16", "float64"]
 
 
 @dataclasses.dataclass(frozen=True)
-class RotaryScaling:
-    """How Llama 3.1 stretches rotary positions beyond the length it was first trained at."""
+class ViTConfig(ReversibleSettings):
+    """A pre-norm vision transformer.
 
-    factor: float = 8.0
-    """Low frequencies are divided by it."""
-    low_freq_factor: float = 1.0
-    """What turns less often than this over the original length is a low frequency."""
-    high_freq_factor: float = 4.0
-    """What turns more often than this is left as it is; between, a mixture."""
-    original_length: int = 8192
-    """Positions in the first training."""
+    The defaults are those of the BDIA experiments on CIFAR: shifted-patch tokenization and
+    locality self-attention, for small images (Lee, Lee, Song 2021).
+    """
+
+    image_size: int = 32
+    """Height and width of the images in pixels."""
+    channels: int = 3
+    """Colour channels of the images."""
+    num_classes: int = 10
+    """Number of classes."""
+    patch_size: int = 4
+    """Height and width of a patch in pixels; divides image_size."""
+    width: int = 512
+    """Features of the residual stream."""
+    depth: int = 6
+    """Number of transformer blocks."""
+    heads: int = 8
+    """Attention heads."""
+    head_dim: int = 64
+    """Features per attention head."""
+    hidden: int = 512
+    """Features of the hidden layer of the feed-forward network."""
+    dropout: float = 0.1
+    """Probability of dropping, in the blocks and on the embedding."""
+    pool: Literal["cls", "mean"] = "cls"
+    """What is classified: a class token, or the mean over the patches."""
+    shifted_patches: bool = True
+    """Shifted-patch tokenization: patches of the image and of its four one-pixel shifts."""
+    attention: Literal["local", "full", "linear"] = "local"
+    """local: masked diagonal, learned temperature; full: the usual one; linear: to a few learned
+    mixtures of positions (Linformer)."""
+    projection: int = 16
+    """Number of mixtures of linear attention."""
+    method: Method | CoupledMethod = "bdia"
+    """How the blocks are trained. bdia, midpoint, coupled: every step is taken back. standard,
+    -direct: activations are kept. -checkpoint: the input of every step is kept. Two are other
+    networks: midpoint (x_{k-1} + 2 h(x_k)), and coupled (RevViT: attention and feed-forward network
+    update two streams in turns)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_sizes(
+            self,
+            "image_size",
+            "channels",
+            "num_classes",
+            "patch_size",
+            "width",
+            "depth",
+            "heads",
+            "head_dim",
+            "hidden",
+            "projection",
+        )
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"patch_size must divide image_size = {self.image_size}; got {self.patch_size}"
+            )
+        check_dropout(self)
+
+    @property
+    def patches(self) -> int:
+        """Patches per image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def length(self) -> int:
+        """Positions of the residual stream."""
+        return self.patches + (self.pool == "cls")
+
+    @property
+    def coupled(self) -> bool:
+        """Whether there are two streams."""
+        return self.method in COUPLED
+
+
+@dataclasses.dataclass(frozen=True)
+class ResNetConfig(ReversibleSettings):
+    """A pre-activation residual network (He, Zhang, Ren, Sun 2016) for images of 32 × 32 pixels.
+
+    Group normalization, because a block must be a pure function: statistics of the batch would
+    tie the samples together, in which γ is drawn one by one, and running averages of them would be
+    updated twice by a block that is computed twice.
+    """
+
+    image_size: int = 32
+    """Height and width of the images in pixels."""
+    channels: int = 3
+    """Colour channels of the images."""
+    num_classes: int = 10
+    """Number of classes."""
+    widths: tuple[int, ...] = (64, 128, 256)
+    """Channels of each stage; from one stage to the next, height and width are halved."""
+    depth: int = 5
+    """Residual blocks per stage."""
+    groups: int = 8
+    """Groups of the normalization; divides every width."""
+    dropout: float = 0.0
+    """Probability of dropping, between the two convolutions of a block."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_sizes(self, "image_size", "channels", "num_classes", "depth", "groups")
+        if not self.widths:
+            raise ValueError("widths must name at least one stage; got none")
+        for i, width in enumerate(self.widths):
+            if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+                raise ValueError(f"widths[{i}] must be an int >= 1; got {width!r}")
+        if any(width % self.groups for width in self.widths):
+            raise ValueError(f"groups must divide the widths {self.widths}; got {self.groups}")
+        if self.image_size % 2 ** (len(self.widths) - 1):
+            raise ValueError(
+                f"image_size must be divisible by {2 ** (len(self.widths) - 1)}, for "
+                f"{len(self.widths)} stages; got {self.image_size}"
+            )
+        check_dropout(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,19 +185,21 @@ class DecoderConfig(ReversibleSettings):
     """Whether the output matrix is that of the embedding."""
     dropout: float = 0.0
     """Probability of dropping: on the embedding, the attention weights and both updates."""
-    attention: Literal["auto", "chunked", "xla", "cudnn"] = "auto"
-    """chunked: over the keys in chunks, without the length × length matrix; xla, cudnn:
-    implementations of jax.nn.dot_product_attention (no dropout of the weights; cudnn: NVIDIA's
-    fused one, in bfloat16 or float16; segments are a length × length mask to both). auto: cudnn
-    where it can be had, chunked elsewhere."""
+    attention: KernelName = "auto"
+    """chunked: over the keys in chunks, without the length × length matrix; plain: with it; xla,
+    cudnn: implementations of jax.nn.dot_product_attention (no dropout of the weights; cudnn:
+    NVIDIA's fused one, in bfloat16 or float16; segments are a length × length mask to both). auto:
+    cudnn where it can be had, chunked elsewhere."""
     ffn_chunk: int | None = None
     """Positions of which the hidden layer of the feed-forward network exists at a time. It is then
     computed once more in the backward pass: less memory, more time. None for all positions."""
-    param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    param_dtype: ParamDtype = "float32"
     """What the parameters are kept in."""
 
     def __post_init__(self):
-        sizes = (
+        super().__post_init__()
+        check_sizes(
+            self,
             "vocab_size",
             "max_length",
             "width",
@@ -91,12 +210,6 @@ class DecoderConfig(ReversibleSettings):
             "hidden",
             "ffn_chunk",
         )
-        for name in sizes:
-            value = getattr(self, name)
-            if value is None and name in ("kv_heads", "head_dim", "hidden", "ffn_chunk"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an int >= 1; got {value!r}")
         if self.head_dim is None and self.width % self.heads:
             raise ValueError(
                 f"heads must divide width = {self.width}, or head_dim be given; got {self.heads}"
@@ -107,27 +220,13 @@ class DecoderConfig(ReversibleSettings):
             raise ValueError(
                 f"rotary positions turn pairs: head_dim must be even; got {self.size_of_head}"
             )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1); got {self.dropout}")
-        choices = {
-            "norm": ("layer", "rms"),
-            "positions": ("learned", "rotary"),
-            "feed_forward": ("gelu", "swiglu"),
-            "attention": ("auto", *KERNELS),
-            "param_dtype": ("float32", "bfloat16", "float64"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}"
-                )
-        for name in ("dtype", "param_dtype"):
-            check_dtype(getattr(self, name), name)
-        if self.dropout and self.attention not in ("auto", "chunked"):
+        check_dropout(self)
+        dropping = ["auto", *(name for name, kernel in KERNELS.items() if kernel.drops)]
+        if self.dropout and self.attention not in dropping:
             raise ValueError(
-                f'dropout={self.dropout} needs attention="chunked"; got {self.attention!r}'
+                f"with dropout = {self.dropout}, attention must be one of {', '.join(dropping)}; "
+                f"got {self.attention!r}"
             )
-        _ = self.of_stack()
 
     @property
     def num_kv_heads(self) -> int:
@@ -152,93 +251,6 @@ def llama(**settings) -> DecoderConfig:
         "tied_head": False,
     }
     return DecoderConfig(**(kind | settings))
-
-
-@dataclasses.dataclass(frozen=True)
-class ViTConfig(ReversibleSettings):
-    """A pre-norm vision transformer.
-
-    The defaults are those of the BDIA experiments on CIFAR: shifted-patch tokenization and
-    locality self-attention, for small images (Lee, Lee, Song 2021).
-    """
-
-    image_size: int = 32
-    """Height and width of the images in pixels."""
-    channels: int = 3
-    """Colour channels of the images."""
-    num_classes: int = 10
-    """Number of classes."""
-    patch_size: int = 4
-    """Height and width of a patch in pixels; divides image_size."""
-    width: int = 512
-    """Features of the residual stream."""
-    depth: int = 6
-    """Number of transformer blocks."""
-    heads: int = 8
-    """Attention heads."""
-    head_dim: int = 64
-    """Features per attention head."""
-    hidden: int = 512
-    """Features of the hidden layer of the feed-forward network."""
-    dropout: float = 0.1
-    """Probability of dropping, in the blocks and on the embedding."""
-    pool: Literal["cls", "mean"] = "cls"
-    """What is classified: a class token, or the mean over the patches."""
-    shifted_patches: bool = True
-    """Shifted-patch tokenization: patches of the image and of its four one-pixel shifts."""
-    attention: Literal["local", "full", "linear"] = "local"
-    """local: masked diagonal, learned temperature; full: the usual one; linear: to a few learned
-    mixtures of positions (Linformer)."""
-    projection: int = 16
-    """Number of mixtures of linear attention."""
-    method: Method | CoupledMethod = "bdia"
-    """How the blocks are trained. Two are other networks: midpoint (x_{k-1} + 2 h(x_k)), and
-    coupled (RevViT: attention and feed-forward network update two streams in turns)."""
-
-    def __post_init__(self):
-        sizes = (
-            "image_size",
-            "channels",
-            "num_classes",
-            "patch_size",
-            "width",
-            "depth",
-            "heads",
-            "head_dim",
-            "hidden",
-            "projection",
-        )
-        for name in sizes:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an int >= 1; got {value!r}")
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"patch_size must divide image_size = {self.image_size}; got {self.patch_size}"
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1); got {self.dropout}")
-        if self.pool not in ("cls", "mean"):
-            raise ValueError(f'pool must be "cls" or "mean"; got {self.pool!r}')
-        if self.attention not in ("local", "full", "linear"):
-            raise ValueError(f"attention must be local, full or linear; got {self.attention!r}")
-        check_dtype(self.dtype)
-        check_method(self.method, (*get_args(Method), *get_args(CoupledMethod)))
-
-    @property
-    def patches(self) -> int:
-        """Patches per image."""
-        return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def length(self) -> int:
-        """Positions of the residual stream."""
-        return self.patches + (self.pool == "cls")
-
-    @property
-    def coupled(self) -> bool:
-        """Whether there are two streams."""
-        return self.method in get_args(CoupledMethod)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,21 +279,14 @@ class EncoderDecoderConfig(ReversibleSettings):
     """Whether the output matrix is the embedding of the targets."""
     dropout: float = 0.1
     """Probability of dropping: on the embeddings, the attention weights and all updates."""
-    param_dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    param_dtype: ParamDtype = "float32"
     """What the parameters are kept in."""
 
     def __post_init__(self):
-        for name in ("source_vocab", "target_vocab", "encoder_depth", "decoder_depth"):
-            value = getattr(self, name)
-            if value is None and name == "target_vocab":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an int >= 1; got {value!r}")
-        if self.positions not in ("sinusoidal", "learned"):
-            raise ValueError(f"positions must be sinusoidal or learned; got {self.positions!r}")
+        super().__post_init__()
+        check_sizes(self, "source_vocab", "target_vocab", "encoder_depth", "decoder_depth")
         if self.positions == "sinusoidal" and self.width % 2:
             raise ValueError(f"sinusoidal positions need an even width; got {self.width}")
-        check_method(self.method)
         _ = self.block
 
     @property
@@ -302,51 +307,3 @@ class EncoderDecoderConfig(ReversibleSettings):
             dtype=self.dtype,
             param_dtype=self.param_dtype,
         )
-
-
-@dataclasses.dataclass(frozen=True)
-class ResNetConfig(ReversibleSettings):
-    """A pre-activation residual network (He, Zhang, Ren, Sun 2016) for images of 32 × 32 pixels.
-
-    Group normalization, because a block must be a pure function: statistics of the batch would
-    tie the samples together, in which γ is drawn one by one, and running averages of them would be
-    updated twice by a block that is computed twice.
-    """
-
-    image_size: int = 32
-    """Height and width of the images in pixels."""
-    channels: int = 3
-    """Colour channels of the images."""
-    num_classes: int = 10
-    """Number of classes."""
-    widths: tuple[int, ...] = (64, 128, 256)
-    """Channels of each stage; from one stage to the next, height and width are halved."""
-    depth: int = 5
-    """Residual blocks per stage."""
-    groups: int = 8
-    """Groups of the normalization; divides every width."""
-    dropout: float = 0.0
-    """Probability of dropping, between the two convolutions of a block."""
-
-    def __post_init__(self):
-        if not self.widths:
-            raise ValueError("widths must name at least one stage; got none")
-        sizes = {
-            name: getattr(self, name)
-            for name in ("image_size", "channels", "num_classes", "depth", "groups")
-        }
-        sizes |= {f"widths[{i}]": width for i, width in enumerate(self.widths)}
-        for name, value in sizes.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an int >= 1; got {value!r}")
-        if any(width % self.groups for width in self.widths):
-            raise ValueError(f"groups must divide the widths {self.widths}; got {self.groups}")
-        if self.image_size % 2 ** (len(self.widths) - 1):
-            raise ValueError(
-                f"image_size must be divisible by {2 ** (len(self.widths) - 1)}, for "
-                f"{len(self.widths)} stages; got {self.image_size}"
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1); got {self.dropout}")
-        check_dtype(self.dtype)
-        check_method(self.method)

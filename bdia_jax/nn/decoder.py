@@ -7,59 +7,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from bdia_jax.nn.attention import Attention
-from bdia_jax.nn.blocks import feed_forward, make_feed_forward, make_norm
 from bdia_jax.nn.configs import DecoderConfig
 from bdia_jax.nn.dropout import Dropout
 from bdia_jax.nn.losses import Sums, cross_entropy, logits
-from bdia_jax.nn.rotary import rotary_angles
+from bdia_jax.nn.positions import Angles, lookup, rotary_angles
 from bdia_jax.nn.settings import DTYPES
 from bdia_jax.nn.stack import ReversibleStack
-
-
-def lookup(
-    table: Float[Array, "rows width"], indices: Int[Array, "*shape"]
-) -> Float[Array, "*shape width"]:
-    """Rows of a table. One that does not exist is NaN, rather than the first or the last."""
-    return table.at[indices].get(mode="fill", fill_value=jnp.nan)
-
-
-class DecoderBlock(nnx.Module):
-    """``h(x) = a + ffn(norm(x + a))`` with causal ``a = attn(norm(x))`` (or, on request, not)."""
-
-    PARTS = ("attend", "feed_forward")
-
-    def __init__(self, config: DecoderConfig, *, causal: bool = True, rngs: nnx.Rngs):
-        c = config
-        self.attention_norm = make_norm(c, c.width, rngs)
-        self.attention = Attention(c, causal=causal, rngs=rngs)
-        self.ffn_norm = make_norm(c, c.width, rngs)
-        self.ffn = make_feed_forward(c, rngs)
-        self.dropout = Dropout(c.dropout, rngs=rngs)
-        self.ffn_chunk = c.ffn_chunk
-
-    def __call__(
-        self,
-        x: Float[Array, "batch length width"],
-        angles: tuple[Array, Array] | None = None,
-        segments: Int[Array, "batch length"] | None = None,
-    ) -> Float[Array, "batch length width"]:
-        """The update ``h(x)``."""
-        a = self.attend(x, angles, segments)
-        return a + self.feed_forward(x + a)
-
-    def attend(self, x, angles=None, segments=None):
-        """The first part: ``attn(norm(x))``."""
-        return self.dropout(self.attention(self.attention_norm(x), angles, segments))
-
-    def feed_forward(self, x, angles=None, segments=None):
-        """The second part: ``ffn(norm(x))``."""
-        return self.dropout(feed_forward(self, x))
-
-    def extend(self, x, angles, cache, start, present):
-        """The update after what is in a cache, and the longer cache."""
-        a, cache = self.attention.extend(self.attention_norm(x), angles, cache, start, present)
-        return a + self.ffn(self.ffn_norm(x + a)), cache
+from bdia_jax.nn.text_blocks import DecoderBlock, make_norm
 
 
 class Decoder(nnx.Module):
@@ -76,8 +30,7 @@ class Decoder(nnx.Module):
         self.dropout = Dropout(c.dropout)
         self.blocks = ReversibleStack(
             lambda rngs: DecoderBlock(c, rngs=rngs),
-            c.depth,
-            **c.of_stack(DecoderBlock.PARTS),
+            **c.of_stack(c.depth, DecoderBlock.PARTS),
             rngs=rngs,
         )
         self.norm = make_norm(c, c.width, rngs)
@@ -100,7 +53,7 @@ class Decoder(nnx.Module):
           segments: numbers of the texts that are packed into a sequence; there is no attention
             from one to another. None for one text.
           positions: of the tokens in their texts; None for 0, 1, 2, …
-          key: PRNG key for dropout and γ; None in evaluation mode.
+          key: PRNG key for dropout and the signs of γ; None where nothing is drawn.
         """
         return self.logits(self.features(tokens, segments=segments, positions=positions, key=key))
 
@@ -111,7 +64,7 @@ class Decoder(nnx.Module):
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         x = self.dropout(self._embed(tokens, positions), rngs=embed_key)
-        return self.norm(self.blocks(x, self._angles(positions), segments, key=block_key))
+        return self.norm(self.blocks(x, self.angles(positions), segments, key=block_key))
 
     def logits(self, features: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
         """In float32 (float64)."""
@@ -167,12 +120,12 @@ class Decoder(nnx.Module):
           present: 1 for slots with a token, 0 for padding; the new ones included.
         """
         x = self._embed(tokens, positions)
-        angles = self._angles(positions)
+        angles = self.angles(positions)
         extend, params = self.blocks.pure(lambda block, *args: block.extend(*args))
 
         def step(x, block):
             params, cache = block
-            h, cache = extend(params, x, None, angles, cache, start, present)
+            h, cache = extend(params, None, x, angles, cache, start, present)
             return x + h, cache
 
         x, cache = jax.lax.scan(step, x, (params, cache))
@@ -184,10 +137,12 @@ class Decoder(nnx.Module):
             x += lookup(self.positions[...], positions)
         return x.astype(DTYPES[self.config.dtype])
 
-    def _angles(self, positions):
-        if self.config.positions == "learned":
+    def angles(self, positions: Int[Array, "batch length"]) -> Angles | None:
+        """Of rotary positions; all blocks are given them."""
+        c = self.config
+        if c.positions == "learned":
             return None
-        return rotary_angles(self.config, positions)
+        return rotary_angles(positions, c.size_of_head, theta=c.rope_theta, scaling=c.rope_scaling)
 
     def _check(self, tokens):
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):

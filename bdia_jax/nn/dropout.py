@@ -28,11 +28,23 @@ class Dropout(nnx.Dropout):
             return x
         stream = self.rngs if rngs is None else rngs
         if stream is None:
-            raise ValueError("dropout draws random numbers: build it, or call it, with rngs=...")
-        keep, probability = keep_mask(
-            stream if isinstance(stream, jax.Array) else stream(), self.rate, x
-        )
-        return jnp.where(keep, x / probability, 0).astype(x.dtype)
+            raise ValueError(
+                "dropout draws random numbers in training mode, and needs a PRNG key: call the "
+                "model with key=..., or after model.eval(); got key=None"
+            )
+        return dropped(x, self.rate, stream if isinstance(stream, jax.Array) else stream())
+
+
+def dropped(
+    x: Float[Array, "*shape"], rate: float, key: Key[Array, ""] | None
+) -> Float[Array, "*shape"]:
+    """``x`` with elements dropped with probability ``rate``, and the others scaled up for it."""
+    if rate == 0:
+        return x
+    if key is None:
+        raise ValueError(f"dropout={rate} draws random numbers, and needs a key; got None")
+    keep, probability = keep_mask(key, rate, x)
+    return jnp.where(keep, x / probability, 0).astype(x.dtype)
 
 
 def keep_mask(

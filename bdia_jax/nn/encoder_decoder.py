@@ -9,66 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from bdia_jax.nn.attention import Attention
-from bdia_jax.nn.blocks import feed_forward, make_feed_forward, make_norm
-from bdia_jax.nn.configs import DecoderConfig, EncoderDecoderConfig
-from bdia_jax.nn.decoder import DecoderBlock, lookup
+from bdia_jax.nn.configs import EncoderDecoderConfig
 from bdia_jax.nn.dropout import Dropout
 from bdia_jax.nn.losses import Sums, cross_entropy, logits
+from bdia_jax.nn.positions import lookup, sinusoids
 from bdia_jax.nn.settings import DTYPES
 from bdia_jax.nn.stack import ReversibleStack
-
-
-class CrossBlock(nnx.Module):
-    """A block that looks into ``memory``, too.
-
-    ``h(x) = a + c + ffn(norm(x + a + c))`` with causal ``a = attn(norm(x))`` and
-    ``c = attn(norm(x + a), memory)``.
-    """
-
-    PARTS = ("attend", "look_up", "feed_forward")
-
-    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
-        c = config
-        self.attention_norm = make_norm(c, c.width, rngs)
-        self.attention = Attention(c, rngs=rngs)
-        self.cross_norm = make_norm(c, c.width, rngs)
-        self.cross = Attention(c, causal=False, rngs=rngs)
-        self.ffn_norm = make_norm(c, c.width, rngs)
-        self.ffn = make_feed_forward(c, rngs)
-        self.dropout = Dropout(c.dropout, rngs=rngs)
-        self.ffn_chunk = c.ffn_chunk
-
-    def __call__(
-        self,
-        x: Float[Array, "batch length width"],
-        memory: Float[Array, "batch source width"],
-        segments: Int[Array, "batch length"],
-        memory_segments: Int[Array, "batch source"],
-    ) -> Float[Array, "batch length width"]:
-        """The update ``h(x)``."""
-        a = self.attend(x, memory, segments, memory_segments)
-        a += self.look_up(x + a, memory, segments, memory_segments)
-        return a + self.feed_forward(x + a)
-
-    def attend(self, x, memory, segments, memory_segments):
-        """The first part: ``attn(norm(x))``."""
-        return self.dropout(self.attention(self.attention_norm(x), None, segments))
-
-    def look_up(self, x, memory, segments, memory_segments):
-        """The second part: ``attn(norm(x), memory)``."""
-        attended = self.cross(self.cross_norm(x), None, segments, (memory, memory_segments))
-        return self.dropout(attended)
-
-    def feed_forward(self, x, memory=None, segments=None, memory_segments=None):
-        """The third part: ``ffn(norm(x))``."""
-        return self.dropout(feed_forward(self, x))
-
-    def extend(self, x, cache, start, present, keys_values, memory_present):
-        """The update after what is in a cache, and the longer cache."""
-        a, cache = self.attention.extend(self.attention_norm(x), None, cache, start, present)
-        a += self.cross.look_up(self.cross_norm(x + a), keys_values, memory_present)
-        return a + self.ffn(self.ffn_norm(x + a)), cache
+from bdia_jax.nn.text_blocks import CrossBlock, DecoderBlock, make_norm
 
 
 class EncoderDecoder(nnx.Module):
@@ -94,15 +41,13 @@ class EncoderDecoder(nnx.Module):
         self.dropout = Dropout(c.dropout)
         self.encoder = ReversibleStack(
             lambda rngs: DecoderBlock(block, causal=False, rngs=rngs),
-            c.encoder_depth,
-            **c.of_stack(DecoderBlock.PARTS),
+            **c.of_stack(c.encoder_depth, DecoderBlock.PARTS),
             rngs=rngs,
         )
         self.encoder_norm = make_norm(block, c.width, rngs)
         self.decoder = ReversibleStack(
             lambda rngs: CrossBlock(block, rngs=rngs),
-            c.decoder_depth,
-            **c.of_stack(CrossBlock.PARTS),
+            **c.of_stack(c.decoder_depth, CrossBlock.PARTS),
             rngs=rngs,
         )
         self.norm = make_norm(block, c.width, rngs)
@@ -128,7 +73,7 @@ class EncoderDecoder(nnx.Module):
             of the targets looks into text i of the sources. None for one text. (Padding is a
             text of its own, with a number that no other has.)
           source_positions, positions: of the tokens in their texts; None for 0, 1, 2, …
-          key: PRNG key for dropout and γ; None in evaluation mode.
+          key: PRNG key for dropout and the signs of γ; None where nothing is drawn.
         """
         x = self.features(
             sources,
@@ -216,7 +161,7 @@ class EncoderDecoder(nnx.Module):
         """
         memory = self.encode(sources, present)
         keys_values, params = self.decoder.pure(lambda block, x: block.cross.keys_values(x))
-        keys, values = jax.lax.map(lambda params: keys_values(params, memory, None), params)
+        keys, values = jax.lax.map(lambda params: keys_values(params, None, memory), params)
         return keys, values, present[None]
 
     def new_cache(self, batch: int, slots: int) -> tuple[Array, Array]:
@@ -234,7 +179,7 @@ class EncoderDecoder(nnx.Module):
         def step(x, block):
             params, cache, keys_values = block
             h, cache = extend(
-                params, x, None, cache, start, present, keys_values, memory_present[0]
+                params, None, x, cache, start, present, keys_values, memory_present[0]
             )
             return x + h, cache
 
@@ -266,10 +211,3 @@ class EncoderDecoder(nnx.Module):
             x += lookup(table[...], positions) * math.sqrt(c.width)
         dropout_key, key = (None, None) if key is None else jax.random.split(key)
         return self.dropout(x.astype(DTYPES[c.dtype]), rngs=dropout_key), key
-
-
-def sinusoids(positions: Int[Array, "*shape"], width: int) -> Float[Array, "*shape width"]:
-    """Sines, then cosines, of wavelengths from 2π to 10,000 · 2π (Vaswani et al. 2017)."""
-    frequency = 10_000.0 ** (-jnp.arange(width // 2, dtype=jnp.float32) / (width // 2))
-    angle = positions[..., None].astype(jnp.float32) * frequency
-    return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)

@@ -66,7 +66,7 @@ class ResNet(nnx.Module):
         self.stages = nnx.List(
             [
                 ReversibleStack(
-                    functools.partial(_make_block, c, width), c.depth, **c.of_stack(), rngs=rngs
+                    functools.partial(_make_block, c, width), **c.of_stack(c.depth), rngs=rngs
                 )
                 for width in c.widths
             ]
@@ -84,7 +84,7 @@ class ResNet(nnx.Module):
 
         Args:
           images: normalized images.
-          key: PRNG key for dropout and γ; None in evaluation mode.
+          key: PRNG key for dropout and the signs of γ; None where nothing is drawn.
         """
         c = self.config
         expected = (c.image_size, c.image_size, c.channels)

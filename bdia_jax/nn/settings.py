@@ -119,7 +119,7 @@ class ReversibleSettings:
 
         Args:
           depth: number of blocks.
-          parts: the parts of a block, if it has any.
+          parts: those of a block, if it has any; used if they are to be steps.
         """
         return {
             "depth": depth,
@@ -133,7 +133,9 @@ def check_names(config: Any) -> None:
     """Raises ``ValueError`` unless every field with names (a ``Literal``) has one of them."""
     for name, annotation in typing.get_type_hints(type(config)).items():
         kinds = get_args(annotation) if _is_union(annotation) else (annotation,)
-        allowed = [n for kind in kinds if typing.get_origin(kind) is Literal for n in get_args(kind)]
+        allowed = [
+            n for kind in kinds if typing.get_origin(kind) is Literal for n in get_args(kind)
+        ]
         value = getattr(config, name)
         if allowed and value not in allowed:
             raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")

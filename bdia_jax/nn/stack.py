@@ -254,7 +254,7 @@ class CoupledStack(StackedBlocks):
         make_block: Callable[[nnx.Rngs], nnx.Module],
         depth: int,
         *,
-        adjoint: Adjoint = Online(),  # noqa: B008
+        adjoint: Online | Direct = Online(),  # noqa: B008
         dtype: jnp.dtype = jnp.float32,
         rngs: nnx.Rngs,
     ):
@@ -275,9 +275,8 @@ class CoupledStack(StackedBlocks):
         self, x: Float[Array, "batch *shape"], *, key: Key[Array, ""] | None = None
     ) -> Float[Array, "batch *shape_but_doubled"]:
         """Runs the blocks; the streams, in float32, one after the other on the last axis."""
-        backprop = "online" if isinstance(self.adjoint, Online) else "stored"
         pair = coupling.coupled_scan(
-            *self.functional(), self._start(x), key=key, backprop=backprop
+            *self.functional(), self._start(x), key=key, adjoint=self.adjoint
         )
         return jnp.concatenate(pair, axis=-1)
 

@@ -34,10 +34,12 @@ class ViT(nnx.Module):
             )
 
         if c.coupled:
-            self.blocks = CoupledStack(make_block, c.depth, method=c.method, dtype=dtype, rngs=rngs)
+            self.blocks = CoupledStack(
+                make_block, c.depth, adjoint=c.adjoint(), dtype=dtype, rngs=rngs
+            )
         else:
             self.blocks = ReversibleStack(
-                make_block, c.depth, **c.of_stack(TransformerBlock.PARTS), rngs=rngs
+                make_block, **c.of_stack(c.depth, TransformerBlock.PARTS), rngs=rngs
             )
         width = c.width * (2 if c.coupled else 1)
         self.norm = nnx.LayerNorm(width, epsilon=1e-5, rngs=rngs)
@@ -53,7 +55,7 @@ class ViT(nnx.Module):
 
         Args:
           images: normalized images.
-          key: PRNG key for dropout and γ; None in evaluation mode.
+          key: PRNG key for dropout and the signs of γ; None where nothing is drawn.
         """
         c = self.config
         expected = (c.image_size, c.image_size, c.channels)
@@ -100,7 +102,7 @@ class PatchEmbedding(nnx.Module):
         if c.pool == "cls":
             token = jnp.broadcast_to(self.token[...], (len(x), 1, c.width))
             x = jnp.concatenate([token, x], axis=1)
-        return self.dropout(x + self.positions[...], rngs=key)
+        return self.dropout(x + self.positions[...][None], rngs=key)
 
 
 def patches(

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from bdia_jax.grid import accumulator
 from bdia_jax.nn.chunks import cut, together
-from bdia_jax.nn.dropout import keep_mask
+from bdia_jax.nn.dropout import dropped
 from bdia_jax.pinning import barrier
 
 
@@ -212,10 +212,7 @@ def _drop(options: _Options, weights, chunk: _Chunk, rest: _Rest):
     """Dropout, alike in both passes."""
     if not options.dropout:
         return weights
-    keep, probability = keep_mask(
-        jax.random.fold_in(rest.key, chunk.number), options.dropout, weights
-    )
-    return jnp.where(keep, weights / probability, 0)
+    return dropped(weights, options.dropout, jax.random.fold_in(rest.key, chunk.number))
 
 
 def _chunks(options: _Options, k, v, rest: _Rest) -> _Chunk:

@@ -1,0 +1,159 @@
+"""Attention by one of several kernels.
+
+To add a kernel, write a function such as :func:`_plain`, and enter it in :data:`KERNELS` and its
+name in :data:`KernelName`. Configurations, command lines and their errors take it from there.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from bdia_jax.grid import accumulator
+from bdia_jax.nn.attention.chunked import chunked_attention
+from bdia_jax.nn.dropout import dropped
+
+KernelName = Literal["auto", "chunked", "xla", "cudnn", "plain"]
+
+
+def attend(
+    q: Float[Array, "batch query head dim"],
+    k: Float[Array, "batch key kv_head dim"],
+    v: Float[Array, "batch key kv_head dim"],
+    *,
+    kernel: KernelName = "auto",
+    causal: bool = False,
+    segments: tuple[Int[Array, "batch query"], Int[Array, "batch key"]] | None = None,
+    dropout: float = 0.0,
+    key: Key[Array, ""] | None = None,
+) -> Float[Array, "batch query head dim"]:
+    """``softmax(q kᵀ / √dim) v``.
+
+    Args:
+      q, k, v: ``head`` is a multiple of ``kv_head``: each head of keys and values serves that
+        many consecutive heads of queries.
+      kernel: a name in :data:`KERNELS`; auto: cudnn where it can be had, otherwise chunked.
+      causal: query i attends to keys 0 … i only.
+      segments: numbers of queries and of keys; a query attends to the keys with its number only.
+      dropout: probability with which a weight is dropped; needs ``key``.
+      key: PRNG key.
+
+    Raises:
+      ValueError: for dropout with a kernel that cannot drop.
+    """
+    if kernel == "auto":
+        kernel = _best(q, k, dropout)
+    chosen = KERNELS[kernel]
+    if dropout and not chosen.drops:
+        raise ValueError(f"{kernel} attention cannot drop weights; got dropout={dropout}")
+    return chosen.function(q, k, v, _Options(causal, segments, dropout, key))
+
+
+class _Options(NamedTuple):
+    causal: bool
+    segments: tuple[Array, Array] | None
+    dropout: float
+    key: Array | None
+
+
+def _chunked(q, k, v, o: _Options):
+    return chunked_attention(
+        q, k, v, causal=o.causal, segments=o.segments, dropout=o.dropout, key=o.key
+    )
+
+
+def _library(q, k, v, o: _Options, *, implementation: Literal["xla", "cudnn"]):
+    mask = None if o.segments is None else _same_segment(*o.segments)
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=mask, is_causal=o.causal, implementation=implementation
+    )
+
+
+def _plain(q, k, v, o: _Options):
+    """With all heads' matrices of weights."""
+    group = q.shape[2] // k.shape[2]
+    k, v = (jnp.repeat(a, group, axis=2) for a in (k, v))
+    q, k, v = (jnp.swapaxes(a, 1, 2) for a in (q, k, v))
+    mask = jnp.ones((1, 1, q.shape[2], k.shape[2]), bool)
+    if o.causal:
+        mask = jnp.tril(mask)
+    if o.segments is not None:
+        mask &= _same_segment(*o.segments)
+    drop = lambda weights: dropped(weights, o.dropout, o.key)  # noqa: E731
+    attended = weighted(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask, drop=drop)
+    # 0 where a query may not attend to any key.
+    return jnp.swapaxes(jnp.where(mask.any(-1, keepdims=True), attended, 0), 1, 2)
+
+
+class Kernel(NamedTuple):
+    """A way to compute attention."""
+
+    function: Callable[[Array, Array, Array, _Options], Array]
+    drops: bool
+    """Whether it can drop weights."""
+
+
+KERNELS: dict[str, Kernel] = {
+    "chunked": Kernel(_chunked, drops=True),
+    "xla": Kernel(functools.partial(_library, implementation="xla"), drops=False),
+    "cudnn": Kernel(functools.partial(_library, implementation="cudnn"), drops=False),
+    "plain": Kernel(_plain, drops=True),
+}
+
+
+def weighted(
+    q: Float[Array, "batch head query dim"],
+    k: Float[Array, "batch head key dim"],
+    v: Float[Array, "batch head key dim"],
+    *,
+    scale: Float[Array, ""] | float,
+    mask: Bool[Array, "#batch #head query key"] | None = None,
+    drop: Callable[[Array], Array] = lambda weights: weights,
+) -> Float[Array, "batch head query dim"]:
+    """``drop(softmax(scale q kᵀ)) v``, heads first; the softmax is in float32 (float64).
+
+    Args:
+      q, k, v: heads come before positions, which is how matrix products want them.
+      scale: of the logits.
+      mask: where it is False, there is no attending. (Where it is False for all keys, the weights
+        are equal.)
+      drop: applied to the weights.
+    """
+    wide = accumulator(q.dtype)
+    logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=wide) * scale
+    if mask is not None:
+        # Finite: for infinities, the softmax of a row without any key would be NaN.
+        logits = jnp.where(mask, logits, jnp.finfo(wide).min)
+    weights = drop(jax.nn.softmax(logits).astype(v.dtype))
+    return jnp.einsum("bhqk,bhkd->bhqd", weights, v)
+
+
+def fusible(dtype: jnp.dtype, head_dim: int) -> bool:
+    """Whether cuDNN's fused attention can do this, without dropout."""
+    return dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
+
+
+def has_fused_attention() -> bool:
+    """Whether there is a device with cuDNN's fused attention."""
+    if jax.default_backend() != "gpu":
+        return False
+    # Of AMD's GPUs it is a name, such as gfx942.
+    capability = getattr(jax.devices()[0], "compute_capability", "")
+    return re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= 8
+
+
+def _best(q, k, dropout: float) -> KernelName:
+    # Of odd lengths, cuDNN does not take a mask.
+    even = q.shape[1] % 2 == k.shape[1] % 2 == 0
+    fused = even and not dropout and fusible(q.dtype, q.shape[-1]) and has_fused_attention()
+    return "cudnn" if fused else "chunked"
+
+
+def _same_segment(of_queries, of_keys) -> Bool[Array, "batch 1 query key"]:
+    return (of_queries[:, :, None] == of_keys[:, None, :])[:, None]

@@ -1,0 +1,172 @@
+"""Blocks of language models."""
+
+from __future__ import annotations
+
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from bdia_jax.nn.attention import GroupedQueryAttention
+from bdia_jax.nn.attention.grouped import KeysValues
+from bdia_jax.nn.blocks import Block, FeedForward, LayerNorm, RMSNorm
+from bdia_jax.nn.chunks import by_chunks
+from bdia_jax.nn.configs import DecoderConfig
+from bdia_jax.nn.dropout import Dropout
+from bdia_jax.nn.positions import Angles
+from bdia_jax.nn.settings import DTYPES
+
+
+def make_norm(config: DecoderConfig, width: int, rngs: nnx.Rngs) -> nnx.Module:
+    """Layer or root-mean-square normalization, as configured."""
+    kind = LayerNorm if config.norm == "layer" else RMSNorm
+    return kind(
+        width,
+        epsilon=config.norm_epsilon,
+        dtype=DTYPES[config.dtype],
+        param_dtype=DTYPES[config.param_dtype],
+        rngs=rngs,
+    )
+
+
+def make_attention(c: DecoderConfig, *, causal: bool, rngs: nnx.Rngs) -> GroupedQueryAttention:
+    """Attention, as configured."""
+    return GroupedQueryAttention(
+        c.width,
+        c.heads,
+        c.num_kv_heads,
+        c.size_of_head,
+        causal=causal,
+        qkv_bias=c.qkv_bias,
+        out_bias=c.out_bias,
+        make_norm=(lambda width: make_norm(c, width, rngs)) if c.qk_norm else None,
+        dropout=c.dropout,
+        kernel=c.attention,
+        dtype=DTYPES[c.dtype],
+        param_dtype=DTYPES[c.param_dtype],
+        rngs=rngs,
+    )
+
+
+def make_feed_forward(c: DecoderConfig, rngs: nnx.Rngs) -> FeedForward:
+    """The feed-forward network, as configured."""
+    return FeedForward(
+        c.width,
+        c.hidden or 4 * c.width,
+        gated=c.feed_forward == "swiglu",
+        bias=c.ffn_bias,
+        dtype=DTYPES[c.dtype],
+        param_dtype=DTYPES[c.param_dtype],
+        kernel_init=nnx.initializers.normal(0.02),
+        rngs=rngs,
+    )
+
+
+class DecoderBlock(Block):
+    """``h(x) = a + ffn(norm(x + a))`` with causal ``a = attn(norm(x))`` (or, on request, not)."""
+
+    PARTS = ("attend", "feed_forward")
+
+    def __init__(self, config: DecoderConfig, *, causal: bool = True, rngs: nnx.Rngs):
+        c = config
+        self.attention_norm = make_norm(c, c.width, rngs)
+        self.attention = make_attention(c, causal=causal, rngs=rngs)
+        self.ffn_norm = make_norm(c, c.width, rngs)
+        self.ffn = make_feed_forward(c, rngs)
+        self.dropout = Dropout(c.dropout, rngs=rngs)
+        self.ffn_chunk = c.ffn_chunk
+
+    def attend(
+        self,
+        x: Float[Array, "batch length width"],
+        angles: Angles | None = None,
+        segments: Int[Array, "batch length"] | None = None,
+    ) -> Float[Array, "batch length width"]:
+        """``attn(norm(x))``."""
+        return self.dropout(self.attention(self.attention_norm(x), angles, segments))
+
+    def feed_forward(
+        self, x: Float[Array, "batch length width"], *_consts
+    ) -> Float[Array, "batch length width"]:
+        """``ffn(norm(x))``; a chunk of positions at a time, if so configured."""
+        h = by_chunks(lambda x: self.ffn(self.ffn_norm(x)), x, self.ffn_chunk)
+        return self.dropout(h)
+
+    def extend(
+        self,
+        x: Float[Array, "batch length width"],
+        angles: Angles | None,
+        cache: KeysValues,
+        start: Int[Array, ""] | int,
+        present: Int[Array, "batch slot"],
+    ) -> tuple[Float[Array, "batch length width"], KeysValues]:
+        """The update after what is in a cache, and the longer cache."""
+        a, cache = self.attention.extend(self.attention_norm(x), angles, cache, start, present)
+        return a + self.feed_forward(x + a), cache
+
+
+class CrossBlock(Block):
+    """A block that looks into ``memory``, too.
+
+    ``h(x) = a + c + ffn(norm(x + a + c))`` with causal ``a = attn(norm(x))`` and
+    ``c = attn(norm(x + a), memory)``.
+    """
+
+    PARTS = ("attend", "look_up", "feed_forward")
+
+    def __init__(self, config: DecoderConfig, *, rngs: nnx.Rngs):
+        c = config
+        self.attention_norm = make_norm(c, c.width, rngs)
+        self.attention = make_attention(c, causal=True, rngs=rngs)
+        self.cross_norm = make_norm(c, c.width, rngs)
+        self.cross = make_attention(c, causal=False, rngs=rngs)
+        self.ffn_norm = make_norm(c, c.width, rngs)
+        self.ffn = make_feed_forward(c, rngs)
+        self.dropout = Dropout(c.dropout, rngs=rngs)
+        self.ffn_chunk = c.ffn_chunk
+
+    def attend(
+        self,
+        x: Float[Array, "batch length width"],
+        memory: Float[Array, "batch source width"],
+        segments: Int[Array, "batch length"],
+        memory_segments: Int[Array, "batch source"],
+    ) -> Float[Array, "batch length width"]:
+        """``attn(norm(x))``."""
+        del memory, memory_segments
+        return self.dropout(self.attention(self.attention_norm(x), None, segments))
+
+    def look_up(
+        self,
+        x: Float[Array, "batch length width"],
+        memory: Float[Array, "batch source width"],
+        segments: Int[Array, "batch length"],
+        memory_segments: Int[Array, "batch source"],
+    ) -> Float[Array, "batch length width"]:
+        """``attn(norm(x), memory)``."""
+        found = self.cross(self.cross_norm(x), None, segments, (memory, memory_segments))
+        return self.dropout(found)
+
+    def feed_forward(
+        self, x: Float[Array, "batch length width"], *_consts
+    ) -> Float[Array, "batch length width"]:
+        """``ffn(norm(x))``; a chunk of positions at a time, if so configured."""
+        h = by_chunks(lambda x: self.ffn(self.ffn_norm(x)), x, self.ffn_chunk)
+        return self.dropout(h)
+
+    def extend(
+        self,
+        x: Float[Array, "batch length width"],
+        cache: KeysValues,
+        start: Int[Array, ""] | int,
+        present: Int[Array, "batch slot"],
+        keys_values: KeysValues,
+        memory_present: Int[Array, "batch source"],
+    ) -> tuple[Float[Array, "batch length width"], KeysValues]:
+        """The update after what is in a cache, and the longer cache.
+
+        Args:
+          x, cache, start, present: as in :meth:`GroupedQueryAttention.extend`.
+          keys_values, memory_present: as in :meth:`GroupedQueryAttention.look_up`.
+        """
+        a, cache = self.attention.extend(self.attention_norm(x), None, cache, start, present)
+        a += self.cross.look_up(self.cross_norm(x + a), keys_values, memory_present)
+        return a + self.feed_forward(x + a), cache
