@@ -6,9 +6,9 @@
     python -m bdia_jax.plan --model llama-1b --device rtx-4090           # on a machine without one
     python -m bdia_jax.plan --model llama-1b --device v5e:2x2 --mesh fsdp=4
 
-Every training method is compiled, for the shapes only: no weights are made, and nothing is run.
-What the compiler then says is what the step will need on the device it is compiled for: the one
-that is there, or one that is not (:mod:`.targets`: GPUs with ``jax[cuda]``, TPUs with
+Every way to train (:mod:`.ways`) is compiled, for the shapes only: no weights are made, and
+nothing is run. What the compiler then says is what the step will need on the device it is compiled
+for: the one that is there, or one that is not (:mod:`.targets`: GPUs with ``jax[cuda]``, TPUs with
 ``libtpu``, on any machine). Compiled on a CPU, it is an estimate for an accelerator, rather too
 high in bfloat16, because matrix products give float32 there. (Two things that only a CPU's
 compiler does are left out; ``--here`` counts them, for training on that CPU.)
@@ -21,20 +21,24 @@ import pathlib
 import re
 import sys
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import nnx
 
+from bdia_jax import Online, pack_bits
 from bdia_jax.data.text import TextData
-from bdia_jax.nn.decoder import Decoder, DecoderConfig, fusible, llama
-from bdia_jax.nn.lora import add_lora
+from bdia_jax.nn import Decoder, DecoderConfig, ReversibleStack, add_lora, llama
+from bdia_jax.nn.attention.kernels import fusible
+from bdia_jax.nn.settings import DTYPES
 from bdia_jax.planning import memory, targets
+from bdia_jax.planning.ways import WAYS, check_ways
+from bdia_jax.steps import Signs
+from bdia_jax.train import LanguageModelling, TrainSettings, step_memory
 from bdia_jax.train.figures import COLOURS, figure
-from bdia_jax.train.loop import TrainSettings, step_memory
-from bdia_jax.train.tasks import LanguageModelling
 
 EXAMPLES = {
     "gpt2": DecoderConfig(vocab_size=50257, max_length=1024, width=768, depth=12, heads=12),
@@ -69,31 +73,22 @@ LIKE_AN_ACCELERATOR = {
 }
 """Of a CPU's compiler, without what only a CPU does."""
 
-FFN_CHUNK = 128
-"""Positions of a chunk, where the feed-forward network goes in chunks."""
-
-METHODS: dict[str, dict[str, Any]] = {
-    "standard": {"method": "standard"},
-    "checkpointed blocks": {"method": "standard-checkpoint"},
-    "checkpointed blocks, chunks": {"method": "standard-checkpoint", "ffn_chunk": FFN_CHUNK},
-    "BDIA": {"method": "bdia"},
-    "BDIA, chunks": {"method": "bdia", "ffn_chunk": FFN_CHUNK},
-    "BDIA, updated in the backward pass": {"method": "bdia"},
-    "BDIA, chunks, updated in the backward pass": {"method": "bdia", "ffn_chunk": FFN_CHUNK},
-}
-"""Settings of the network; "chunks" are those of the feed-forward network's positions."""
+CUSTOMARY = tuple(
+    name for name, way in WAYS.items() if not {"gamma", "tolerance_bits"} & {*way.settings}
+)
+"""The ways that are planned if none are named: γ and tolerance bits are settings of a plan."""
 
 
-def methods_for(lora: int) -> tuple[str, ...]:
-    """All methods, but for low-rank updates without those that differ by gradients of weights."""
-    return tuple(name for name in METHODS if not lora or not name.endswith("backward pass"))
+def fitting(ways: Iterable[str], lora: int) -> tuple[str, ...]:
+    """Some ways, but for low-rank updates without those that only spare gradients of weights."""
+    return tuple(name for name in ways if not lora or not WAYS[name].update_in_backward)
 
 
 @dataclasses.dataclass(frozen=True)
 class Need:
     """Bytes of a training step, per device."""
 
-    method: str
+    way: str
     parameters: int
     """Trained weights."""
     frozen: int
@@ -103,7 +98,8 @@ class Need:
     gradients: int
     """Of all weights that are not updated in the backward pass; some of the temporaries."""
     side: int
-    """Side bits and checksums; some of the temporaries."""
+    """Side information, m + r bits per element and step, and checksums; some of the temporaries.
+    0 where nothing is taken back."""
     temporaries: int
     """All that lies beside weights and optimizer state at the peak."""
     total: int
@@ -118,30 +114,29 @@ def plan(
     lora: int = 0,
     optimizer: str = "adamw",
     mesh: str | None = None,
-    methods: Iterable[str] | None = None,
+    ways: Iterable[str] | None = None,
     here: bool = True,
     device: str | None = None,
 ) -> list[Need]:
-    """What a training step of a decoder needs by each method, without running anything.
+    """What a training step of a decoder needs, in each way to train, without running anything.
 
     The step is the training loop's own: the totals are what ``memory_analysis()`` says of it.
 
     Args:
-      config: of the network; its ``method`` is set here.
+      config: of the network; what a way sets is set here.
       batch: sequences per step.
       length: tokens per sequence.
       lora: rank of low-rank updates of q and v, with everything else frozen; 0 trains all.
       optimizer, mesh: as in :class:`bdia_jax.train.TrainSettings`.
-      methods: some of those in :data:`METHODS`; None for :func:`methods_for`.
+      ways: names of :data:`.ways.WAYS`; None for the customary ones that fit ``lora``.
       here: for this device; False for a better estimate of an accelerator, from a CPU.
       device: to compile for, as in :func:`targets.devices`; None for what is there.
 
     Raises:
-      ValueError: for unknown methods, a length above ``max_length``, a mesh without its devices.
+      ValueError: for unknown ways, a length above ``max_length``, a mesh without its devices.
     """
-    methods = methods_for(lora) if methods is None else tuple(methods)
-    if unknown := [name for name in methods if name not in METHODS]:
-        raise ValueError(f"methods must be of {', '.join(METHODS)}; got {', '.join(unknown)}")
+    names = fitting(CUSTOMARY, lora) if ways is None else tuple(ways)
+    check_ways(names)
     if not 1 <= length <= config.max_length or batch < 1:
         raise ValueError(
             f"length must lie in [1, {config.max_length}], the model's max_length, and batch be at "
@@ -153,67 +148,60 @@ def plan(
     compiler = {"devices": None if device is None else targets.devices(device)}
     if device is None and not here and jax.default_backend() == "cpu":
         compiler["compiler_options"] = LIKE_AN_ACCELERATOR
-    fused = config.attention == "auto" and not config.dropout and fusible(config)
+    fused = (
+        config.attention == "auto"
+        and not config.dropout
+        and fusible(DTYPES[config.dtype], config.size_of_head)
+    )
     if targets.is_gpu(device) and fused:
         # What it would choose there.
         config = dataclasses.replace(config, attention="cudnn")
-    return [_need(name, config, task, settings, lora, compiler) for name in methods]
+    return [_need(name, config, task, settings, lora, compiler) for name in names]
 
 
 def _need(name, config: DecoderConfig, task, settings: TrainSettings, lora, compiler) -> Need:
-    config = dataclasses.replace(config, **METHODS[name])
-    in_backward = name.endswith("updated in the backward pass")
-    settings = dataclasses.replace(settings, update_in_backward=in_backward)
+    way = WAYS[name]
+    config = way.config(config, task.length)
 
     def make():
         model = Decoder(config, rngs=nnx.Rngs(0))
+        way.install(model)
         if lora:
             add_lora(model, lora, rngs=nnx.Rngs(0))
         return model
 
-    found = step_memory(nnx.eval_shape(make), task, settings, **compiler)
-    side = 0
-    if config.method == "bdia":
-        tokens = settings.batch_size * task.length
-        taken_back = config.depth - config.stored_blocks
-        bits = taken_back * tokens * config.width * (1 + config.tolerance_bits)
-        side = (bits // 8 + taken_back * settings.batch_size * 4) // found.batch_shards
+    model = nnx.eval_shape(make)
+    found = step_memory(model, task, way.train(settings), **compiler)
     return Need(
         name,
         found.parameters,
         found.frozen,
         found.optimizer,
         found.gradients,
-        side,
+        side_information(model.blocks, settings.batch_size, task.length, config.width)
+        // found.batch_shards,
         found.memory.results + found.memory.temporaries,
         found.memory.total,
     )
 
 
-def largest_batch(config: DecoderConfig, length: int, limit: int, method: str, **options) -> int:
+def side_information(stack: ReversibleStack, batch: int, length: int, width: int) -> int:
+    """Bytes of the side information and the checksums that a stack keeps for its backward pass."""
+    if not isinstance(stack.adjoint, Online):
+        return 0
+    bits, checksum = stack.step.bits, 4
+    row = jax.eval_shape(lambda x: pack_bits(x, bits), jax.ShapeDtypeStruct((width,), jnp.uint32))
+    packed = length * row.size * row.dtype.itemsize if bits else 0
+    return stack.depth * len(stack.parts or (None,)) * batch * (packed + checksum)
+
+
+def largest_batch(config: DecoderConfig, length: int, limit: int, way: str, **options) -> int:
     """The most sequences whose training step stays within ``limit`` bytes; 0 if none does."""
 
     def fits(batch: int) -> bool:
-        return plan(config, batch, length, methods=[method], **options)[0].total <= limit
+        return plan(config, batch, length, ways=[way], **options)[0].total <= limit
 
     return memory.largest(fits)
-
-
-def most_stored_blocks(
-    config: DecoderConfig, batch: int, length: int, limit: int, method: str, **options
-) -> int | None:
-    """How many blocks may keep their activations within ``limit`` bytes; None if not even 0.
-
-    The more, the faster: as many as fit are the best use of a memory that is there.
-    """
-
-    def fits(stored: int) -> bool:
-        some = dataclasses.replace(config, stored_blocks=stored)
-        return plan(some, batch, length, methods=[method], **options)[0].total <= limit
-
-    if not fits(0):
-        return None
-    return memory.largest(fits, config.depth)
 
 
 def parse_size(text: str) -> int:
@@ -231,12 +219,12 @@ def table(needs: list[Need]) -> str:
     lines = ["| GB per device | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for need in needs:
         cells = (f"{getattr(need, column) / 1e9:.2f}" for column in columns)
-        lines.append(f"| {need.method} | " + " | ".join(cells) + " |")
+        lines.append(f"| {need.way} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def draw(needs: list[Need], path: pathlib.Path, title: str) -> None:
-    """A bar per method, of what the memory goes to."""
+    """A bar per way, of what the memory goes to."""
     parts = {
         "weights": lambda n: n.parameters + n.frozen,
         "optimizer state": lambda n: n.optimizer,
@@ -251,7 +239,7 @@ def draw(needs: list[Need], path: pathlib.Path, title: str) -> None:
             sizes = np.array([size(need) / 1e9 for need in needs])
             axis.barh(range(len(needs)), sizes, left=start, color=colour, label=label)
             start += sizes
-        axis.set_yticks(range(len(needs)), [need.method for need in needs])
+        axis.set_yticks(range(len(needs)), [need.way for need in needs])
         axis.invert_yaxis()
         axis.set_xlabel("GB per device")
         axis.set_title(title)
@@ -276,8 +264,14 @@ class Plan:
     """What the blocks compute in."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """What the weights are kept in."""
+    gamma: float = 0.5
+    """Of BDIA: 2^-m, at m bits of side information per activation and step."""
+    signs: Signs = "block"
+    """Of γ: block, sample, minus or plus."""
     tolerance_bits: int = 0
     """More bits of side information, for hardware that is not deterministic."""
+    ways: tuple[str, ...] = ()
+    """Ways to train, such as "checkpointed" "BDIA, parts"; by default the customary ones."""
     mesh: str | None = None
     """Devices, such as data=4,fsdp=2; on a CPU, as many virtual ones are made."""
     here: bool = False
@@ -287,10 +281,12 @@ class Plan:
     (or h100:8), with jax[cuda]; v5e:2x2, for instance, with libtpu. With a mesh it is of all of
     them, otherwise one is used."""
     fit: str | None = None
-    """A memory, such as 24GiB: the largest batch that fits in it is searched for, and how many
-    blocks may keep their activations at the batch that was given (stored_blocks: the faster)."""
+    """A memory, such as 24GiB: the largest batch that fits in it is searched for."""
     figure: pathlib.Path | None = None
-    """A PNG with a bar per method."""
+    """A PNG with a bar per way."""
+
+    def __post_init__(self):
+        check_ways(self.ways)
 
     def config(self) -> DecoderConfig:
         """The network."""
@@ -303,6 +299,8 @@ class Plan:
             config,
             dtype=self.dtype,
             param_dtype=self.param_dtype,
+            gamma=self.gamma,
+            signs=self.signs,
             tolerance_bits=self.tolerance_bits,
         )
 
@@ -323,17 +321,13 @@ def main(p: Plan) -> list[Need]:
             "here": p.here,
             "device": p.device,
         }
-        for need in plan(config, p.batch, p.length, **options):
-            name = f"{need.method}, LoRA {rank}" if rank else need.method
-            needs.append(dataclasses.replace(need, method=name))
+        names = fitting(p.ways or CUSTOMARY, rank)
+        for need in plan(config, p.batch, p.length, ways=names, **options):
+            name = f"{need.way}, LoRA {rank}" if rank else need.way
+            needs.append(dataclasses.replace(need, way=name))
             if limit is not None:
-                batch = largest_batch(config, p.length, limit, need.method, **options)
+                batch = largest_batch(config, p.length, limit, need.way, **options)
                 line = f"{name}: {batch or 'no'} sequences of {p.length} tokens fit in {p.fit}"
-                if METHODS[need.method]["method"] == "bdia" and p.batch <= batch:
-                    stored = most_stored_blocks(
-                        config, p.batch, p.length, limit, need.method, **options
-                    )
-                    line += f"; with {p.batch}, stored_blocks={stored} of {config.depth} do"
                 print(line, flush=True)
     title = f"{p.model}, {p.batch} × {p.length} tokens, {p.dtype}"
     kind = (targets.devices(p.device) if p.device else jax.devices())[0].device_kind
