@@ -11,6 +11,8 @@ Without a file of pairs, the data are English and French names and phrases from 
 data. Both languages share a byte-pair vocabulary, made from the training split and saved with the
 run. Several methods or seeds are compared in a table and in curves.
 
+Writes translation-NAME-DEVICE.jsonl.
+
 What is cleaned away: pairs with an empty side, or of very different lengths, or that are there
 twice; white space is made plain. What is held out shares no sentence, of either language, with what
 is trained on.
@@ -26,13 +28,12 @@ import sys
 from typing import Any
 
 import command
-import jax
 import numpy as np
-import results
 import sacrebleu
 import safetensors.flax
-from curves import best, draw, summary, table
 from flax import nnx
+from measure import costs, curves, records, sources
+from measure.runs import Run, plain, run_all
 
 from bdia_jax import files
 from bdia_jax.data import (
@@ -47,8 +48,22 @@ from bdia_jax.data import (
     train_tokenizer,
 )
 from bdia_jax.nn import EncoderDecoder, EncoderDecoderConfig, beam_search
-from bdia_jax.train import Result, TrainSettings, Translation, step_memory, train
+from bdia_jax.steps import Signs
+from bdia_jax.train import TrainSettings, Translation, train
 
+DEPENDS = (
+    *sources.CORE,
+    *sources.LAYERS,
+    "bdia_jax/nn/decoder.py",
+    "bdia_jax/nn/encoder_decoder.py",
+    "bdia_jax/nn/losses.py",
+    "bdia_jax/nn/generation.py",
+    "bdia_jax/data/pairs.py",
+    "bdia_jax/data/text.py",
+    *sources.STEP,
+    "bdia_jax/train/tasks/t*.py",
+    "experiments/translate.py",
+)
 SMALL = EncoderDecoderConfig(
     width=128, heads=4, hidden=256, encoder_depth=3, decoder_depth=3, max_length=128
 )
@@ -92,6 +107,10 @@ class Translate:
     """A vocabulary for each language."""
     methods: tuple[str, ...] = ("bdia",)
     """How to train."""
+    gamma: float = 0.5
+    """Magnitude of γ: 2^-m for bdia, m bits per activation and block."""
+    signs: Signs = "block"
+    """Of γ: drawn per block or per sample, or always minus or plus."""
     seeds: int = 1
     """Runs of each method."""
     label_smoothing: float = 0.1
@@ -103,16 +122,17 @@ class Translate:
     decode: int = 1000
     """Most held-out pairs that are translated and scored."""
     translate: str | None = None
-    """A text to translate with the trained network (of the first method and seed); - for the lines
-    of standard input."""
+    """A text to translate with the network that was trained last (by the first method, with seed
+    0); - for the lines of standard input."""
     memory: bool = False
-    """Only compile: the memory of training steps of a base-size model, by method and depth."""
+    """Only compile: the memory of training a base-size model, by way and depth."""
     work: pathlib.Path = pathlib.Path("runs/translate")
-    """Folder of the runs; what is there is continued."""
+    """Folder of the runs."""
     out: pathlib.Path | None = None
-    """Folder of the results; by default experiments/results."""
+    """Folder of the results; by default runs/results."""
     model: EncoderDecoderConfig = SMALL
-    """The network; a row of pairs has its max_length. Vocabularies and method are set here."""
+    """The network; a row of pairs has its max_length. Vocabularies, method,
+    gamma and signs are set here."""
     train: TrainSettings = SOME
     """How to train it; a batch has batch_size rows, each full of pairs."""
 
@@ -155,39 +175,32 @@ def main(t: Translate) -> str:
         return use(t)
     data = load(t)
     task = packed_task(t, data)
-    # Seeds of a method share its programs.
-    jax.config.update("jax_compilation_cache_dir", str((t.work / "compiled").resolve()))
-    some = data.evaluation[: t.decode]
-    sources = [source for source, _ in some]
-    curves: dict[str, list[list[dict[str, Any]]]] = {}
-    scores: dict[str, list[dict[str, float]]] = {}
-    for seed in range(t.seeds):
-        for method in t.methods:
-            model, result = trained(t, data, task, method, seed)
-            said = decode(t, model, data, sources)
-            scores.setdefault(method, []).append(score(some, said))
-            curves.setdefault(method, []).append(result.history)
-            print(
-                f"{method}, seed {seed}: validation loss {result.last('eval', 'loss'):.3f}, at "
-                f"best {-best(result.history)[0]:.3f}; {result.seconds_per_step * 1e3:.0f} ms per "
-                f"step\n{examples(some, said)}",
-                flush=True,
-            )
-    found = {
-        method: summary(runs)
-        | {name: [run[name] for run in scores[method]] for name in scores[method][0]}
-        for method, runs in curves.items()
+    runs = {
+        (method, seed): run_of(t, data, task, method, seed)
+        for seed in range(t.seeds)
+        for method in t.methods
     }
-    copied = score(some, sources)
-    text = table(found, digits={"at step": 0, "BLEU": 1, "chrF": 1})
-    text += "\n\nCopying the source: " + ", ".join(f"{k} {v:.3g}" for k, v in copied.items()) + "."
-    path = results.write(
-        f"translate-{t.name}", t, {"found": found, "copied": copied, "curves": curves}, t.out
-    )
-    files.write_text(path.with_suffix(".md"), text + "\n")
-    draw(curves, path.with_suffix(".png"))
+    found = run_all(runs.values(), t.work / t.name, DEPENDS, told)
+    for method in t.methods:
+        folder = found[runs[method, 0].name]["folder"]
+        files.write_text(t.work / t.name / f"{method}.latest", folder)
+    rows = [{"network": m, "seed": s} | found[run.name] for (m, s), run in runs.items()]
+    some = data.evaluation[: t.decode]
+    copied = score(some, [source for source, _ in some])
+    note = "Copying the source: " + ", ".join(f"{k} {v:.3g}" for k, v in copied.items()) + "."
+    path = records.write(f"translation-{t.name}", rows, DEPENDS, settings=t, out=t.out, note=note)
+    text = f"{curves.table(rows)}\n\n{note}"
     print(f"\n{text}\n\nSee {path}")
     return text
+
+
+def told(record: dict[str, Any]) -> str:
+    """Lines about a run."""
+    if record["error"]:
+        return record["error"]
+    found = curves.losses(record["history"]) | record["scores"]
+    lines = records.markdown(["source", "translation", "reference"], record["examples"])
+    return f"{found}; {record['seconds per step'] * 1e3:.0f} ms per step\n{lines}"
 
 
 def packed_task(t: Translate, data: Data) -> Translation:
@@ -221,24 +234,29 @@ def packed_task(t: Translate, data: Data) -> Translation:
     return Translation(t.name, rows, held_out, label_smoothing=t.label_smoothing)
 
 
-def trained(
-    t: Translate, data: Data, task: Translation, method: str, seed: int
-) -> tuple[EncoderDecoder, Result]:
-    """A network, trained and saved; or the rest of its training."""
-    folder = t.work / t.name / method / f"seed={seed}"
-    model = EncoderDecoder(config(t, data, method), rngs=nnx.Rngs(seed))
-    result = train(
-        model,
-        task,
-        dataclasses.replace(t.train, seed=seed),
-        folder / "run",
-        resume=True,
-        about={"model": dataclasses.asdict(model.config), **about(t)},
-    )
-    data.source.save(folder / "source")
-    data.target.save(folder / "target")
-    save(model, folder)
-    return model, result
+def run_of(t: Translate, data: Data, task: Translation, method: str, seed: int) -> Run:
+    """A network, trained, saved and scored."""
+    made, settings = config(t, data, method), dataclasses.replace(t.train, seed=seed)
+    described = {"model": plain(made), "data": t.name, **about(t)}
+    asked = described | {"train": plain(settings), "beams": t.beams, "decode": t.decode}
+    asked["length_penalty"] = t.length_penalty
+
+    def trained(folder: pathlib.Path) -> dict[str, Any]:
+        model = EncoderDecoder(made, rngs=nnx.Rngs(seed))
+        result = train(model, task, settings, folder / "run", resume=True, about=described)
+        data.source.save(folder / "source")
+        data.target.save(folder / "target")
+        save(model, folder)
+        some = data.evaluation[: t.decode]
+        said = decode(t, model, data, [source for source, _ in some])
+        return {
+            "history": result.history,
+            "scores": score(some, said),
+            "examples": [[a, told, b] for (a, b), told in zip(some, said)][:10],
+            "seconds per step": result.seconds_per_step,
+        }
+
+    return Run(f"{method}-seed={seed}", asked, trained)
 
 
 def about(t: Translate) -> dict[str, Any]:
@@ -277,6 +295,8 @@ def config(t: Translate, data: Data, method: str) -> EncoderDecoderConfig:
     return dataclasses.replace(
         t.model,
         method=method,
+        gamma=t.gamma,
+        signs=t.signs,
         source_vocab=data.source.size,
         target_vocab=data.target.size if t.separate else None,
     )
@@ -317,12 +337,6 @@ def score(pairs: list[tuple[str, str]], said: list[str]) -> dict[str, float]:
     }
 
 
-def examples(pairs: list[tuple[str, str]], said: list[str], count: int = 10) -> str:
-    """Some translations, beside their references."""
-    rows = [[source, told, target] for (source, target), told in zip(pairs, said)][:count]
-    return results.markdown(["source", "translation", "reference"], rows)
-
-
 def save(model: EncoderDecoder, folder: pathlib.Path) -> None:
     """The weights and the configuration."""
     arrays = {".".join(map(str, path)): leaf[...] for path, leaf in _params(model)}
@@ -348,12 +362,13 @@ def _params(model: EncoderDecoder):
 
 def use(t: Translate) -> str:
     """Translates with a saved run."""
-    folder = t.work / t.name / t.methods[0] / "seed=0"
-    if not (folder / "model.json").exists():
+    latest = t.work / t.name / f"{t.methods[0]}.latest"
+    if not latest.exists():
         raise FileNotFoundError(
-            f"there is no trained network in {folder}: run the same command without --translate "
+            f"there is no trained network ({latest}): run the same command without --translate "
             "first"
         )
+    folder = latest.with_name(latest.read_text())
     data = Data([], [], load_tokenizer(folder / "source"), load_tokenizer(folder / "target"))
     texts = sys.stdin.read().splitlines() if t.translate == "-" else [t.translate]
     texts = [" ".join(text.split()) for text in texts]
@@ -363,44 +378,18 @@ def use(t: Translate) -> str:
 
 
 def measure_memory(t: Translate) -> str:
-    """Peak temporaries of training steps, by method, of 6 + 6 and 24 + 24 blocks."""
-    rows, batch, length = [], 32, 256
-    pairs = pack_pairs([([1] * length, [1] * (length - 1))] * batch, length, end=0)
-    task, settings = Translation("nothing", pairs, pairs), TrainSettings(batch_size=batch)
-    for dtype in ("float32", "bfloat16"):
-        for method in ("standard", "standard-checkpoint", "bdia"):
-            row = {"dtype": dtype, "method": method, "temporaries": {}}
-            for depth in (6, 24):
-                made = EncoderDecoderConfig(
-                    method=method,
-                    dtype=dtype,
-                    encoder_depth=depth,
-                    decoder_depth=depth,
-                    source_vocab=8000,
-                    max_length=length,
-                )
-                model = nnx.eval_shape(lambda c=made: EncoderDecoder(c, rngs=nnx.Rngs(0)))
-                found = step_memory(model, task, settings)
-                # The gradient is there in any case.
-                row["temporaries"][depth] = found.memory.temporaries - found.gradients
-            rows.append(row)
-            print(row, flush=True)
-    text = results.markdown(
-        ["GB beside weights, their gradient and the optimizer's state", "6 + 6", "24 + 24"],
-        [
-            [
-                f"{row['dtype']}, {row['method']}",
-                *(f"{n / 1e9:.3f}" for n in row["temporaries"].values()),
-            ]
-            for row in rows
-        ],
+    """What lies beside weights and gradients at the peak, with 6 + 6 and 24 + 24 blocks."""
+    found = costs.main(
+        costs.Costs(
+            "activations",
+            networks=("translation",),
+            ways=("standard", "checkpointed", "BDIA", "BDIA, parts"),
+            dtypes=("float32", "bfloat16"),
+            values=(6, 24),
+            out=t.out,
+        )
     )
-    path = results.write(
-        "translate_memory", t, {"batch": batch, "length": length, "rows": rows}, t.out
-    )
-    files.write_text(path.with_suffix(".md"), text + "\n")
-    print(text)
-    return text
+    return costs.memory_table(found["translation"])
 
 
 if __name__ == "__main__":

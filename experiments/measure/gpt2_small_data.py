@@ -1,0 +1,200 @@
+"""Trains GPT-2's kind of decoder from scratch on little text, until it over-fits.
+
+    python experiments/measure/gpt2_small_data.py                         # Python's own sources
+    python experiments/measure/gpt2_small_data.py --text shakespeare.txt --share 0.05
+    python experiments/measure/gpt2_small_data.py --gammas 0.5 0.0625 --signs block sample
+
+Every method is trained with every γ, signs and dropout, from several seeds. ``--save`` keeps the
+networks as Hugging Face folders.
+
+Writes small-text-NAME-DEVICE.jsonl.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import pathlib
+import sys
+from typing import Any
+
+from flax import nnx
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import command
+
+from bdia_jax import interop
+from bdia_jax.data import (
+    TextData,
+    Tokenizer,
+    byte_tokenizer,
+    load_tokenizer,
+    python_sources,
+    read_text,
+    split_text,
+    train_tokenizer,
+)
+from bdia_jax.nn import Decoder, DecoderConfig
+from bdia_jax.steps import Signs
+from bdia_jax.train import LanguageModelling, TrainSettings, train
+from measure import curves, records, sources
+from measure.runs import Run, plain, run_all
+
+DEPENDS = (
+    *sources.CORE,
+    *sources.LAYERS,
+    "bdia_jax/nn/decoder.py",
+    "bdia_jax/nn/losses.py",
+    "bdia_jax/data/text.py",
+    *sources.STEP,
+    "bdia_jax/train/tasks/text.py",
+    "experiments/measure/gpt2_small_data.py",
+)
+SMALL = DecoderConfig(width=128, depth=4, heads=4, max_length=64)
+SOME = TrainSettings(
+    steps=2000,
+    batch_size=12,
+    learning_rate=1e-3,
+    warmup_steps=100,
+    weight_decay=0.1,
+    log_every=250,
+    eval_every=250,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SmallData:
+    """Trains GPT-2's kind of decoder from scratch on little text, until it over-fits."""
+
+    text: pathlib.Path | None = None
+    """A text file, of which the last tenth is for validation; by default, sources of Python's
+    standard library."""
+    share: float = 1.0
+    """Of the training text, from its start."""
+    vocabulary: int | None = None
+    """Size of a byte-pair vocabulary, made from the training text; None for bytes."""
+    tokenizer: pathlib.Path | None = None
+    """Instead: a tokenizer.json, or a folder with vocab.json and merges.txt."""
+    methods: tuple[str, ...] = ("standard", "bdia")
+    """How to train."""
+    gammas: tuple[float, ...] = (0.5,)
+    """Magnitudes of γ, each with every method that has one."""
+    signs: tuple[Signs, ...] = ("block",)
+    """Of γ, each with every method that has one."""
+    dropouts: tuple[float, ...] = (0.0, 0.1)
+    """Each with every method."""
+    seeds: int = 3
+    """Runs of each."""
+    save: bool = False
+    """Keep every network as a Hugging Face folder, with its tokenizer, in the folder of its run."""
+    work: pathlib.Path = pathlib.Path("runs/gpt2_small_data")
+    """Folder of the runs."""
+    out: pathlib.Path | None = None
+    """Folder of the results; by default runs/results."""
+    model: DecoderConfig = SMALL
+    """The network; windows have its max_length. Tokens, method and dropout are set here."""
+    train: TrainSettings = SOME
+    """How to train it."""
+
+    def __post_init__(self):
+        if self.vocabulary is not None and self.tokenizer is not None:
+            raise ValueError(
+                f"give vocabulary or tokenizer, not both; got {self.vocabulary} and "
+                f"{self.tokenizer}"
+            )
+        if self.seeds < 1 or not self.methods or not self.dropouts:
+            raise ValueError(
+                "there must be at least one seed, method and dropout; got "
+                f"{self.seeds}, {self.methods} and {self.dropouts}"
+            )
+
+    @property
+    def name(self) -> str:
+        """Of the text, and its share."""
+        text = "python" if self.text is None else self.text.stem
+        return text if self.share == 1 else f"{text}-{self.share:g}"
+
+
+def main(s: SmallData) -> str:
+    """Runs what is missing; the table."""
+    data, tokenizer = load(s)
+    task = LanguageModelling(data, s.model.max_length)
+    runs = {
+        (name, seed): run_of(s, task, tokenizer, name, config, seed)
+        for seed in range(s.seeds)
+        for name, config in networks(s, tokenizer.size).items()
+    }
+    found = run_all(runs.values(), s.work / s.name, DEPENDS, told)
+    rows = [{"network": name, "seed": seed} | found[run.name] for (name, seed), run in runs.items()]
+    path = records.write(f"small-text-{s.name}", rows, DEPENDS, settings=s, out=s.out)
+    text = curves.table(rows)
+    print(f"\n{text}\n\nSee {path}")
+    return text
+
+
+def told(record: dict[str, Any]) -> str:
+    """A line about a run."""
+    if record["error"]:
+        return record["error"]
+    found = {name: f"{loss:.4g}" for name, loss in curves.losses(record["history"]).items()}
+    return f"{found}; {record['seconds per step'] * 1e3:.1f} ms per step"
+
+
+def networks(s: SmallData, tokens: int) -> dict[str, DecoderConfig]:
+    """By the name of a row."""
+    found = {}
+    for method, gamma, signs, dropout in itertools.product(
+        s.methods, s.gammas, s.signs, s.dropouts
+    ):
+        name = method
+        if method.startswith("bdia") and len(s.gammas) * len(s.signs) > 1:
+            name += f", γ = {gamma:g}, signs: {signs}"
+        if len(s.dropouts) > 1 or dropout:
+            name += f", dropout {dropout:g}"
+        found[name] = dataclasses.replace(
+            s.model, vocab_size=tokens, method=method, gamma=gamma, signs=signs, dropout=dropout
+        )
+    return found
+
+
+def load(s: SmallData) -> tuple[TextData, Tokenizer]:
+    """The text in tokens."""
+    text = python_sources() if s.text is None else read_text(s.text)
+    if s.vocabulary is not None:
+        tokenizer = train_tokenizer([text[: int(0.9 * len(text) * s.share)]], s.vocabulary)
+    else:
+        tokenizer = byte_tokenizer() if s.tokenizer is None else load_tokenizer(s.tokenizer)
+    return split_text(s.name, text, tokenizer, share=s.share), tokenizer
+
+
+def run_of(
+    s: SmallData,
+    task: LanguageModelling,
+    tokenizer: Tokenizer,
+    name: str,
+    config: DecoderConfig,
+    seed: int,
+) -> Run:
+    """Trains one network."""
+    settings = dataclasses.replace(s.train, seed=seed)
+    asked = {"data": s.name, "vocabulary": s.vocabulary, "save": s.save}
+    asked |= {"model": plain(config), "train": plain(settings)}
+
+    def trained(folder: pathlib.Path) -> dict[str, Any]:
+        model = Decoder(config, rngs=nnx.Rngs(seed))
+        about = {"model": dataclasses.asdict(config)}
+        result = train(model, task, settings, folder / "run", resume=True, about=about)
+        if s.save:
+            model.eval()
+            interop.save(model, folder / "model")
+            tokenizer.save(folder / "model")
+        return {"history": result.history, "seconds per step": result.seconds_per_step}
+
+    words = name.replace(", ", "_").replace(" = ", "=").replace(": ", "=").replace(" ", "=")
+    return Run(f"{words}_seed={seed}", asked, trained)
+
+
+if __name__ == "__main__":
+    command.run(main, SmallData, __doc__, told=logging.WARNING)

@@ -1,0 +1,193 @@
+"""Writes the tables of the pages, from the results in experiments/results alone.
+
+    python experiments/measure/pages.py             # writes
+    python experiments/measure/pages.py --check     # fails if a page or a result is out of date
+
+A page has, on lines of their own, ``<!-- results: NAME -->`` and ``<!-- end results -->``; what is
+between them is written here. NAME is a result (a file of experiments/results, without the device),
+or a view of one (:data:`VIEWS`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from bdia_jax import files
+from measure import (
+    cost_tables,
+    curves,
+    exactness,
+    finetune_e2e,
+    records,
+    reliability,
+    same_kernels,
+    sources,
+    vision_tables,
+)
+
+Rows = list[dict[str, Any]]
+MARKED = re.compile(r"(<!-- results: ([\w.-]+) -->\n)(.*?)(<!-- end results -->)", re.DOTALL)
+MISSING = "*`make results` fills in this table.*"
+
+TABLES: dict[str, Callable[[Rows], str]] = cost_tables.TABLES | {
+    "exactness": exactness.table,
+    "reliability": reliability.table,
+    "same-kernels": same_kernels.table,
+    "vision": vision_tables.all_tables,
+    "small-text": curves.table,
+    "translation": curves.table,
+    "e2e": finetune_e2e.table,
+}
+"""By the beginning of a result's name; of any other, rows are shown as they are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """Some of a result."""
+
+    result: str
+    where: dict[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    """Values of a row's fields that are shown."""
+    columns: tuple[str, ...] = ()
+    """Of the table; all by default."""
+    draw: Callable[[Rows, pathlib.Path], None] | None = None
+    """A picture instead."""
+
+    def rows(self, path: pathlib.Path) -> Rows:
+        """Those of a result that are shown."""
+        allowed = self.where.items()
+        rows = records.read(path).rows
+        return [row for row in rows if all(row.get(name) in some for name, some in allowed)]
+
+
+MAIN_WAYS = ("standard", "checkpointed", "RevNet", "BDIA", "BDIA, parts")
+VIEWS: dict[str, View] = {
+    "readme-figure": View("activations-vit-depth", {"way": MAIN_WAYS}, draw=cost_tables.draw),
+    "readme-case": View("activations-vit-depth", {"way": MAIN_WAYS}),
+    "exactness-totals": View("exactness", columns=exactness.COUNTS),
+    **{
+        f"vision-{table}": View("vision-reduced-cifar10", {"table": (table,)})
+        for table in ("baselines", "dropout", "depth", "gamma", "linformer", "quantization")
+    },
+    "vision-capacity": View("vision-reduced-cifar10", {"table": ("capacity",)}),
+    "small-text-drawn": View("small-text-tinyshakespeare-0.05", draw=curves.draw),
+    "translation-drawn": View("translation-fra-eng", draw=curves.draw),
+}
+
+
+def render(name: str, page: pathlib.Path, folder: pathlib.Path = records.COMMITTED) -> str:
+    """What a page shows under a name."""
+    view = VIEWS.get(name, View(name))
+    parts = []
+    for path in found(view.result, folder):
+        if view.draw is not None:
+            place = pathlib.Path(os.path.relpath(picture(name, path), page.parent)).as_posix()
+            parts.append(f"![{name.replace('-', ' ')}]({place})")
+        else:
+            parts.append(columns_of(table_of(view.result)(view.rows(path)), view.columns))
+        parts.append(caption(records.read(path).about))
+    return "\n\n".join(parts) if parts else MISSING
+
+
+def picture(name: str, path: pathlib.Path) -> pathlib.Path:
+    """Of a view, of a result's file."""
+    return path.with_name(f"{name}-{path.stem}.png")
+
+
+def found(result: str, folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files of a result, one per device."""
+    paths = sorted(folder.glob(f"{result}-*.jsonl"))
+    return [path for path in paths if records.read(path).about["result"] == result]
+
+
+def table_of(result: str) -> Callable[[Rows], str]:
+    """The function that makes its table."""
+    names = [name for name in TABLES if result == name or result.startswith(f"{name}-")]
+    return TABLES[max(names, key=len)] if names else as_they_are
+
+
+def as_they_are(rows: Rows) -> str:
+    """A column per field."""
+    names = [*dict.fromkeys(name for row in rows for name in row)]
+
+    def cell(value: Any) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+
+    return records.markdown(names, [[cell(row.get(name)) for name in names] for row in rows])
+
+
+def columns_of(table: str, columns: tuple[str, ...]) -> str:
+    """Some columns of a Markdown table, its first one included."""
+    if not columns:
+        return table
+    lines = [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines()]
+    kept = [0, *(lines[0].index(name) for name in columns)]
+    header, _, *rest = [[line[i] for i in kept] for line in lines]
+    return records.markdown(header, rest)
+
+
+def caption(about: dict[str, Any]) -> str:
+    """What made a result, as a line under it."""
+    machine = f"{about['device']}, {about['cores']} cores, jax {about['versions']['jax']}"
+    if "compiled for" in about:
+        machine = f"compiled for {about['compiled for']} with jax {about['versions']['jax']}"
+    commit = "no commit" if about["commit"] is None else f"commit {about['commit'][:7]}"
+    commit += "" if about["clean"] else ", changed"
+    note = f"{about['note']} " if "note" in about else ""
+    return f"<sub>{note}{machine}; {about['date']}, {commit}; `{about['command']}`</sub>"
+
+
+def pages() -> list[pathlib.Path]:
+    """The pages of the repository."""
+    root = sources.ROOT
+    return sorted([*root.glob("*.md"), *root.glob("docs/**/*.md"), root / "experiments/README.md"])
+
+
+def written(page: pathlib.Path, folder: pathlib.Path = records.COMMITTED) -> str:
+    """The text of a page as it should be."""
+    return MARKED.sub(lambda m: f"{m[1]}{render(m[2], page, folder)}\n{m[4]}", page.read_text())
+
+
+def stale(folder: pathlib.Path = records.COMMITTED) -> Iterator[str]:
+    """What is wrong with the results: those of code that has changed since."""
+    for path in sorted(folder.glob("*.jsonl")):
+        about = records.read(path).about
+        if (now := sources.digest(about["depends"])) != about["code"]:
+            yield (
+                f"{path.name} is of other code than is here ({about['code']}, now {now}): make it "
+                f"again with {about['command']}, or remove it"
+            )
+
+
+def main() -> None:
+    """Draws the pictures that pages show, and writes the pages."""
+    shown = {name for page in pages() for _, name, *_ in MARKED.findall(page.read_text())}
+    for name in shown & VIEWS.keys():
+        view = VIEWS[name]
+        for path in found(view.result, records.COMMITTED) if view.draw else ():
+            view.draw(view.rows(path), picture(name, path))
+    for page in pages():
+        if (text := written(page)) != page.read_text():
+            files.write_text(page, text)
+            print(f"wrote {page.relative_to(sources.ROOT)}")
+
+
+def check() -> list[str]:
+    """What is not up to date."""
+    wrong = [*stale()]
+    wrong += [f"{p} is not as its results say" for p in pages() if written(p) != p.read_text()]
+    return wrong
+
+
+if __name__ == "__main__":
+    if "--check" in sys.argv:
+        sys.exit("\n".join(check()) or 0)
+    main()

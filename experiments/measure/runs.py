@@ -1,0 +1,121 @@
+"""Networks trained from seeds, each of them once.
+
+A run has a folder of its own, named after the run and a hash of its settings and of the code: what
+it finds finished there is its own. One that was interrupted goes on from its checkpoint. Several
+processes may work on the same runs: each takes those that no other has in hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import pathlib
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+
+from bdia_jax import files
+from bdia_jax.train import InexactInverseError, NonFiniteError
+from measure import records, sources
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One network, trained from one seed."""
+
+    name: str
+    """A part of a file name."""
+    settings: dict[str, Any]
+    """All that decides what comes out, of JSON's types."""
+    train: Callable[[pathlib.Path], dict[str, Any]]
+    """Trains in a folder, or goes on there; returns the record."""
+
+
+def run_all(
+    runs: Iterable[Run],
+    work: pathlib.Path,
+    depends: Iterable[str],
+    tell: Callable[[dict[str, Any]], str] = str,
+    *,
+    train: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """The records of some runs, by name; what another process has in hand is waited for.
+
+    A run that went wrong has an "error" in its record, and nothing else.
+
+    Args:
+      runs: of different names.
+      work: the folder of their folders.
+      depends: patterns of the files whose code decides what comes out.
+      tell: what is said of a record.
+      train: whether to train what is missing, rather than leave it out.
+    """
+    # Seeds of a network share its programs.
+    jax.config.update("jax_compilation_cache_dir", str((work / "compiled").resolve()))
+    depends, found = [*depends], {}
+    code = sources.digest(depends)
+    waiting = {run.name: run for run in runs}
+    count = len(waiting)
+    while waiting:
+        later = {}
+        for run in waiting.values():
+            folder = work / f"{run.name}-{_hash(run, code)}"
+            with claimed(folder.with_suffix(".lock")) as mine:
+                if not mine:
+                    later[run.name] = run
+                    continue
+                if (folder / "found.json").exists():
+                    found[run.name] = json.loads((folder / "found.json").read_text())
+                    continue
+                if not train:
+                    continue
+                found[run.name] = _record(run, folder, depends)
+            print(f"{len(found)}/{count} {run.name}: {tell(found[run.name])}", flush=True)
+        if len(later) == len(waiting):
+            time.sleep(5)
+        waiting = later
+    return found
+
+
+def _record(run: Run, folder: pathlib.Path, depends: list[str]) -> dict[str, Any]:
+    told = records.made(depends)
+    made = {name: told[name] for name in ("commit", "clean", "date", "device")}
+    made["folder"] = folder.name
+    try:
+        record = {"error": None} | run.train(folder)
+    except (NonFiniteError, InexactInverseError) as error:
+        record = {"error": f"{type(error).__name__}: {error}"}
+    files.write_json(folder / "settings.json", run.settings)
+    files.write_json(folder / "found.json", made | record)
+    shutil.rmtree(folder / "run" / "checkpoints", ignore_errors=True)
+    return made | record
+
+
+def _hash(run: Run, code: str) -> str:
+    text = json.dumps([code, run.settings], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+@contextlib.contextmanager
+def claimed(path: pathlib.Path) -> Iterator[bool]:
+    """Whether this process, and no other, may work on something; until the block is left."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def plain(value: Any) -> Any:
+    """A dataclass, or what holds some, as it comes back from JSON; of files, their names."""
+    given = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+    return json.loads(json.dumps(given, default=lambda path: getattr(path, "name", str(path))))

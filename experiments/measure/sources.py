@@ -1,0 +1,107 @@
+"""The code that a result depends on, as a hash that comments and layout do not change."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import io
+import pathlib
+import subprocess
+import tokenize
+from collections.abc import Iterable
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+CORE = tuple(
+    f"bdia_jax/{name}.py"
+    for name in (
+        "grid",
+        "maps",
+        "side_bits",
+        "steps",
+        "adjoints",
+        "arguments",
+        "gradients",
+        "states",
+        "pinning",
+        "online",
+        "direct",
+        "checkpoint",
+        "reversible",
+    )
+)
+"""What a scan computes, forward and backward."""
+AUDIT = ("bdia_jax/check.py",)
+COUPLED = ("bdia_jax/coupling.py", "bdia_jax/nn/coupled.py")
+LAYERS = ("bdia_jax/nn/stack.py", "bdia_jax/nn/blocks.py", "bdia_jax/nn/attention.py")
+MODELS = tuple(
+    f"bdia_jax/nn/{name}.py" for name in ("vit", "decoder", "encoder_decoder", "losses", "chunks")
+)
+STEP = ("bdia_jax/train/step.py", "bdia_jax/train/in_backward.py", "bdia_jax/optim.py")
+"""A training step. The loop around it changes nothing that is measured."""
+
+
+def files(patterns: Iterable[str]) -> list[pathlib.Path]:
+    """The files that some patterns name, relative to the repository.
+
+    Raises:
+      FileNotFoundError: for a pattern that names none.
+    """
+    found: set[pathlib.Path] = set()
+    for pattern in patterns:
+        if not (some := [*ROOT.glob(pattern)]):
+            raise FileNotFoundError(f"a result depends on {pattern}, and there is no such file")
+        found.update(some)
+    return sorted(found)
+
+
+def digest(patterns: Iterable[str]) -> str:
+    """A hash of some files' code."""
+    found = hashlib.sha256()
+    for path in files(patterns):
+        found.update(f"{path.relative_to(ROOT)}\n{bare(path.read_text())}\n".encode())
+    return found.hexdigest()[:16]
+
+
+def bare(code: str) -> str:
+    """Python without comments, docstrings and white space: what is left says what it does.
+
+    Cut by position, so that every version of Python finds the same.
+    """
+    lines = code.splitlines(keepends=True)
+    starts = [0]
+    for line in lines:
+        starts.append(starts[-1] + len(line))
+    cuts = [
+        (starts[token.start[0] - 1] + token.start[1], starts[token.end[0] - 1] + token.end[1])
+        for token in tokenize.generate_tokens(io.StringIO(code).readline)
+        if token.type == tokenize.COMMENT
+    ]
+    for node in ast.walk(ast.parse(code)):
+        # Also a string below a field, which documents it.
+        if isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str):
+            ends = ((node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset))
+            # ast counts bytes.
+            cuts.append(
+                tuple(starts[i - 1] + len(lines[i - 1].encode()[:n].decode()) for i, n in ends)
+            )
+    kept, end = [], 0
+    for start, stop in sorted(cuts):
+        kept.append(code[end:start])
+        end = max(end, stop)
+    return "".join("".join([*kept, code[end:]]).split())
+
+
+def commit(patterns: Iterable[str]) -> tuple[str | None, bool | None]:
+    """The commit of the repository, and whether some files are as in it; None outside of one."""
+    names = [str(path.relative_to(ROOT)) for path in files(patterns)]
+    try:
+        head = _git("rev-parse", "HEAD")
+        return head.strip(), not _git("status", "--porcelain", "--", *names).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
