@@ -32,7 +32,9 @@ class Carry(NamedTuple):
 
 def start(scan: Scan, inputs: Inputs) -> Carry:
     """The states that the scan is given."""
-    pair, step = (inputs.x_prev, inputs.x), scan.step
+    # The first block of a network ignores x_{-1}: 0 γ would not, where that is not finite.
+    x_prev = inputs.x_prev if scan.start else jnp.zeros_like(inputs.x)
+    pair, step = (x_prev, inputs.x), scan.step
     if step.frac_bits is None:
         return Carry(*pair, None, jnp.ones(scan.shape[0], bool))
     x_prev, x = (grid.quantize(x, step.frac_bits) for x in pair)

@@ -151,6 +151,8 @@ def touch(residual: Array) -> UInt32[Array, ""]:
     strides = [size // n for size, n in zip(residual.shape, shards, strict=True)]
     limits = [(n - 1) * stride + 1 for n, stride in zip(shards, strides, strict=True)]
     element = lax.slice(residual, [0] * residual.ndim, limits, strides)
+    if jnp.issubdtype(element.dtype, jnp.complexfloating):
+        element = lax.real(element)
     if jnp.issubdtype(element.dtype, jnp.floating):
         word = jnp.dtype(f"uint{jnp.finfo(element.dtype).bits}")
         element = lax.bitcast_convert_type(element, word)

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import random
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,18 @@ def conv(p, x, key, shift, mask, *, dropout=0.0):
     return convolve(_dropout(y, key, dropout), p["v"])
 
 
+def gate(p, x, key, shift, mask, *, dropout=0.0):
+    """A part that reads one parameter, and no constant."""
+    del shift, mask
+    return _dropout(jnp.tanh(x) * p["scale"] / 4, key, dropout)
+
+
+def drift(p, x, key, shift, mask, *, dropout=0.0):
+    """A part that reads one constant, and no parameter."""
+    del p, mask
+    return _dropout(jnp.cos(x) * jnp.mean(shift), key, dropout)
+
+
 _SHAPES = {
     "mlp": ((5,), {"scale": (5,), "w": (5, 7), "b": (7,), "v": (7, 5)}),
     "attention": (
@@ -73,8 +86,8 @@ _BLOCKS = {
 }
 
 
-def case(kind, depth, *, dropout=0.0, dtype=jnp.float32, param_dtype=None, seed=0):
-    """A block, stacked parameters, an input, and consts: a vector and a mask."""
+def case(kind, depth, *, parts=1, dropout=0.0, dtype=jnp.float32, param_dtype=None, seed=0):
+    """A block of so many parts, stacked parameters, an input, and consts: a vector and a mask."""
     shape, shapes = _SHAPES["attention" if kind == "dot_product_attention" else kind]
     rng = np.random.default_rng(seed)
 
@@ -92,26 +105,34 @@ def case(kind, depth, *, dropout=0.0, dtype=jnp.float32, param_dtype=None, seed=
     mask = jnp.asarray(rng.random(7) < 0.8) if kind == "mlp" else jnp.bool_(True)
     if "attention" in kind:
         mask = jnp.tril(jnp.ones((4, 4), bool))
-    block = functools.partial(_BLOCKS[kind], dropout=dropout)
-    return block, params, x, (shift, mask)
+    first, *others = (
+        functools.partial(part, dropout=dropout) for part in (_BLOCKS[kind], gate, drift)[:parts]
+    )
+    return (first, *others) if others else first, params, x, (shift, mask)
 
 
 def covering(possible=lambda row: True, /, **factors):
     """Rows of settings in which every possible pair of settings meets; greedily few."""
     rows = [dict(zip(factors, row)) for row in itertools.product(*factors.values())]
     rows = [row for row in rows if possible(row)]
-    missing = {pair for row in rows for pair in pairs(row)}
-    chosen = []
+    pairs = [
+        {a: x, b: y}
+        for (a, xs), (b, ys) in itertools.combinations(factors.items(), 2)
+        for x, y in itertools.product(xs, ys)
+    ]
+    missing = [pair for pair in pairs if any(holds(row, pair) for row in rows)]
+    chosen, draw = [], random.Random(0)
     while missing:
-        best = max(rows, key=lambda row: len(pairs(row) & missing))
-        chosen.append(best)
-        missing -= pairs(best)
+        candidates = [row for row in rows if holds(row, missing[0])]
+        candidates = draw.sample(candidates, min(len(candidates), 100))
+        chosen.append(max(candidates, key=lambda row: sum(holds(row, p) for p in missing)))
+        missing = [pair for pair in missing if not holds(chosen[-1], pair)]
     return chosen
 
 
-def pairs(row):
-    """All pairs of settings of a row."""
-    return set(itertools.combinations(row.items(), 2))
+def holds(row, settings):
+    """Whether a row has all of these settings."""
+    return all(row[name] == value for name, value in settings.items())
 
 
 def names(rows):

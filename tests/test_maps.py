@@ -41,10 +41,10 @@ def test_step_is_the_paper_s_equation(n_prev, x, h, sign, m, l):  # noqa: E741
     """x_{k+1} = γ (x_{k-1} + s 2^-l) + Q[(1 - γ) x_k + (1 + γ) h], in float64."""
     spacing, gamma = 2.0**-l, sign * 2.0**-m
     s = np.mod(-n_prev, 2**m).astype(np.float64)
-    inner = (1 - gamma) * x * grid + (1 + gamma) * h.astype(np.float64)
-    expected = gamma * (n_prev + s) * grid + np.rint(inner / grid) * grid
+    inner = (1 - gamma) * x * spacing + (1 + gamma) * h.astype(np.float64)
+    expected = gamma * (n_prev + s) * spacing + np.rint(inner / spacing) * spacing
     with jax.enable_x64(True):
-        y = maps.pre_rounding(jnp.asarray(x * grid), jnp.asarray(h, jnp.float64), gamma)
+        y = maps.pre_rounding(jnp.asarray(x * spacing), jnp.asarray(h, jnp.float64), gamma)
         q = bdia_jax.to_grid(y, l)
     got = bdia_jax.bdia_step(n_prev, q, sign, m)
     np.testing.assert_array_equal(np.asarray(got) * spacing, expected)
@@ -100,14 +100,26 @@ def _find_errors(y, recomputed, m, r, sign, rng):
 
 
 def test_signs_are_fair_and_a_function_of_the_key():
-    signs = bdia_jax.sample_signs(jax.random.key(0), (20_000,))
+    signs = bdia_jax.sample_signs(jax.random.key(0), 20_000)
     assert set(np.unique(signs)) == {-1, 1}
     # 5 standard deviations of a fair coin.
     assert abs(float(signs.mean())) < 5 / np.sqrt(20_000)
-    np.testing.assert_array_equal(signs, bdia_jax.sample_signs(jax.random.key(0), (20_000,)))
-    others = bdia_jax.sample_signs(jax.random.key(1), (20_000,))
+    np.testing.assert_array_equal(signs, bdia_jax.sample_signs(jax.random.key(0), 20_000))
+    others = bdia_jax.sample_signs(jax.random.key(1), 20_000)
     # Independent of the first: as often equal as different.
     assert abs(float((signs * others).mean())) < 5 / np.sqrt(20_000)
+
+
+def test_alternating_signs_cancel_within_a_batch_and_are_fair():
+    """Half of a batch has each sign, whatever the coin; and the coin is fair."""
+    for batch in (1, 2, 7):
+        signs = np.asarray(maps.alternating_signs(jax.random.key(0), batch))
+        assert signs.shape == (batch,)
+        assert signs.dtype == np.int32
+        np.testing.assert_array_equal(signs * signs[0], np.resize([1, -1], batch))
+    keys = jax.random.split(jax.random.key(0), 5_000)
+    coins = jax.vmap(lambda key: maps.alternating_signs(key, 2)[0])(keys)
+    assert abs(float(coins.mean())) < 5 / np.sqrt(5_000)
 
 
 def test_limit_leaves_room_for_the_sum():
