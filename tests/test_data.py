@@ -69,12 +69,36 @@ def image_set(n=20, **changes):
         ({"eval_labels": np.zeros(5)}, "eval_labels must be 5 integers.*got float64"),
         ({"eval_labels": np.array([0, 1, 2, 3, 0])}, r"\[0, 3\).*eval_labels from 0 to 3"),
         ({"eval_labels": np.full(5, -1)}, "eval_labels from -1 to -1"),
+        ({"num_classes": None}, "num_classes must be an int >= 1; got None"),
+        ({"num_classes": 0}, "num_classes must be an int >= 1; got 0"),
+        (
+            {"eval_images": np.zeros((0, 4, 4, 3), np.uint8), "eval_labels": np.zeros(0, int)},
+            "both splits need samples; got 20 for training and 0",
+        ),
         ({"eval_images": np.zeros((5, 4, 5, 3), np.uint8)}, "one shape; got .4, 4, 3. and .4, 5,"),
     ],
 )
 def test_arrays_that_do_not_fit_together(changes, message):
     with pytest.raises(ValueError, match=message):
         image_set(**changes)
+
+
+def test_classes_that_are_not_the_models():
+    data.check_classes("digits", 10, 10)
+    for found in (9, 100):
+        message = f"images of digits have {found} classes, the model 10: .*num_classes={found}"
+        with pytest.raises(ValueError, match=message):
+            data.check_classes("digits", found, 10)
+
+
+def test_edited_images_have_another_fingerprint():
+    edited = image_set().train_images.copy()
+    edited[3, 1, 2, 0] += 1
+    sets_of = [image_set(), image_set(name="renamed"), image_set(train_images=edited)]
+    sets_of += [image_set(eval_labels=np.array([0, 1, 2, 0, 2])), image_set(num_classes=4)]
+    found = [each.fingerprint for each in sets_of]
+    assert found[0] == found[1]
+    assert len({*found}) == 4
 
 
 def test_digits_are_all_there_once_and_every_class_in_both_splits():
@@ -280,6 +304,30 @@ def as_tfrecord(folder):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"fileFormat": "tfrecord"}))
 
 
+def counting(split, number):
+    """Says that a split has so many images."""
+
+    def change(folder):
+        path = folder / "dataset_info.json"
+        info = json.loads(path.read_text())
+        next(s for s in info["splits"] if s["name"] == split)["shardLengths"] = [str(number)]
+        path.write_text(json.dumps(info))
+
+    return change
+
+
+def describing(old, new):
+    """Describes the features otherwise."""
+
+    def change(folder):
+        path = folder / "features.json"
+        text = " ".join(path.read_text().split())
+        assert old in text
+        path.write_text(text.replace(old, new))
+
+    return change
+
+
 def truncate(folder):
     (path,) = folder.glob("*-test.*")
     path.write_bytes(path.read_bytes()[:1000])
@@ -302,6 +350,23 @@ def corrupt(folder):
         (corrupt, OSError, "damaged.*Delete that folder"),
         (lambda f: (f / "dataset_info.json").write_text("{"), ValueError, "cannot open 'numbers'"),
         (lambda f: (f / "dataset_info.json").unlink(), ValueError, "not read dataset info"),
+        (lambda f: (f / "features.json").unlink(), ValueError, "is there, but.*features.json"),
+        (lambda f: (f / "features.json").write_text("{"), ValueError, "cannot open 'numbers'"),
+        (lambda f: next(f.glob("*-train.*")).write_bytes(b""), OSError, "damaged"),
+        (counting("train", 10), OSError, "damaged.*out of bound"),
+        (counting("test", 0), ValueError, "split 'test' of numbers must have images; got none"),
+        (
+            describing('"numClasses": "3"', '"numClasses": "2"'),
+            ValueError,
+            r"\[0, 2\).*from 0 to 2",
+        ),
+        (describing('"numClasses": "3"', ""), ValueError, "must have classes"),
+        (describing('"3" ] }', '"1" ] }'), ValueError, "image 0 of numbers, train has the shape"),
+        (
+            describing('"label": {', '"fine_label": {'),
+            ValueError,
+            "needed are.*it has .'image', 'fine_label'",
+        ),
     ],
 )
 def test_damaged_sets(prepared, tmp_path, damage, error, message):

@@ -106,16 +106,6 @@ def test_split_text():
         data.split_text("words", "abc", data.byte_tokenizer(), held_out=1)
 
 
-def test_text_files(tmp_path):
-    path = tmp_path / "a.txt"
-    path.write_bytes(b"\xff\xfe\xff")
-    with pytest.raises(ValueError, match="no text in UTF-8"):
-        data.read_text(path)
-    path.write_text("")
-    with pytest.raises(ValueError, match="is empty"):
-        data.read_text(path)
-
-
 def test_examples_from_files(tmp_path):
     tokenizer = data.byte_tokenizer()
     path = tmp_path / "a.jsonl"
@@ -125,8 +115,8 @@ def test_examples_from_files(tmp_path):
     assert first.learned == [False, False, True, True]
     assert (first.tokens[-1], second.learned) == (tokenizer.end, [False, True])
     with pytest.raises(ValueError, match=r"line 1: the text has 4 tokens; allowed are 3"):
-        data.read_examples(path, tokenizer, 2)
-    for line in ("no", '{"prompt": "a"}', '{"prompt": "", "completion": "b"}', "[1]"):
+        data.read_examples(path, tokenizer, 2, too_long="error")
+    for line in ("no", '{"prompt": "a"}', "[1]"):
         path.write_text(line)
         with pytest.raises(ValueError, match="line 1: each line must be"):
             data.read_examples(path, tokenizer, 8)
@@ -181,7 +171,7 @@ def test_windows_of_a_text():
     text = data.TextData(
         "numbers", np.arange(50, dtype=np.int32), np.arange(36, dtype=np.int32), 50
     )
-    task = LanguageModelling(text, 8, eval_batch=3)
+    task = LanguageModelling(text, 8)
     arrays = jax.device_put(task.arrays())
     batch = task.batch(arrays, jax.random.key(0), jnp.int32(3), 64)
     assert batch.tokens.shape == (64, 8)
@@ -194,13 +184,14 @@ def test_windows_of_a_text():
 
         def loss(self, tokens, targets, weights, **_):
             asked = jnp.zeros(36).at[targets].add(weights)
-            return Sums(asked, jnp.float32(0), weights.sum())
+            return Sums(asked, weights.sum(), {})
 
-    sums = [task.evaluate(Counts(), arrays, jnp.int32(i)) for i in range(task.eval_steps())]
-    asked = sum(s["loss"] for s, _ in sums)
-    # 4 windows of 8 in the 35 tokens that can be predicted.
-    assert np.array_equal(asked, [0] + [1] * 32 + [0] * 3)
-    assert sum(float(count) for _, count in sums) == 32
+    # 4 windows of 8 in the 35 tokens that can be predicted, in batches of 3.
+    assert task.eval_samples == 4
+    batches = [task.eval_batch(arrays, jnp.int32(i), 3) for i in range(2)]
+    sums = [task.evaluate(Counts(), batch) for batch in batches]
+    assert np.array_equal(sum(s.loss for s in sums), [0] + [1] * 32 + [0] * 3)
+    assert sum(float(s.weight) for s in sums) == 32
 
 
 def test_texts_too_short_for_a_window():
@@ -217,7 +208,7 @@ def test_packed_texts_are_learned_one_by_one(tmp_path):
     """Loss of a packed batch is that of its texts alone; training is exact and lowers it."""
     tokenizer = data.byte_tokenizer()
     texts = [data.completion(tokenizer, f"{i}?", "yes" if i % 2 else "no") for i in range(24)]
-    task = PackedTexts("answers", data.pack(texts, 16), data.pack(texts[:5], 16), eval_batch=2)
+    task = PackedTexts("answers", data.pack(texts, 16), data.pack(texts[:5], 16), eval_batch_size=2)
     model = Decoder(TINY, rngs=nnx.Rngs(0))
     before = evaluate(model, task)
     model.eval()
@@ -234,4 +225,6 @@ def test_packed_texts_are_learned_one_by_one(tmp_path):
     result = train(model, task, settings, tmp_path / "run")
     assert result.last("eval", "loss") < before["loss"] / 2
     assert all(r["mismatched"] == 0 for r in result.history if r["split"] == "train")
-    assert json.loads((tmp_path / "run/settings.json").read_text())["data"] == "answers"
+    written = json.loads((tmp_path / "run/settings.json").read_text())["data"]
+    assert written["name"] == "answers"
+    assert written["sha256"] == data.fingerprint(task.arrays())

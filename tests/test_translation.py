@@ -3,7 +3,6 @@
 import dataclasses
 import pathlib
 import sys
-import zipfile
 
 import hypothesis
 import hypothesis.strategies as st
@@ -15,7 +14,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "experiment
 
 import translate
 
-from bdia_jax.data import cldr_pairs, clean, pack_pairs, read_pairs, split_pairs, tfds_pairs
+from bdia_jax.data import cldr_pairs, clean, pack_pairs, split_pairs, tfds_pairs
 from bdia_jax.nn import EncoderDecoderConfig
 from bdia_jax.train import TrainSettings
 
@@ -93,24 +92,6 @@ def test_packing_refuses():
     ):
         with pytest.raises(ValueError, match=message):
             pack_pairs(pairs, 4, end=0)
-
-
-def test_files_of_pairs(tmp_path):
-    file = tmp_path / "pairs.txt"
-    file.write_text("Go.\tVa !\tsource\n\nHi.\tSalut.\n", encoding="utf-8")
-    expected = [("Go.", "Va !"), ("Hi.", "Salut.")]
-    assert read_pairs(file) == expected
-    with zipfile.ZipFile(tmp_path / "pairs.zip", "w") as archive:
-        archive.write(file, "fra.txt")
-        archive.writestr("_about.txt", "of")
-    assert read_pairs(tmp_path / "pairs.zip") == expected
-    file.write_text("Go.\n")
-    with pytest.raises(ValueError, match=r"line 1: a line must be a text, a tab .*'Go"):
-        read_pairs(file)
-    with zipfile.ZipFile(tmp_path / "none.zip", "w") as archive:
-        archive.writestr("_about.txt", "of")
-    with pytest.raises(ValueError, match="holds none"):
-        read_pairs(tmp_path / "none.zip")
 
 
 def test_a_translation_set(tmp_path):

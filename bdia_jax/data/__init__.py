@@ -1,36 +1,24 @@
 """Data sets, and batches as pure functions of a key and a step."""
 
-from bdia_jax.data.images import (
-    ImageData,
+from bdia_jax.data.batches import (
     augment,
     batch_indices,
-    load_images,
     normalize,
     random_crop,
     random_flip,
 )
-from bdia_jax.data.pairs import (
-    PackedPairs,
-    cldr_pairs,
-    clean,
-    pack_pairs,
-    read_pairs,
-    split_pairs,
-    tfds_pairs,
-)
-from bdia_jax.data.text import (
-    Example,
-    Packed,
-    TextData,
+from bdia_jax.data.examples import Example, completion, read_examples
+from bdia_jax.data.fingerprints import fingerprint
+from bdia_jax.data.images import ImageData, check_classes, load_images
+from bdia_jax.data.packing import Packed, PackedPairs, pack, pack_pairs
+from bdia_jax.data.pairs import cldr_pairs, clean, read_pairs, split_pairs, tfds_pairs
+from bdia_jax.data.reading import read_text
+from bdia_jax.data.records import Record, parse_records, read_records
+from bdia_jax.data.text import TextData, python_sources, split_text
+from bdia_jax.data.tokenizers import (
     Tokenizer,
     byte_tokenizer,
-    completion,
     load_tokenizer,
-    pack,
-    python_sources,
-    read_examples,
-    read_text,
-    split_text,
     train_tokenizer,
 )
 
@@ -39,24 +27,29 @@ __all__ = [
     "ImageData",
     "Packed",
     "PackedPairs",
+    "Record",
     "TextData",
     "Tokenizer",
     "augment",
     "batch_indices",
     "byte_tokenizer",
+    "check_classes",
     "cldr_pairs",
     "clean",
     "completion",
+    "fingerprint",
     "load_images",
     "load_tokenizer",
     "normalize",
     "pack",
     "pack_pairs",
+    "parse_records",
     "python_sources",
     "random_crop",
     "random_flip",
     "read_examples",
     "read_pairs",
+    "read_records",
     "read_text",
     "split_pairs",
     "split_text",

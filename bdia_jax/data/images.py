@@ -1,38 +1,34 @@
-"""Image classification data: loaded once, held on the device, batched by pure functions.
-
-Which images a step sees, in which order, and how they are augmented, are functions of
-``(key, step)`` alone. A resumed run therefore needs no state of a data pipeline, and continues
-bit for bit. All of them can be traced, and work on arrays whose batch axis is sharded.
-"""
+"""Image classification data: loaded once, and held in host memory."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import pathlib
-import re
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Int32, Key, Num, UInt8
+from jaxtyping import Float, Int, Int32, UInt8
 
 from bdia_jax.data import sets
+from bdia_jax.data.fingerprints import fingerprint
 
 EMBEDDED = ("digits",)
 
-# Of characters, which mean something else, or nothing, in a mirror.
-_CHARACTERS = (
-    "binary_alpha_digits",
-    "cmaterdb",
-    "digits",
-    "emnist",
-    "kmnist",
-    "mnist",
-    "mnist_corrupted",
-    "omniglot",
-    "svhn_cropped",
-)
+
+def check_classes(name: str, found: int, allowed: int) -> None:
+    """A ``ValueError`` if the classes of a data set are not those of a model.
+
+    Args:
+      name: of the data set, for the message.
+      found: its number of classes.
+      allowed: the model's.
+    """
+    if found != allowed:
+        raise ValueError(
+            f"the images of {name} have {found} classes, the model {allowed}: give the model "
+            f"num_classes={found}, or other images"
+        )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,7 +37,7 @@ class ImageData:
 
     Raises:
       ValueError: for splits that are empty, images that are not uint8 arrays of one and the same
-        shape, not a label per image, or labels outside ``[0, num_classes)``.
+        shape, not a label per image, no classes, or labels outside ``[0, num_classes)``.
     """
 
     name: str
@@ -52,6 +48,8 @@ class ImageData:
     num_classes: int
 
     def __post_init__(self):
+        if not isinstance(self.num_classes, int | np.integer) or self.num_classes < 1:
+            raise ValueError(f"num_classes must be an int >= 1; got {self.num_classes!r}")
         if not len(self.train_labels) or not len(self.eval_labels):
             raise ValueError(
                 f"both splits need samples; got {len(self.train_labels)} for training and "
@@ -98,6 +96,12 @@ class ImageData:
         mean, mean_square = (sums.sum((0, 1)) / count for sums in (total, squares))
         std = np.sqrt(mean_square - mean**2)
         return mean.astype(np.float32), np.where(std > 0, std, 1).astype(np.float32)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of all images and labels, and the number of classes."""
+        arrays = (self.train_images, self.train_labels, self.eval_images, self.eval_labels)
+        return fingerprint((*arrays, np.int64(self.num_classes)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -147,7 +151,7 @@ def load_images(
 def _digits() -> ImageData:
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
+    digits: Any = load_digits()
     # 0 … 16 in the source, 0 … 255 here like any image.
     images = np.round(digits.images[..., None] * (255 / 16)).astype(np.uint8)
     labels = digits.target.astype(np.int32)
@@ -168,6 +172,8 @@ def _check_features(builder) -> None:
             f"{builder.name} is not an image classification set: needed are the features 'image' "
             f"and 'label'; it has {names}"
         )
+    if not features["label"].num_classes:
+        raise ValueError(f"the labels of {builder.name} must have classes; their number is not set")
     shape, dtype = features["image"].shape, np.dtype(features["image"].np_dtype)
     if None in shape:
         raise ValueError(
@@ -189,6 +195,9 @@ def _splits(builder) -> tuple[str, str]:
         raise ValueError(
             f"{builder.name} needs a split 'train', and 'test' or 'validation'; it has {found}"
         )
+    for split in ("train", evaluation):
+        if not builder.info.splits[split].num_examples:
+            raise ValueError(f"the split {split!r} of {builder.name} must have images; got none")
     return "train", evaluation
 
 
@@ -206,77 +215,3 @@ def _read(
             )
         images[i], labels[i] = example["image"], example["label"]
     return images, labels
-
-
-# ---------------------------------------------------------------------------------------------
-# Batches, as functions of the key and the step
-# ---------------------------------------------------------------------------------------------
-
-
-def batch_indices(
-    key: Key[Array, ""], step: Int32[Array, ""], batch_size: int, samples: int
-) -> Int32[Array, "batch"]:
-    """The samples of a step: epoch after epoch, each in an order of its own.
-
-    An epoch has ``samples // batch_size`` steps, and leaves out what is left over (other samples
-    each time).
-
-    Raises:
-      ValueError: for a ``batch_size`` that is no int in ``[1, samples]``.
-    """
-    whole = isinstance(batch_size, int) and not isinstance(batch_size, bool)
-    if not whole or not 1 <= batch_size <= samples:
-        raise ValueError(
-            f"batch_size must be an int in [1, {samples}], the samples; got {batch_size!r}"
-        )
-    steps_per_epoch = samples // batch_size
-    epoch, position = step // steps_per_epoch, step % steps_per_epoch
-    order = jax.random.permutation(jax.random.fold_in(key, epoch), samples)
-    return jax.lax.dynamic_slice(order, (position * batch_size,), (batch_size,))
-
-
-def normalize(
-    images: UInt8[Array, "batch height width channel"],
-    mean: Float[Array, "channel"],
-    std: Float[Array, "channel"],
-) -> Float[Array, "batch height width channel"]:
-    """Images in float32 with mean 0 and standard deviation 1 per channel."""
-    return (images.astype(jnp.float32) - mean) / std
-
-
-def random_crop(
-    key: Key[Array, ""], images: Num[Array, "batch height width channel"], padding: int
-) -> Num[Array, "batch height width channel"]:
-    """Each image moved by up to ``padding`` pixels in both directions; zeros move in."""
-    offsets = jax.random.randint(key, (len(images), 2), 0, 2 * padding + 1)
-    for axis, offset in ((1, offsets[:, 0]), (2, offsets[:, 1])):
-        widths = [(0, 0)] * 4
-        widths[axis] = (padding, padding)
-        padded, size = jnp.pad(images, widths), images.shape[axis]
-        # Every offset in turn, chosen where it was drawn: a gather would be one line, but JAX
-        # refuses it for images that are sharded over explicit mesh axes.
-        for shift in range(2 * padding + 1):
-            moved = jax.lax.slice_in_dim(padded, shift, shift + size, axis=axis)
-            images = jnp.where(offset[:, None, None, None] == shift, moved, images)
-    return images
-
-
-def random_flip(
-    key: Key[Array, ""], images: Num[Array, "batch height width channel"]
-) -> Num[Array, "batch height width channel"]:
-    """Each image mirrored left to right with probability 1/2."""
-    flip = jax.random.bernoulli(key, 0.5, (len(images), 1, 1, 1))
-    return jnp.where(flip, images[:, :, ::-1], images)
-
-
-def augment(
-    key: Key[Array, ""], images: Num[Array, "batch height width channel"], name: str
-) -> Num[Array, "batch height width channel"]:
-    """As is customary, on raw images: moved by up to an eighth of their size, and mirrored.
-
-    That is a pixel for digits, 4 for CIFAR. Sets of characters (by ``name``) are not mirrored.
-    """
-    crop_key, flip_key = jax.random.split(key)
-    images = random_crop(crop_key, images, max(1, min(images.shape[1:3]) // 8))
-    characters = re.split("[/:]", name)[0] in _CHARACTERS
-    return images if characters else random_flip(flip_key, images)

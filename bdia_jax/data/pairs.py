@@ -9,13 +9,11 @@ import pathlib
 import re
 import unicodedata
 import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
-
-import numpy as np
-from jaxtyping import Float, Int32
 
 from bdia_jax.data import sets
+from bdia_jax.data.reading import decode, holds_records, read_bytes
 
 Pair = tuple[str, str]
 """A text, and its translation."""
@@ -47,11 +45,12 @@ def cldr_pairs() -> list[Pair]:
         locale = Locale.parse(name)
         if locale.territory or locale.script:
             found.append((locale.get_display_name("en") or "", locale.get_display_name("fr") or ""))
-    units = sorted(code for code in en.unit_display_names if code in fr.unit_display_names)
+    units = sorted(map(str, {*en.unit_display_names} & {*fr.unit_display_names}))
     for i, unit in enumerate(units):
         # One and some; how many is not the same for all, or it could be learned by heart.
         for amount in (1, 2 + i % 7, 10 + i % 31, 100 + 7 * i):
-            found.append(tuple(format_unit(amount, unit, locale=locale) for locale in ("en", "fr")))
+            english, french = (format_unit(amount, unit, locale=name) for name in ("en", "fr"))
+            found.append((english, french))
     return found
 
 
@@ -64,42 +63,58 @@ def read_pairs(path: str | os.PathLike) -> list[Pair]:
 
     Raises:
       FileNotFoundError, IsADirectoryError, PermissionError: if it cannot be opened.
-      ValueError: for a line without a tab, a zip without one such file, or no UTF-8.
+      ValueError: for a suffix of something else (``.json``, ``.csv``, ``.parquet`` …), a line
+        without a tab, numbered texts, a zip without one such file, or no UTF-8.
     """
-    path = pathlib.Path(path).expanduser()
-    if path.suffix == ".zip":
-        try:
-            with zipfile.ZipFile(path) as archive:
-                names = [
-                    n for n in archive.namelist() if re.search(r"(^|/)[^_/][^/]*\.(txt|tsv)$", n)
-                ]
-                if len(names) != 1:
-                    raise ValueError(
-                        f"{path} must hold one .txt or .tsv file; it holds {names or 'none'}"
-                    )
-                raw = archive.read(names[0])
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"{path} is no zip file: {error}") from error
-    else:
-        raw = path.read_bytes()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
-    found = []
-    for number, line in enumerate(io.StringIO(text), 1):
+    path, name = pathlib.Path(path).expanduser(), str(path)
+    raw = read_bytes(path)
+    if path.suffix.lower() == ".zip":
+        raw, name = _unzipped(raw, path)
+    elif path.suffix.lower() != ".tsv" and holds_records(path):
+        raise ValueError(
+            f"{path}: pairs must be in a file of lines with a text, a tab and its translation "
+            f"(.txt, .tsv), or a .zip with one; got {path.suffix}"
+        )
+    found, numbered = [], True
+    # Only these end a line: str.splitlines() would also split at characters within a text.
+    for number, line in enumerate(re.split(r"\r\n|\n|\r", decode(raw, name)), 1):
+        # Files that were put together may each have begun with a byte-order mark.
+        line = line.removeprefix("\ufeff")
         if not line.strip():
             continue
-        parts = line.rstrip("\r\n").split("\t")
-        if len(parts) < 2:
+        columns = line.split("\t")
+        if len(columns) < 2:
             raise ValueError(
-                f"{path}, line {number}: a line must be a text, a tab and its translation; got "
+                f"{name}, line {number}: a line must be a text, a tab and its translation; got "
                 f"{line[:80]!r}"
             )
-        found.append((parts[0], parts[1]))
-    if not found:
-        raise ValueError(f"{path} is empty")
+        numbered = numbered and len(columns) == 4 and (columns[0] + columns[2]).isdecimal()
+        found.append((columns[0], columns[1]))
+    if numbered:
+        raise ValueError(
+            f"{name}: a line must be a text, a tab and its translation; got numbers before both, "
+            f"as Tatoeba's lists have them: keep the second and the fourth column"
+        )
     return found
+
+
+def _unzipped(raw: bytes, path: pathlib.Path) -> tuple[bytes, str]:
+    """The one file of pairs in a zip, which is not unpacked to disk, and its name."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+            names = [
+                n for n in archive.namelist() if re.search(r"(^|/)[^_/][^/]*\.(txt|tsv)$", n, re.I)
+            ]
+            if len(names) != 1:
+                raise ValueError(
+                    f"{path} must hold one .txt or .tsv file; it holds {names or 'none'}"
+                )
+            return archive.read(names[0]), f"{path}, {names[0]}"
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{path} is no zip file: {error}") from error
+    except (EOFError, NotImplementedError, RuntimeError, zlib.error) as error:
+        # Cut off, compressed in another way, encrypted, or damaged.
+        raise ValueError(f"{path} cannot be unpacked: {error}") from error
 
 
 def tfds_pairs(
@@ -193,84 +208,3 @@ def split_pairs(pairs: Sequence[Pair], held_out: float = 0.05) -> tuple[list[Pai
         word = hashlib.sha256(f"{name[0]}{name[1]}".encode()).digest()[:8]
         split[int.from_bytes(word, "big") < held_out * 2**64].append((source, target))
     return split
-
-
-# ---------------------------------------------------------------------------------------------
-# Packing
-# ---------------------------------------------------------------------------------------------
-
-
-class PackedPairs(NamedTuple):
-    """Pairs of token sequences, many in a row: one shape, whatever their lengths are.
-
-    A row has ``length`` tokens of sources, and as many of targets; 0 where there is none. Segments
-    are the numbers of the pairs in a row, from 1; 0 where there is none.
-    """
-
-    source: Int32[np.ndarray, "rows length"]
-    source_segments: Int32[np.ndarray, "rows length"]
-    source_positions: Int32[np.ndarray, "rows length"]
-    tokens: Int32[np.ndarray, "rows length"]
-    """The end token, which begins a translation, and the translation."""
-    targets: Int32[np.ndarray, "rows length"]
-    """The next token: the translation, and the end token."""
-    weights: Float[np.ndarray, "rows length"]
-    """1 where there is a target; float32."""
-    segments: Int32[np.ndarray, "rows length"]
-    positions: Int32[np.ndarray, "rows length"]
-
-
-def pack_pairs(
-    pairs: Sequence[tuple[Sequence[int], Sequence[int]]], length: int, *, end: int
-) -> PackedPairs:
-    """Packs pairs of token sequences into rows, in their order: first fit, of the last 64 rows.
-
-    Args:
-      pairs: sources of 1 to ``length`` tokens, and translations of at most ``length - 1``.
-      length: of both sides of a row.
-      end: token that begins and ends a translation.
-
-    Raises:
-      ValueError: for no pairs, or one that does not fit.
-    """
-    if not len(pairs):
-        raise ValueError("there must be at least one pair; got none")
-    rows: list[list[int]] = []
-    room: list[list[int]] = []
-    for i, (source, target) in enumerate(pairs):
-        sizes = len(source), len(target) + 1
-        if not 1 <= sizes[0] <= length or sizes[1] > length:
-            raise ValueError(
-                f"sources must have from 1 to {length} tokens (length), and translations at most "
-                f"{length - 1}; pair {i} has {sizes[0]} and {sizes[1] - 1}"
-            )
-        fits = (
-            r
-            for r in range(max(0, len(rows) - 64), len(rows))
-            if room[r][0] >= sizes[0] and room[r][1] >= sizes[1]
-        )
-        row = next(fits, None)
-        if row is None:
-            row = len(rows)
-            rows.append([])
-            room.append([length, length])
-        rows[row].append(i)
-        room[row] = [left - size for left, size in zip(room[row], sizes)]
-    packed = PackedPairs(*(np.zeros((len(rows), length), np.int32) for _ in PackedPairs._fields))
-    packed = packed._replace(weights=packed.weights.astype(np.float32))
-    for row, members in enumerate(rows):
-        at, to = 0, 0
-        for segment, i in enumerate(members, 1):
-            source, target = pairs[i]
-            where = row, slice(at, at + len(source))
-            packed.source[where] = source
-            packed.source_segments[where] = segment
-            packed.source_positions[where] = np.arange(len(source))
-            where = row, slice(to, to + len(target) + 1)
-            packed.tokens[where] = [end, *target]
-            packed.targets[where] = [*target, end]
-            packed.weights[where] = 1
-            packed.segments[where] = segment
-            packed.positions[where] = np.arange(len(target) + 1)
-            at, to = at + len(source), to + len(target) + 1
-    return packed

@@ -8,12 +8,12 @@ import os
 import pathlib
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
-if TYPE_CHECKING:
-    import tensorflow_datasets as tfds
+Builder = Any
+"""A ``tfds.core.DatasetBuilder``, whose own annotations allow too much to be checked."""
 
 
 def find(
@@ -22,7 +22,7 @@ def find(
     *,
     may_be_missing: bool = False,
     embedded: tuple[str, ...] = (),
-) -> tfds.core.DatasetBuilder:
+) -> Builder:
     """TFDS's description of a set, from its code, or else from the files of a prepared set.
 
     Args:
@@ -32,20 +32,28 @@ def find(
       embedded: names that are no sets of TFDS, for messages.
     """
     import tensorflow_datasets as tfds
+    from tensorflow_datasets.core.constants import DATA_DIR
+    from tensorflow_datasets.core.registered import DatasetNotFoundError
 
     if data_dir is not None:
         data_dir = pathlib.Path(data_dir).expanduser()
         _check_folder(data_dir, may_be_missing)
-    folder = data_dir or tfds.core.constants.DATA_DIR
+    folder = data_dir or DATA_DIR
     try:
         # Anything else, such as "huggingface:mnist", TFDS would look up in the internet.
         if not (isinstance(name, str) and re.fullmatch(r"\w+(/[\w.+-]+)?(:[\d.*]+)?", name)):
-            raise tfds.core.registered.DatasetNotFoundError
+            raise DatasetNotFoundError
         return tfds.builder(name, data_dir=data_dir)
-    except tfds.core.registered.DatasetNotFoundError:
+    except DatasetNotFoundError:
         known = [*embedded, *tfds.list_builders(with_community_datasets=False)]
         close = difflib.get_close_matches(str(name).lower(), known)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        there = pathlib.Path(folder) / re.split("[/:]", str(name))[0]
+        if re.fullmatch(r"\w+", there.name) and there.is_dir():
+            hint = (
+                f"; {there} is there, but not this version of it, or not whole (with "
+                "dataset_info.json and features.json)"
+            )
         raise ValueError(
             f"unknown data set {name!r}: neither embedded ({', '.join(embedded) or 'none is'}), "
             "nor a name of TensorFlow Datasets (name, name/config or name:version; "
@@ -74,7 +82,7 @@ def _check_folder(folder: pathlib.Path, may_be_missing: bool) -> None:
         raise PermissionError(f"data_dir must be readable; no permission to read {str(folder)!r}")
 
 
-def prepare(builder: tfds.core.DatasetBuilder, name: str, download: bool) -> None:
+def prepare(builder: Builder, name: str, download: bool) -> None:
     """Sees to it that a set is there: as it is, or (on request) downloaded."""
     if builder.is_prepared():
         return
@@ -110,7 +118,7 @@ def prepare(builder: tfds.core.DatasetBuilder, name: str, download: bool) -> Non
         ) from error
 
 
-def read(builder: tfds.core.DatasetBuilder, split: str) -> Iterator[dict[str, Any]]:
+def read(builder: Builder, split: str) -> Iterator[dict[str, Any]]:
     """The examples of a prepared set, in their order."""
     try:
         source = builder.as_data_source(split=split)

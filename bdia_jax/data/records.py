@@ -1,0 +1,174 @@
+"""Records with named fields, from JSON, JSON lines, or tables of separated values."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from bdia_jax.data.reading import RECORDS, decode, read_bytes
+
+
+class Record(NamedTuple):
+    """The fields of a record that were asked for, and where in the file they are."""
+
+    where: str
+    """For messages: ``"line 3"``, or ``"record 3"`` of a list."""
+    values: tuple[str, ...]
+
+
+def read_records(path: str | os.PathLike, fields: Sequence[str]) -> list[Record]:
+    """Records of a file. What its suffix, in any case, says is how it is read.
+
+    - ``.jsonl`` and ``.ndjson``: a JSON object per line; blank lines do not count.
+    - ``.json``: a list of objects, or one, or an object per line.
+    - ``.csv`` and ``.tsv``: a first line with the names of the columns, then a record per line,
+      separated by commas or tabs; a text with a separator, a quote or a line end in it is quoted
+      (RFC 4180).
+
+    Args:
+      path: the file, in UTF-8.
+      fields: names of the fields that each record must have, as texts. Others are left out.
+
+    Raises:
+      FileNotFoundError, IsADirectoryError, PermissionError: if it cannot be opened.
+      ValueError: for another suffix, a record without these fields, one that is damaged or cut
+        off, or a file without records.
+    """
+    return parse_records(read_bytes(path), str(pathlib.Path(path).expanduser()), fields)
+
+
+def parse_records(raw: bytes, name: str, fields: Sequence[str]) -> list[Record]:
+    """The same, of contents that were read already, say from an archive."""
+    suffix = pathlib.Path(name).suffix.lower()
+    if suffix not in RECORDS:
+        raise ValueError(f"{name}: the suffix must be one of {', '.join(RECORDS)}; got {suffix!r}")
+    text, fields = decode(raw, name), tuple(fields)
+    if suffix in (".csv", ".tsv"):
+        found = _table(text, name, fields, "," if suffix == ".csv" else "\t")
+    elif suffix == ".json":
+        found = _json(text, name, fields)
+    else:
+        found = _json_lines(text, name, fields)
+    records = list(found)
+    if not records:
+        raise ValueError(f"{name} has no records")
+    return records
+
+
+def _json_lines(text: str, name: str, fields: tuple[str, ...]) -> Iterator[Record]:
+    # Only "\n" ends a line: str.splitlines() would also split at characters that JSON allows in
+    # texts, such as U+2028.
+    lines = text.split("\n")
+    for number, line in enumerate(lines, 1):
+        # Files that were put together may each have begun with a byte-order mark.
+        line = line.strip().removeprefix("\ufeff")
+        if not line:
+            continue
+        where = f"line {number}"
+        try:
+            value = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            cut = "; the file ends in this line: is it cut off?" if number == len(lines) else ""
+            raise _unlike(
+                name, where, "line", fields, f"{_reason(error)}{cut}; got {line[:80]!r}"
+            ) from None
+        yield Record(where, _from_object(value, name, where, "line", fields))
+
+
+def _json(text: str, name: str, fields: tuple[str, ...]) -> Iterator[Record]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if text.lstrip().startswith("["):
+            raise ValueError(
+                f"{name} must be a list of objects in JSON, or an object per line; "
+                f"{_reason(error, lines=True)}"
+            ) from None
+        yield from _json_lines(text, name, fields)
+        return
+    for number, each in enumerate(value if isinstance(value, list) else [value], 1):
+        where = f"record {number}"
+        yield Record(where, _from_object(each, name, where, "record", fields))
+
+
+def _from_object(
+    value: Any, name: str, where: str, unit: str, fields: tuple[str, ...]
+) -> tuple[str, ...]:
+    got = repr(value)[:80]
+    if not isinstance(value, dict):
+        raise _unlike(name, where, unit, fields, f"got {got}")
+    if missing := [field for field in fields if field not in value]:
+        raise _unlike(name, where, unit, fields, f"{' and '.join(missing)} is missing; got {got}")
+    values = tuple(value[field] for field in fields)
+    for field, each in zip(fields, values):
+        if not isinstance(each, str):
+            raise _unlike(name, where, unit, fields, f"{field} is no text; got {repr(each)[:80]}")
+        try:
+            each.encode()
+        except UnicodeEncodeError as error:
+            half, before = each[error.start], each[: error.start][-20:]
+            raise ValueError(
+                f"{name}, {where}: {field} has a lone surrogate, \\u{ord(half):04x}, which is half "
+                f"of a character, after {before!r}"
+            ) from None
+    return values
+
+
+def _table(text: str, name: str, fields: tuple[str, ...], separator: str) -> Iterator[Record]:
+    # The line ends are the reader's to judge: they may be part of a text.
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    with _any_length():
+        columns: list[str] | None = None
+        try:
+            for row in rows:
+                if not row:
+                    continue
+                if columns is None:
+                    columns = [column.strip() for column in row]
+                    if any(columns.count(field) != 1 for field in fields):
+                        raise ValueError(
+                            f"{name}: the first line must name the columns, separated by "
+                            f"{separator!r}, {' and '.join(fields)} once among them; got {columns}"
+                        )
+                    where = [columns.index(field) for field in fields]
+                elif len(row) != len(columns):
+                    raise ValueError(
+                        f"{name}, line {rows.line_num}: {len(row)} columns, where the first line "
+                        f"names {len(columns)}; a text with {separator!r} or a line end in it must "
+                        f"be quoted; got {repr(row)[:80]}"
+                    )
+                else:
+                    yield Record(f"line {rows.line_num}", tuple(row[i] for i in where))
+        except csv.Error as error:
+            raise ValueError(
+                f'{name}, line {rows.line_num}: {error}; a text with " in it must be quoted, each '
+                '" in it doubled'
+            ) from None
+
+
+@contextlib.contextmanager
+def _any_length() -> Iterator[None]:
+    """The csv module reads texts of any length, not only of up to 131,072 characters."""
+    before = csv.field_size_limit(2**31 - 1)
+    try:
+        yield
+    finally:
+        csv.field_size_limit(before)
+
+
+def _unlike(name: str, where: str, unit: str, fields: tuple[str, ...], why: str) -> ValueError:
+    shape = ", ".join(f'"{field}": "..."' for field in fields)
+    return ValueError(f"{name}, {where}: each {unit} must be {{{shape}}}; {why}")
+
+
+def _reason(error: Exception, lines: bool = False) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        line = f"line {error.lineno}, " if lines else ""
+        return f"no JSON ({error.msg}: {line}column {error.colno})"
+    return "no JSON that can be read (nested too deeply, or a number too long)"

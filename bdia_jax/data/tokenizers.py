@@ -1,0 +1,253 @@
+"""Tokenizers: read from files, or made from texts."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import tokenizers
+
+from bdia_jax.files import write_json
+
+END = "<|endoftext|>"
+"""The end of a text, in the vocabularies that are made here."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """Text to token numbers, and back."""
+
+    inner: tokenizers.Tokenizer
+    """Of the ``tokenizers`` package."""
+    end: int
+    """The token that ends a text."""
+
+    def __post_init__(self):
+        # Settings that the file kept of another training: they would cut texts off, add tokens to
+        # them, or split words at random.
+        self.inner.no_truncation()
+        self.inner.no_padding()
+        if getattr(self.inner.model, "dropout", None):
+            self.inner.model.dropout = None
+
+    @property
+    def size(self) -> int:
+        """Number of tokens."""
+        return self.inner.get_vocab_size()
+
+    @functools.cached_property
+    def begin(self) -> tuple[int, ...]:
+        """What the tokenizer puts before a text: the BOS token of Llama and Gemma, or nothing."""
+        # By a text that is sure to have a token: what is put after it is left out.
+        encoded = self.inner.encode(self.inner.id_to_token(self.end))
+        added = zip(encoded.ids, encoded.special_tokens_mask)
+        return tuple(token for token, _ in itertools.takewhile(lambda pair: pair[1], added))
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text, and no others."""
+        return self.inner.encode(text, add_special_tokens=False).ids
+
+    def prompt_tokens(self, text: str) -> list[int]:
+        """The tokens that a model is given to go on with: :attr:`begin`, then the text's.
+
+        These are ``tokenizer(text).input_ids`` of ``transformers``, with two exceptions. A text
+        that has :attr:`begin` written out, as chat templates do, does not get it twice. And
+        nothing is put after the text, for it goes on.
+        """
+        tokens, begin = self.encode(text), [*self.begin]
+        return tokens if begin and tokens[: len(begin)] == begin else begin + tokens
+
+    def continuation(self, text: str) -> list[int]:
+        """The tokens of a text that goes on from another: without a space that is put before it."""
+        return self._within.encode(text, add_special_tokens=False).ids
+
+    @functools.cached_property
+    def _within(self) -> tokenizers.Tokenizer:
+        """The tokenizer, but for the space that it puts before a text."""
+        described = json.loads(self.inner.to_str())
+        for part in ("normalizer", "pre_tokenizer"):
+            described[part] = _without_prefix(described[part])
+        return tokenizers.Tokenizer.from_str(json.dumps(described))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of tokens, without special ones."""
+        return self.inner.decode(list(tokens))
+
+    def save(self, folder: str | os.PathLike) -> None:
+        """Writes ``tokenizer.json`` and what ``transformers`` wants beside it."""
+        folder = pathlib.Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        end = self.inner.id_to_token(self.end)
+        begin = {"bos_token": self.inner.id_to_token(self.begin[0])} if self.begin else {}
+        write_json(folder / "tokenizer.json", json.loads(self.inner.to_str()))
+        write_json(
+            folder / "tokenizer_config.json",
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                **begin,
+                "eos_token": end,
+                "pad_token": end,
+                "clean_up_tokenization_spaces": False,
+            },
+        )
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token per byte of UTF-8, and one for the end of a text; no file is needed."""
+    return _finished(_byte_level({c: i for i, c in enumerate(_byte_names())}, []))
+
+
+def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
+    """A byte-pair vocabulary made from ``texts``.
+
+    Of ``size`` tokens, the end of a text included; of fewer where ``texts`` are short.
+
+    Raises:
+      ValueError: for a size that is not above 257, the bytes and the end.
+    """
+    if size <= 257:
+        raise ValueError(f"size must be above 257, the bytes and the end of a text; got {size}")
+    made = _byte_level(None, None)
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=size - 1, initial_alphabet=_byte_names(), show_progress=False
+    )
+    made.train_from_iterator(texts, trainer)
+    return _finished(made)
+
+
+def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+    """A tokenizer from files.
+
+    Truncation, padding and random merges that a ``tokenizer.json`` may ask for are left out.
+
+    Args:
+      path: a ``tokenizer.json``; or a folder with that, or with ``vocab.json`` and ``merges.txt``
+        (GPT-2's format). The end of a text is the ``eos_token`` of ``tokenizer_config.json`` or
+        ``special_tokens_map.json``, or the ``eos_token_id`` of ``generation_config.json`` or
+        ``config.json``, or ``<|endoftext|>``.
+
+    Raises:
+      FileNotFoundError: without these files.
+      ValueError: for files that cannot be read, or a vocabulary without such an end.
+    """
+    path = pathlib.Path(path).expanduser()
+    file = path / "tokenizer.json" if path.is_dir() else path
+    folder = file.parent
+    vocab, merges = folder / "vocab.json", folder / "merges.txt"
+    has_merges = path.is_dir() and vocab.exists() and merges.exists()
+    if not file.exists() and not has_merges:
+        convert = (
+            "; the tokenizer.model of SentencePiece must be converted first, by transformers: "
+            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+        )
+        raise FileNotFoundError(
+            f"a tokenizer is a tokenizer.json, or a folder with one or with vocab.json and "
+            f"merges.txt; there is none at {path}"
+            f"{convert * (folder / 'tokenizer.model').exists()}"
+        )
+    try:
+        if file.exists():
+            inner = tokenizers.Tokenizer.from_file(str(file))
+        else:
+            inner = _of_gpt2(vocab, merges, folder)
+    except Exception as error:
+        # Most are of no other type than Exception.
+        raise ValueError(f"the tokenizer at {path} cannot be read: {error}") from error
+    return Tokenizer(inner, _end(inner, folder))
+
+
+def _of_gpt2(vocab: pathlib.Path, merges: pathlib.Path, folder: pathlib.Path):
+    inner = _byte_level(*tokenizers.models.BPE.read_file(str(vocab), str(merges)))
+    if inner.token_to_id(END) is not None:
+        # Not a new one, but never a part of a text.
+        inner.add_special_tokens([END])
+    # In a tokenizer.json, the processor says what is put before a text; here, a setting does.
+    if _setting(folder / "tokenizer_config.json", "add_bos_token"):
+        begin = _named(folder, "bos_token") or END
+        if (number := inner.token_to_id(begin)) is not None:
+            inner.post_processor = tokenizers.processors.TemplateProcessing(
+                single=[begin, "$A"], special_tokens=[(begin, number)]
+            )
+    return inner
+
+
+def _byte_names() -> list[str]:
+    """The characters that stand for bytes, in a fixed order."""
+    return sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+
+
+def _byte_level(vocab: dict[str, int] | None, merges: list | None) -> tokenizers.Tokenizer:
+    """As GPT-2's: bytes, merged within words."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    return made
+
+
+def _finished(made: tokenizers.Tokenizer) -> Tokenizer:
+    made.add_special_tokens([END])
+    return Tokenizer(made, made.get_vocab()[END])
+
+
+def _without_prefix(part: Any) -> Any:
+    """A normalizer's or pre-tokenizer's description, without what puts a space before a text."""
+    if isinstance(part, list):
+        return [_without_prefix(each) for each in part if each["type"] != "Prepend"]
+    if not isinstance(part, dict):
+        return part
+    match part.get("type"):
+        case "Sequence":
+            return {name: _without_prefix(value) for name, value in part.items()}
+        case "Prepend":
+            return None
+        case "Metaspace":
+            return part | {"prepend_scheme": "never"}
+        case "ByteLevel":
+            return part | {"add_prefix_space": False}
+    return part
+
+
+def _end(inner: tokenizers.Tokenizer, folder: pathlib.Path) -> int:
+    named = _named(folder, "eos_token")
+    if named is not None and (number := inner.token_to_id(named)) is not None:
+        return number
+    for file in ("generation_config.json", "config.json"):
+        number = _setting(folder / file, "eos_token_id")
+        number = number[0] if isinstance(number, list) and number else number
+        if isinstance(number, int) and number >= 0 and inner.id_to_token(number) is not None:
+            return number
+    if (number := inner.token_to_id(END)) is None:
+        raise ValueError(
+            f"the tokenizer in {folder} has no end of a text: neither eos_token in "
+            f"tokenizer_config.json, nor eos_token_id in config.json, nor {END}"
+        )
+    return number
+
+
+def _named(folder: pathlib.Path, which: str) -> str | None:
+    """The text of a special token, which may be described by it or by an object that has it."""
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        named = _setting(folder / file, which)
+        if isinstance(named, dict):
+            named = named.get("content")
+        if isinstance(named, str):
+            return named
+    return None
+
+
+def _setting(file: pathlib.Path, name: str) -> Any:
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{file} must be an object in JSON; got {repr(settings)[:80]}")
+    return settings.get(name)
