@@ -15,9 +15,9 @@ import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
-# Shapes and dtypes that annotations promise are checked wherever a test calls the library.
+# Annotated arrays are checked wherever a test calls the library.
 if os.environ.get("CHECK_SHAPES"):
-    jaxtyping.install_import_hook("bdia_jax", "beartype.beartype")
+    jaxtyping.install_import_hook("bdia_jax", "_shapes.checked")
 
 # Eight virtual devices, for the tests of sharded arrays; everything else runs on the first.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -28,10 +28,14 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("bdia_jax")
 
 
+# These give NumPy's arrays, symbolic words, or wrong arguments throughout.
+UNCHECKED = ("test_bad_input", "test_grid", "test_maps", "test_proofs")
+
+
 def pytest_runtest_setup(item):
-    """A test marked ``unchecked`` gives what no annotation allows, such as symbolic words."""
-    unchecked = item.get_closest_marker("unchecked") is not None
-    jaxtyping.config.update("jaxtyping_disable", unchecked)
+    """A test that gives what no annotation allows is in such a file, or marked ``unchecked``."""
+    marked = item.get_closest_marker("unchecked") is not None
+    jaxtyping.config.update("jaxtyping_disable", marked or item.module.__name__ in UNCHECKED)
 
 
 @pytest.fixture
