@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import typing
 
 import jax
 import jax.extend
@@ -21,13 +22,13 @@ from bdia_jax.nn import (
     beam_search,
     chunked_attention,
     cross_entropy,
-    decoder,
     freeze,
     generate,
     llama,
     merge_lora,
     unfreeze,
 )
+from bdia_jax.nn.attention import KERNELS, KernelName, attend, kernels
 from bdia_jax.nn.dropout import keep_mask
 from bdia_jax.planning import memory
 
@@ -139,6 +140,38 @@ def test_dropout_of_attention_weights():
     trees_close(jax.grad(ours, (0, 1, 2))(q, k, v), jax.grad(plain, (0, 1, 2))(q, k, v), atol=1e-5)
 
 
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+def test_kernels_agree(causal, segmented):
+    """All that a CPU has, in values and gradients; padding attends to nothing."""
+    q, k, v, w = attention_inputs(6, 6, dtype=jnp.float32)
+    segments = None
+    if segmented:
+        segments = jnp.array([[0, 0, 0, 1, 1, 1], [5, 5, 6, 6, 6, 6]])
+        segments = segments, segments.at[1, :2].set(7)
+
+    def run(kernel):
+        def total(q, k, v):
+            return jnp.sum(w * attend(q, k, v, kernel=kernel, causal=causal, segments=segments))
+
+        return jax.value_and_grad(total, (0, 1, 2))(q, k, v)
+
+    reference = run("plain")
+    for kernel in ("auto", "chunked", "xla")[: 2 if segmented else 3]:
+        trees_close(run(kernel), reference, rtol=1e-5, atol=1e-5)
+
+
+def test_the_table_of_kernels():
+    assert typing.get_args(KernelName) == ("auto", *KERNELS)
+    q, k, v, _ = attention_inputs(4, 4, dtype=jnp.float32)
+    for name, kernel in KERNELS.items():
+        if not kernel.drops:
+            with pytest.raises(ValueError, match=f"{name} attention cannot drop weights.*0.1"):
+                attend(q, k, v, kernel=name, dropout=0.1, key=jax.random.key(0))
+    dropping = attend(q, k, v, kernel="plain", dropout=0.5, key=jax.random.key(0))
+    assert jnp.abs(dropping - attend(q, k, v, kernel="plain")).max() > 0.1
+
+
 def test_who_may_not_attend_gets_zeros_and_no_nan():
     q, k, v, _ = attention_inputs(3, 3, dtype=jnp.float32)
     nobody = jnp.zeros((2, 3), int), jnp.ones((2, 3), int)
@@ -223,7 +256,9 @@ def test_cross_entropy_in_chunks_is_cross_entropy(smoothing):
             x, matrix
         )
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
-    np.testing.assert_allclose([sums.correct, sums.weight], [correct, weights.sum()], rtol=1e-6)
+    np.testing.assert_allclose(
+        [sums.metrics["accuracy"], sums.weight], [correct, weights.sum()], rtol=1e-6
+    )
     trees_close(grads, expected_grads, rtol=1e-5, atol=1e-6)
 
 
@@ -338,13 +373,13 @@ def loss_and_gradient(config, tokens):
 def test_online_gradients_are_those_of_the_forward_pass(family):
     config = dataclasses.replace(FAMILIES[family], dropout=0.1)
     tokens = tokens_of(config)
-    (loss, online), (expected, stored) = (
+    (loss, online), (expected, direct) = (
         loss_and_gradient(dataclasses.replace(config, method=method), tokens)
-        for method in ("bdia", "bdia-stored")
+        for method in ("bdia", "bdia-direct")
     )
     assert loss == expected
-    difference = optax.tree.norm(jax.tree.map(jnp.subtract, online, stored))
-    assert difference < 1e-5 * min(optax.tree.norm(online), optax.tree.norm(stored))
+    difference = optax.tree.norm(jax.tree.map(jnp.subtract, online, direct))
+    assert difference < 1e-5 * min(optax.tree.norm(online), optax.tree.norm(direct))
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])
@@ -394,7 +429,7 @@ def test_fused_attention_is_chosen_where_it_can_be_had(monkeypatch):
     model.eval()
     model(tokens_of(config))
     assert not asked, "there is none"
-    monkeypatch.setattr(decoder, "has_fused_attention", lambda: True)
+    monkeypatch.setattr(kernels, "has_fused_attention", lambda: True)
     model(tokens_of(config))
     assert set(asked) == {"cudnn"}
     asked.clear()
@@ -402,13 +437,19 @@ def test_fused_attention_is_chosen_where_it_can_be_had(monkeypatch):
     model.train()
     model(tokens_of(config), key=jax.random.key(0))
     assert not asked, "neither for odd lengths, nor with dropout"
-    for other in ({"dtype": "float32"}, {"head_dim": 6}, {"head_dim": 136}):
-        assert not decoder.fusible(dataclasses.replace(config, **other))
+    assert kernels.fusible(jnp.float16, 128)
+    for dtype, head_dim in ((jnp.float32, 8), (jnp.bfloat16, 6), (jnp.bfloat16, 136)):
+        assert not kernels.fusible(dtype, head_dim)
 
 
 @pytest.mark.parametrize(
     ("family", "attention", "chunk"),
-    [*((family, "chunked", None) for family in FAMILIES), ("gpt2", "xla", 5), ("qwen3", "xla", 8)],
+    [
+        *((family, "chunked", None) for family in FAMILIES),
+        ("gpt2", "xla", 5),
+        ("qwen3", "xla", 8),
+        ("llama", "plain", None),
+    ],
 )
 def test_every_family_is_reversible_in_bfloat16(family, attention, chunk):
     dropout = 0.1 if attention == "chunked" else 0.0
@@ -424,7 +465,7 @@ def test_every_family_is_reversible_in_bfloat16(family, attention, chunk):
     )
     model = Decoder(config, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (4, 24, 64), jnp.bfloat16)
-    angles = model._angles(jnp.broadcast_to(jnp.arange(24), (4, 24)))
+    angles = model.angles(jnp.broadcast_to(jnp.arange(24), (4, 24)))
     segments = jnp.repeat(jnp.arange(4), 6)[None].repeat(4, 0)
     report = model.blocks.check_reversible(x, angles, segments, key=jax.random.key(1))
     assert (report.compared, report.mismatched) == (6 * 4 * 24 * 64, 0)
@@ -458,10 +499,16 @@ def test_the_network_refuses():
         ({"kv_heads": 3}, "kv_heads must divide heads = 4"),
         ({"positions": "rotary", "head_dim": 5}, "head_dim must be even; got 5"),
         ({"norm": "batch"}, "norm must be one of layer, rms; got 'batch'"),
-        ({"attention": "xla", "dropout": 0.1}, 'needs attention="chunked"'),
+        (
+            {"attention": "xla", "dropout": 0.1},
+            "dropout = 0.1, attention must be one of auto, chunked, plain; got 'xla'",
+        ),
         ({"depth": 0}, "depth must be an int >= 1; got 0"),
         ({"ffn_chunk": 0}, "ffn_chunk must be an int >= 1; got 0"),
-        ({"attention": "flash"}, "attention must be one of auto, chunked, xla, cudnn; got 'flash'"),
+        (
+            {"attention": "flash"},
+            "attention must be one of auto, .*, plain; got 'flash'",
+        ),
         ({"method": "magic"}, "method must be one of"),
     ]:
         with pytest.raises(ValueError, match=message):

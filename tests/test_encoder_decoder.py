@@ -51,10 +51,7 @@ def mean_loss(model, batch, **options):
 @pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("separate", [False, True])
 def test_online_gradients_are_those_of_the_forward_pass(separate):
-    """Of all parameters, the encoder's included, in float64; one embedding, or two and a head.
-
-    With two of them, the decoder and half of the encoder keep their residuals.
-    """
+    """Of all parameters, the encoder's included, in float64; one embedding, or two and a head."""
     with jax.enable_x64(True):
         config = dataclasses.replace(
             SMALL,
@@ -63,8 +60,8 @@ def test_online_gradients_are_those_of_the_forward_pass(separate):
             **(SEPARATE if separate else {}),
         )
         batch, grads = packed(), {}
-        for method in ("bdia", "bdia-stored"):
-            settings = dataclasses.replace(config, method=method, stored_blocks=4 * separate)
+        for method in ("bdia", "bdia-direct"):
+            settings = dataclasses.replace(config, method=method)
             model = EncoderDecoder(settings, rngs=nnx.Rngs(0))
             graph, params, rest = nnx.split(model, nnx.Param, ...)
 
@@ -75,10 +72,10 @@ def test_online_gradients_are_those_of_the_forward_pass(separate):
                 return mean_loss(model, batch, key=jax.random.key(1))
 
             grads[method] = loss(params)
-    (value, online), (expected_value, stored) = grads["bdia"], grads["bdia-stored"]
+    (value, online), (expected_value, direct) = grads["bdia"], grads["bdia-direct"]
     assert value == expected_value
     for (path, d), (_, expected) in zip(
-        nnx.to_flat_state(online), nnx.to_flat_state(stored), strict=True
+        nnx.to_flat_state(online), nnx.to_flat_state(direct), strict=True
     ):
         # Softmax does not see a shift of all keys: that gradient is nothing but rounding.
         scale = 1.0 if path[-2:] == ("k", "bias") else np.abs(expected[...]).max()
@@ -206,7 +203,6 @@ def test_the_network_refuses():
         ({"encoder_depth": 0}, "encoder_depth must be"),
         ({"width": 15, "heads": 3}, "even width"),
         ({"heads": 3}, "heads must divide"),
-        ({"stored_blocks": 6}, r"stored_blocks must lie in \[0, 5\]"),
         ({"dtype": "float64"}, "jax_enable_x64"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -11,7 +11,8 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bdia_jax.nn import Dropout, Probe, ReversibleStack, ViT, ViTConfig
+from bdia_jax import BDIA, BackwardReport, Checkpoint, Direct, Euler
+from bdia_jax.nn import Dropout, Probe, ReversibleSettings, ReversibleStack, ViT, ViTConfig
 from bdia_jax.nn.blocks import LayerNorm, RMSNorm
 from bdia_jax.nn.dropout import keep_mask
 from bdia_jax.nn.vit import patches, shifted
@@ -66,17 +67,18 @@ def assert_close(a, b, tolerance):
 X = jax.random.normal(jax.random.key(5), (4, 6))
 
 
-def test_online_and_stored_stacks_agree_and_dropout_follows_the_key():
+def test_online_and_direct_stacks_agree_and_dropout_follows_the_key():
     outputs = {}
-    for method in ("bdia", "bdia-stored"):
-        stack = ReversibleStack(Block, 4, method=method, rngs=nnx.Rngs(0))
+    for method in ("bdia", "bdia-direct"):
+        settings = ReversibleSettings(method=method)
+        stack = ReversibleStack(Block, **settings.of_stack(4), rngs=nnx.Rngs(0))
         outputs[method] = gradients(stack, X)
         again, other = gradients(stack, X), gradients(stack, X, key=jax.random.key(1))
         np.testing.assert_array_equal(outputs[method][0], again[0])
         assert not np.array_equal(outputs[method][0], other[0])
-    (y, grads, probes), (y_stored, grads_stored, _) = outputs.values()
-    np.testing.assert_array_equal(y, y_stored)
-    assert_close(grads, grads_stored, 1e-5)
+    (y, grads, probes), (y_direct, grads_direct, _) = outputs.values()
+    np.testing.assert_array_equal(y, y_direct)
+    assert_close(grads, grads_direct, 1e-5)
     assert all(not leaf.any() for leaf in jax.tree.leaves(probes))
 
 
@@ -99,7 +101,7 @@ def test_norms_keep_their_argument_only(ours, theirs):
 
 def test_dropout_masks_differ_between_blocks():
     stack = ReversibleStack(
-        lambda rngs: Block(rngs, rate=0.5), 2, method="standard", rngs=nnx.Rngs(0)
+        lambda rngs: Block(rngs, rate=0.5), 2, step=Euler(), adjoint=Direct(), rngs=nnx.Rngs(0)
     )
     block, (params, rest) = stack.functional()
     first = jax.tree.map(lambda p: p[0], (params, rest))
@@ -117,11 +119,11 @@ def test_a_whole_residual_block_gives_the_same_network():
 
 def test_constants_reach_every_block_and_get_a_gradient():
     stack = ReversibleStack(Block, 3, rngs=nnx.Rngs(0))
-    stored = ReversibleStack(Block, 3, method="bdia-stored", rngs=nnx.Rngs(0))
+    direct = ReversibleStack(Block, 3, adjoint=Direct(), rngs=nnx.Rngs(0))
     shift = jnp.linspace(-1, 1, 6)
     grads = [
         jax.grad(lambda shift, stack=stack: jnp.sum(stack(X, shift, key=KEY)))(shift)
-        for stack in (stack, stored)
+        for stack in (stack, direct)
     ]
     assert jnp.abs(grads[0]).min() > 0
     assert_close(*grads, 1e-5)
@@ -137,7 +139,7 @@ def test_evaluation_is_the_standard_network():
         x = x + module(x)
     # On the grid: half a grid step per block, which later blocks may amplify a little.
     np.testing.assert_allclose(stack(X), x, atol=5 * 2.0**-9)
-    stack.frac_bits = None
+    stack.step = BDIA(frac_bits=None)
     np.testing.assert_allclose(stack(X), x, rtol=1e-5, atol=1e-6)
 
 
@@ -147,7 +149,7 @@ def test_all_methods_share_parameters_and_reverse_exactly(dtype):
     trained = ViT(dataclasses.replace(SMALL, dtype=dtype), rngs=nnx.Rngs(0))
     state = nnx.state(trained, nnx.Param)
     outputs, logits = {}, {}
-    pairs = [("bdia", "bdia-stored"), ("standard", "standard-checkpoint")]
+    pairs = [("bdia", "bdia-direct"), ("standard", "standard-checkpoint")]
     if dtype == "bfloat16":
         pairs.pop()
     for method in itertools.chain(*pairs):
@@ -208,26 +210,28 @@ def test_local_attention_does_not_attend_to_itself():
     np.testing.assert_array_equal(reached, ~np.eye(5, dtype=bool))
 
 
-class Normalized(nnx.Module):
-    def __init__(self, rngs):
-        self.norm = nnx.BatchNorm(6, rngs=rngs)
-
-    def __call__(self, x):
-        return self.norm(x)
+def stack_of(**options):
+    return ReversibleStack(Block, 2, rngs=nnx.Rngs(0), **options)
 
 
 @pytest.mark.parametrize(
     ("build", "message"),
     [
         (lambda: ReversibleStack(Block, 0, rngs=nnx.Rngs(0)), "depth.*>= 1; got 0"),
-        (lambda: ReversibleStack(Block, 2, method="bda", rngs=nnx.Rngs(0)), "one of bdia.*'bda'"),
-        (lambda: ReversibleStack(Normalized, 2, rngs=nnx.Rngs(0)), "batch statistics.*norm"),
-        (lambda: ReversibleStack(Block, 2, rngs=nnx.Rngs(0))(X), "key=key.*got key=None"),
+        (lambda: ReversibleSettings(method="bda"), "method must be one of bdia.*got 'bda'"),
+        (lambda: ReversibleSettings(signs="odd"), "signs must be one of block.*got 'odd'"),
+        (lambda: ReversibleSettings(gamma=0.3), "gamma.*0.3"),
+        (lambda: ReversibleSettings(frac_bits=None), "frac_bits"),
+        (lambda: ReversibleSettings(tolerance_bits=-1), "tolerance_bits.*-1"),
+        (lambda: stack_of(step=Euler()), "Euler.*has no inverse"),
+        (lambda: stack_of(adjoint=Checkpoint(probe=BackwardReport.zeros(2))), "stack has a probe"),
+        (lambda: stack_of(parts=("attend",)), r"methods of Block; got \('attend',\)"),
+        (lambda: stack_of(parts=()), r"methods of Block; got \(\)"),
         (lambda: ViTConfig(patch_size=5), "divide image_size = 32; got 5"),
         (lambda: ViTConfig(width=0), "width must be an int >= 1; got 0"),
         (lambda: ViTConfig(dropout=1.0), r"\[0, 1\); got 1.0"),
         (lambda: ViTConfig(dtype="float8"), "float32, bfloat16, float16, float64; got 'float8'"),
-        (lambda: ViTConfig(pool="max"), "cls.*mean.*got 'max'"),
+        (lambda: ViTConfig(pool="max"), "pool must be one of cls, mean; got 'max'"),
         (lambda: ViT(SMALL, rngs=nnx.Rngs(0))(jnp.zeros((2, 9, 8, 1)), key=KEY), r"8, 8, 1.*9"),
     ],
 )
@@ -261,7 +265,7 @@ def test_dropout_by_key_and_without_randomness():
     first = dropout(x, rngs=jax.random.key(1))
     assert first.dtype == jnp.bfloat16
     np.testing.assert_array_equal(first, dropout(x, rngs=jax.random.key(1)))
-    with pytest.raises(ValueError, match="rngs"):
+    with pytest.raises(ValueError, match=r"draws random numbers.*got key=None"):
         dropout(x)
     with pytest.raises(ValueError, match=r"\[0, 1\)"):
         keep_mask(jax.random.key(0), 1.0, x)

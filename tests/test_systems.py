@@ -12,7 +12,16 @@ import pytest
 from flax import nnx
 from test_nn import assert_close, gradients
 
-from bdia_jax import check_reversible, coupling, reversible_scan
+from bdia_jax import (
+    BDIA,
+    Checkpoint,
+    Direct,
+    Midpoint,
+    Online,
+    check_reversible,
+    coupling,
+    reversible_scan,
+)
 from bdia_jax.nn import (
     CoupledStack,
     LinearAttention,
@@ -64,17 +73,17 @@ def test_coupled_gradients_are_those_of_plain_differentiation_in_float64():
     with jax.enable_x64(True):
         params, state = streams(jnp.float64)
 
-        def loss(params, state, backprop):
+        def loss(params, state, adjoint):
             y1, y2 = coupling.coupled_scan(
-                half("f"), half("g"), params, state, key=KEY, backprop=backprop
+                half("f"), half("g"), params, state, key=KEY, adjoint=adjoint
             )
             return jnp.sum(jnp.sin(y1) + y2**2)
 
-        online, stored = (
-            jax.grad(loss, argnums=(0, 1))(params, state, backprop)
-            for backprop in ("online", "stored")
+        online, direct = (
+            jax.grad(loss, argnums=(0, 1))(params, state, adjoint)
+            for adjoint in (Online(), Direct())
         )
-        assert relative(online, stored) < 1e-12
+        assert relative(online, direct) < 1e-12
 
 
 def test_coupled_streams_are_taken_back_with_errors_that_grow():
@@ -86,10 +95,10 @@ def test_coupled_streams_are_taken_back_with_errors_that_grow():
 
 
 def test_coupled_vit():
-    """Online and stored agree, as far as a float inverse does; the streams are the equations'."""
+    """Online and direct agree, as far as a float inverse does; the streams are the equations'."""
     images = jax.random.normal(KEY, (2, 8, 8, 1))
     found = {}
-    for method in ("coupled", "coupled-stored"):
+    for method in ("coupled", "coupled-direct"):
         model = ViT(dataclasses.replace(VIT, method=method), rngs=nnx.Rngs(0))
         y, grads, _ = gradients(model, images)
         assert y.shape == (2, 10)
@@ -116,10 +125,12 @@ def test_coupled_vit():
 
 def test_bad_streams():
     params, state = streams(jnp.float32)
-    with pytest.raises(ValueError, match='"online" or "stored"; got \'offline\''):
-        coupling.coupled_scan(half("f"), half("g"), params, state, key=KEY, backprop="offline")
-    with pytest.raises(ValueError, match="coupled, coupled-stored; got 'bdia'"):
-        CoupledStack(lambda rngs: nnx.Linear(3, 3, rngs=rngs), 2, method="bdia", rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match=r"Online\(\) or Direct\(\); got 'offline'"):
+        coupling.coupled_scan(half("f"), half("g"), params, state, key=KEY, adjoint="offline")
+    with pytest.raises(ValueError, match=r"Online\(\) or Direct\(\); got Checkpoint"):
+        CoupledStack(
+            lambda rngs: nnx.Linear(3, 3, rngs=rngs), 2, adjoint=Checkpoint(), rngs=nnx.Rngs(0)
+        )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -132,8 +143,8 @@ def tanh_block(w, x, key):
     return 0.1 * jnp.tanh(x @ w)
 
 
-@pytest.mark.parametrize("backprop", ["online", "stored"])
-def test_midpoint_is_its_equation_on_the_grid(backprop):
+@pytest.mark.parametrize("adjoint", [Online(), Checkpoint(), Direct()])
+def test_midpoint_is_its_equation_on_the_grid(adjoint):
     """x_{k+1} = x_{k-1} + Q[2 h(x_k)]: a sum of multiples of the grid's spacing, thus exact."""
     w = jax.random.normal(KEY, (5, 4, 4))
     x = jax.random.normal(jax.random.key(1), (3, 4))
@@ -144,27 +155,26 @@ def test_midpoint_is_its_equation_on_the_grid(backprop):
     before, now = quantize(x), quantize(quantize(x) + tanh_block(w[0], quantize(x), None))
     for k in range(1, 5):
         before, now = now, before + quantize(2 * tanh_block(w[k], now, None))
-    options = {"gamma": 1.0, "signs": "positive", "backprop": backprop}
-    np.testing.assert_array_equal(reversible_scan(tanh_block, w, x, **options), now)
+    found = reversible_scan(tanh_block, w, x, step=Midpoint(), adjoint=adjoint)
+    np.testing.assert_array_equal(found, now)
 
 
 def test_midpoint_is_reversible_without_a_key_or_side_bits():
     w = jax.random.normal(KEY, (5, 4, 4))
     x = jax.random.normal(jax.random.key(1), (3, 4), jnp.bfloat16)
     found = check_reversible(
-        lambda w, x, key: tanh_block(w.astype(x.dtype), x, key), w, x, gamma=1.0, signs="positive"
+        lambda w, x, key: tanh_block(w.astype(x.dtype), x, key), w, x, step=Midpoint()
     )
     assert found.exact
-    with pytest.raises(ValueError, match='"random" or "positive"; got \'negative\''):
-        reversible_scan(tanh_block, w, x, gamma=1.0, signs="negative")
+    assert Midpoint().bits == 0
     with pytest.raises(ValueError, match="needs a PRNG key"):
-        reversible_scan(tanh_block, w, x, gamma=1.0)
+        reversible_scan(tanh_block, w, x, step=BDIA(gamma=1.0))
 
 
 def test_midpoint_vit_is_the_same_network_in_evaluation():
     images = jax.random.normal(KEY, (2, 8, 8, 1))
     found = {}
-    for method in ("midpoint", "midpoint-stored"):
+    for method in ("midpoint", "midpoint-direct"):
         model = ViT(dataclasses.replace(VIT, method=method, dropout=0.0), rngs=nnx.Rngs(0))
         y, grads, probes = gradients(model, images)
         assert all(not leaf.any() for leaf in jax.tree.leaves(probes))
@@ -199,7 +209,7 @@ def test_linear_vit_is_reversible_and_all_of_it_is_trained():
     _, grads, probes = gradients(model, jax.random.normal(KEY, (2, 8, 8, 1)))
     assert all(not leaf.any() for leaf in jax.tree.leaves(probes))
     assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(grads))
-    with pytest.raises(ValueError, match="local, full or linear; got 'line'"):
+    with pytest.raises(ValueError, match="one of local, full, linear; got 'line'"):
         dataclasses.replace(VIT, attention="line")
 
 
@@ -212,12 +222,12 @@ def test_linear_vit_is_reversible_and_all_of_it_is_trained():
 def test_resnet_trains_alike_by_every_method():
     images = jax.random.normal(KEY, (3, 8, 8, 1))
     found = {}
-    for method in ("bdia", "bdia-stored", "standard", "standard-checkpoint"):
+    for method in ("bdia", "bdia-direct", "standard", "standard-checkpoint"):
         model = ResNet(dataclasses.replace(RESNET, method=method), rngs=nnx.Rngs(0))
         found[method] = gradients(model, images)
         model.eval()
         assert nnx.eval_shape(lambda m: m(images), model).shape == (3, 10)
-    for a, b in (("bdia", "bdia-stored"), ("standard", "standard-checkpoint")):
+    for a, b in (("bdia", "bdia-direct"), ("standard", "standard-checkpoint")):
         assert_close(found[a][:2], found[b][:2], 1e-4)
     y, grads, probes = found["bdia"]
     assert not np.allclose(y, found["standard"][0], atol=1e-3)

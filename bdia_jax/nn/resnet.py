@@ -93,7 +93,7 @@ class ResNet(nnx.Module):
         x = self.stem(images).astype(DTYPES[c.dtype])
         for i, stage in enumerate(self.stages):
             if i:
-                x = nnx.remat(Downsample.__call__)(self.downs[i - 1], x)
+                x = jax.checkpoint(self.downs[i - 1].__call__)(x)
             x = stage(x, key=None if key is None else jax.random.fold_in(key, i))
         x = jax.nn.relu(self.norm(x.astype(jnp.float32)))
         return self.head(x.mean(axis=(1, 2)))
