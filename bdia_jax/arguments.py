@@ -191,11 +191,9 @@ def check_combination(step: Step, adjoint: Adjoint) -> None:
                 "Online() takes back steps on the grid: give frac_bits, or use Checkpoint() or "
                 f"Direct(); got {step}"
             )
-    rounded = isinstance(adjoint, Checkpoint) and adjoint.bits is not None
-    if rounded and (step.gamma or step.frac_bits is not None):
-        raise ValueError(
-            f"Checkpoint(bits={adjoint.bits}) is for Euler() without a grid; got {step}"
-        )
+    bits = adjoint.bits if isinstance(adjoint, Checkpoint) else None
+    if bits is not None and (step.gamma or step.frac_bits is not None):
+        raise ValueError(f"Checkpoint(bits={bits}) is for Euler() without a grid; got {step}")
 
 
 def _close(function: Block, i: int, params, x, keys, consts) -> tuple[Part, list[Array]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -106,7 +106,7 @@ def make_feed_forward(c: DecoderConfig, rngs: nnx.Rngs) -> FeedForward:
 
 
 def feed_forward(
-    block: nnx.Module, x: Float[Array, "batch length width"]
+    block: Any, x: Float[Array, "batch length width"]
 ) -> Float[Array, "batch length width"]:
     """``ffn(norm(x))`` of a block; a chunk of positions at a time, if it says so."""
     return by_chunks(lambda x: block.ffn(block.ffn_norm(x)), x, block.ffn_chunk)

@@ -100,7 +100,7 @@ class Decoder(nnx.Module):
         """Room for the keys and values of ``slots`` positions, of all blocks."""
         c = self.config
         shape = (c.depth, batch, slots, c.num_kv_heads, c.size_of_head)
-        return tuple(jnp.zeros(shape, DTYPES[c.dtype]) for _ in range(2))
+        return jnp.zeros(shape, DTYPES[c.dtype]), jnp.zeros(shape, DTYPES[c.dtype])
 
     def extend(
         self,

@@ -168,7 +168,7 @@ class EncoderDecoder(nnx.Module):
         """Room for the keys and values of ``slots`` positions, of all blocks."""
         c = self.config
         shape = (c.decoder_depth, batch, slots, c.heads, c.width // c.heads)
-        return tuple(jnp.zeros(shape, DTYPES[c.dtype]) for _ in range(2))
+        return jnp.zeros(shape, DTYPES[c.dtype]), jnp.zeros(shape, DTYPES[c.dtype])
 
     def extend(self, tokens, positions, cache, start, present, context):
         """As :meth:`bdia_jax.nn.Decoder.extend`, with the sources' :meth:`context`."""
@@ -200,14 +200,15 @@ class EncoderDecoder(nnx.Module):
             )
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-        of_source_too = of_source or self.embedding is None
-        embedding = self.source_embedding if of_source_too else self.embedding
+        embedding = self.source_embedding
+        if not of_source and self.embedding is not None:
+            embedding = self.embedding
         # The output matrix wants small entries, the stream large ones.
         x = lookup(embedding[...], tokens) * math.sqrt(c.width)
-        if c.positions == "sinusoidal":
+        table = self.source_positions if of_source else self.positions
+        if table is None:
             x += sinusoids(positions, c.width)
         else:
-            table = self.source_positions if of_source else self.positions
             x += lookup(table[...], positions) * math.sqrt(c.width)
         dropout_key, key = (None, None) if key is None else jax.random.split(key)
         return self.dropout(x.astype(DTYPES[c.dtype]), rngs=dropout_key), key

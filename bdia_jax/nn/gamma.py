@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 from bdia_jax import gamma
 from bdia_jax.adjoints import Adjoint, Direct
 from bdia_jax.arguments import check_combination
+from bdia_jax.nn.settings import ReversibleSettings
 from bdia_jax.nn.stack import ReversibleStack
 from bdia_jax.steps import BDIA, Step
 
@@ -30,9 +31,9 @@ def set_step(model: nnx.Module, step: Step, adjoint: Adjoint | None = None) -> N
         check_combination(step, adjoint or stack.adjoint)
         stack.step, stack.adjoint = step, adjoint or stack.adjoint
     config = getattr(model, "config", None)
-    if isinstance(step, BDIA) and dataclasses.is_dataclass(config):
+    if isinstance(step, BDIA) and isinstance(config, ReversibleSettings):
         values = {name: getattr(step, name) for name in ("gamma", "signs", "frac_bits")}
-        model.config = dataclasses.replace(config, **values)
+        setattr(model, "config", dataclasses.replace(config, **values))  # noqa: B010
 
 
 def choose_gamma(

@@ -59,13 +59,13 @@ def generate(
     if temperature > 0 and key is None:
         raise ValueError(f"temperature={temperature} draws tokens, which needs a key; got None")
     tokens, present = _left_padded(model, prompts, new_tokens)
-    sources = _right_padded(model, sources, len(prompts))
+    padded = _right_padded(model, sources, len(prompts))
     draw = _Draw(float(temperature), top_k, float(top_p))
     found = _generate(
         *nnx.split(model),
         tokens,
         present,
-        sources,
+        padded,
         jax.random.key(0) if key is None else key,
         new_tokens=new_tokens,
         draw=draw,
@@ -103,12 +103,12 @@ def beam_search(
             f"beams must lie in [1, vocab_size / 2 = {model.config.vocab_size // 2}]; got {beams}"
         )
     tokens, present = _left_padded(model, prompts, new_tokens)
-    sources = _right_padded(model, sources, len(prompts))
+    padded = _right_padded(model, sources, len(prompts))
     found, score = _beam_search(
         *nnx.split(model),
         tokens,
         present,
-        sources,
+        padded,
         new_tokens=new_tokens,
         beams=beams,
         length_penalty=float(length_penalty),
@@ -146,7 +146,9 @@ class _Draw(NamedTuple):
         return jax.random.categorical(key, logits)
 
 
-def _left_padded(model: Decoder, prompts, new_tokens) -> tuple[np.ndarray, np.ndarray]:
+def _left_padded(
+    model: Decoder | EncoderDecoder, prompts, new_tokens
+) -> tuple[np.ndarray, np.ndarray]:
     """Prompts that end in the same column; and 1 where there is a token."""
     if not len(prompts):
         raise ValueError("prompts must hold at least one prompt; got none")
@@ -286,7 +288,7 @@ def _beam_search(graph, state, tokens, present, sources, *, new_tokens, beams, l
     batch, length = tokens.shape
     texts, logits, cache = _start(model, tokens, present, sources, new_tokens)
     lengths, texts = jnp.repeat(present.sum(axis=1), beams), texts.repeated(beams)
-    logits = jnp.repeat(logits, beams, axis=0)
+    logits = jnp.repeat(jnp.asarray(logits), beams, axis=0)
     cache = jax.tree.map(lambda c: jnp.repeat(c, beams, axis=1), cache)
     vocabulary = logits.shape[-1]
 

@@ -64,11 +64,11 @@ class NoKey(nnx.RngKey):
 def _seeded(streams: nnx.State, key: Key[Array, ""] | None) -> nnx.State:
     """The random streams, started afresh. Without a key they cannot be drawn from."""
 
-    def seeded(i: int, leaf: nnx.RngState) -> nnx.RngState:
+    def seeded(i: int, leaf: nnx.Variable) -> nnx.Variable:
         if not isinstance(leaf, nnx.RngKey):
             return leaf.replace(jnp.uint32(0))
         if key is None:
-            return NoKey(None, tag=leaf.tag)
+            return NoKey(None, tag=leaf.tag)  # pyright: ignore[reportArgumentType]
         return leaf.replace(jax.random.fold_in(key, i))
 
     flat = nnx.to_flat_state(streams)

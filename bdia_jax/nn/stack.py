@@ -297,8 +297,8 @@ class CoupledStack(StackedBlocks):
             *self.functional(), self._start(x), key=key
         )
 
-    def _start(self, x):
-        return (x.astype(jnp.float32),) * 2
+    def _start(self, x) -> coupling.Pair:
+        return x.astype(jnp.float32), x.astype(jnp.float32)
 
 
 def is_stacked(path: tuple) -> bool:

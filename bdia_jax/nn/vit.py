@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
+from bdia_jax.adjoints import Direct, Online
 from bdia_jax.nn.attention import LinearAttention, SelfAttention
 from bdia_jax.nn.blocks import TransformerBlock
 from bdia_jax.nn.configs import ViTConfig
@@ -35,7 +36,11 @@ class ViT(nnx.Module):
 
         if c.coupled:
             self.blocks = CoupledStack(
-                make_block, c.depth, adjoint=c.adjoint(), dtype=dtype, rngs=rngs
+                make_block,
+                c.depth,
+                adjoint=Online() if c.adjoint() == Online() else Direct(),
+                dtype=dtype,
+                rngs=rngs,
             )
         else:
             self.blocks = ReversibleStack(
@@ -95,11 +100,11 @@ class PatchEmbedding(nnx.Module):
         c = self.config
         if c.shifted_patches:
             images = shifted(images)
-            x = self.norm(patches(images, c.patch_size))
-        else:
-            x = patches(images, c.patch_size)
+        x = patches(images, c.patch_size)
+        if self.norm is not None:
+            x = self.norm(x)
         x = self.project(x)
-        if c.pool == "cls":
+        if self.token is not None:
             token = jnp.broadcast_to(self.token[...], (len(x), 1, c.width))
             x = jnp.concatenate([token, x], axis=1)
         return self.dropout(x + self.positions[...][None], rngs=key)

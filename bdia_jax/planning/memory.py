@@ -26,7 +26,8 @@ class Memory(NamedTuple):
 
 def compiled_memory(compiled: jax.stages.Compiled) -> Memory:
     """What the compiler says of a computation; ``jax.jit(f).lower(...).compile()`` gives one."""
-    found = compiled.memory_analysis()
+    if (found := compiled.memory_analysis()) is None:
+        raise NotImplementedError("the compiler does not say what memory a program needs")
     return Memory(
         found.argument_size_in_bytes,
         found.output_size_in_bytes - found.alias_size_in_bytes,

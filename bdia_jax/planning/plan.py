@@ -21,7 +21,7 @@ import pathlib
 import re
 import sys
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ from bdia_jax.planning.ways import WAYS, check_ways
 from bdia_jax.steps import Signs
 from bdia_jax.train import LanguageModelling, TrainSettings, step_memory
 from bdia_jax.train.figures import COLOURS, figure
+from bdia_jax.train.optimizers import Optimizer
 
 EXAMPLES = {
     "gpt2": DecoderConfig(vocab_size=50257, max_length=1024, width=768, depth=12, heads=12),
@@ -112,7 +113,7 @@ def plan(
     length: int,
     *,
     lora: int = 0,
-    optimizer: str = "adamw",
+    optimizer: Optimizer = "adamw",
     mesh: str | None = None,
     ways: Iterable[str] | None = None,
     here: bool = True,
@@ -142,10 +143,11 @@ def plan(
             f"length must lie in [1, {config.max_length}], the model's max_length, and batch be at "
             f"least 1; got {length} and {batch}"
         )
-    text = TextData("nothing", *(np.zeros(length + 2, np.int32),) * 2, config.vocab_size)
+    nothing = np.zeros(length + 2, np.int32)
+    text = TextData("nothing", nothing, nothing, config.vocab_size)
     task = LanguageModelling(text, length)
     settings = TrainSettings(batch_size=batch, optimizer=optimizer, mesh=mesh)
-    compiler = {"devices": None if device is None else targets.devices(device)}
+    compiler: dict[str, Any] = {"devices": None if device is None else targets.devices(device)}
     if device is None and not here and jax.default_backend() == "cpu":
         compiler["compiler_options"] = LIKE_AN_ACCELERATOR
     fused = (

@@ -108,7 +108,7 @@ def _gpus(gpu: Gpu, count: int) -> Sequence[jax.Device]:
       dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
       device_description_str: "{gpu.name}"
     """
-    if not any(map(os.path.exists, DRIVERS)) and not jax.config.jax_platforms:
+    if not any(map(os.path.exists, DRIVERS)) and not jax.config.read("jax_platforms"):
         # Where there is no driver, JAX leaves its CUDA packages aside, unless no GPU is asked for.
         jax.config.update("jax_platforms", "cpu")
     try:
@@ -124,7 +124,7 @@ def _gpus(gpu: Gpu, count: int) -> Sequence[jax.Device]:
 
 def _tpus(name: str) -> Sequence[jax.Device]:
     try:
-        import libtpu  # noqa: F401
+        import libtpu  # noqa: F401  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(
             f"{name!r} is none of the GPUs {', '.join(GPUS)}; and to compile for a TPU needs "

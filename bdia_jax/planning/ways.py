@@ -15,6 +15,7 @@ from flax import nnx
 
 from bdia_jax.adjoints import Adjoint, Checkpoint
 from bdia_jax.nn import ReversibleSettings, ReversibleStack
+from bdia_jax.nn.settings import Method
 from bdia_jax.steps import Step
 from bdia_jax.train.settings import TrainSettings
 
@@ -28,7 +29,7 @@ FFN_CHUNK = 128
 class Way:
     """How to train a network."""
 
-    method: str
+    method: Method
     """A name that configurations have."""
     settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """More fields of a configuration; what is not given here stays as it is there."""

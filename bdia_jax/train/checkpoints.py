@@ -23,6 +23,7 @@ from jaxtyping import Array, PyTree, UInt32
 from orbax.checkpoint import checkpoint_managers
 
 from bdia_jax.states import checksum
+from bdia_jax.train.step import State
 
 log = logging.getLogger("bdia_jax")
 
@@ -115,7 +116,7 @@ class Checkpoints:
         return best if best is not None and self.manager.metrics(best) else None
 
     def save(
-        self, step: int, state: PyTree[jax.Array], about: dict[str, Any], metrics: dict[str, float]
+        self, step: int, state: State, about: dict[str, Any], metrics: dict[str, float]
     ) -> None:
         """Starts to save; an error of the save before this one is raised here.
 
@@ -168,7 +169,7 @@ class Checkpoints:
         except Exception as error:
             log.warning("%s", error)
 
-    def restore(self, abstract: PyTree) -> tuple[int, PyTree[jax.Array], dict[str, Any]] | None:
+    def restore(self, abstract: State) -> tuple[int, State, dict[str, Any]] | None:
         """The newest checkpoint that can be read: step, state, what was said about it.
 
         One that can't is moved out of the way, into ``<folder>-unreadable``, with a warning.
@@ -200,7 +201,7 @@ class Checkpoints:
             self._put_aside(failed)
         return step, state, about
 
-    def _read(self, step: int, abstract: PyTree) -> tuple[PyTree[jax.Array], dict[str, Any]]:
+    def _read(self, step: int, abstract: State) -> tuple[State, dict[str, Any]]:
         about = self._about(step)
         self._check_arrays(step, about, abstract)
         restore = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))

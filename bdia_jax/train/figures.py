@@ -27,7 +27,7 @@ def figure(path: pathlib.Path, columns: int = 1) -> Iterator[list[Any]]:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    looks = {
+    looks: dict[Any, Any] = {
         "font.size": 13,
         "legend.fontsize": 11,
         "lines.linewidth": 2,

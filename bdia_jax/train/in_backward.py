@@ -12,6 +12,7 @@ parameters from the slots alone; whatever else differentiates them is an error.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -44,7 +45,7 @@ def depths(model: nnx.Module) -> dict[Path, int]:
     Raises:
       ValueError: if there is none.
     """
-    found = {
+    found: dict[Any, int] = {
         (*path, "stacked"): module.depth
         for path, module in nnx.iter_modules(model)
         if isinstance(module, ReversibleStack)
@@ -170,7 +171,7 @@ def install(
             params, moments = step(params, grads, moments)
         return params, (moments, squares.astype(jnp.float32))
 
-    stack = dict(nnx.iter_modules(model))[path[:-1]]
+    stack: Any = dict(nnx.iter_modules(model))[path[:-1]]
     stack.updates(Update(function, slot.params, (slot.moments, slot.squares)))
 
 
@@ -227,7 +228,7 @@ def without(tree: Any, paths: dict[Path, Any]) -> Any:
     return jax.tree.map(cut, tree, is_leaf=_is_state)
 
 
-def joined(tree: Any, parts: dict[Path, nnx.State | list[nnx.State]]) -> Any:
+def joined(tree: Any, parts: Mapping[Path, nnx.State | list[nnx.State]]) -> Any:
     """The inverse of :func:`without`; ``parts`` has a state per node that is as the parameters."""
     items, structure = jax.tree.flatten(tree, is_leaf=_is_state)
     lists = {path: iter(p if isinstance(p, list) else [p]) for path, p in parts.items()}

@@ -152,6 +152,7 @@ def train(
                 writer.close()
             if run is not None:
                 give_back(model, run.state.params)
+    assert run is not None
     stop.leave(run.step)
     return Result(
         run.step, run.history, run.best(), best_step, run.seconds_per_step(), run.seconds()
@@ -276,7 +277,8 @@ class Run:
         log.info("%s", reversibility(report))
         if self.step == 1 and self._network_loss is not None:
             loss, without = float(report.sums.means()["loss"]), float(self._network_loss)
-            gap.warn_if_far(model, loss, without)
+            if gap.is_far(loss, without, float(report.sums.weight)):
+                gap.warn(model, loss, without)
         self._clock = time.monotonic(), self.step
 
     def _look(self) -> None:
@@ -293,15 +295,16 @@ class Run:
         network_loss, self._network_loss = self._network_loss, None
         if not reports:
             return float("nan")
-        began, first = self._clock
-        if self.step > first:
+        if self._clock is not None and self.step > self._clock[1]:
+            began, first = self._clock
             self._times.append((time.monotonic() - began) / (self.step - first))
         line = means(report.sums for report in reports)
         if network_loss is not None:
             line["network_loss"] = float(network_loss)
         line["grad_norm"] = float(np.mean([report.grad_norm for report in reports]))
-        if reports[0].learning_rate is not None:
-            line["learning_rate"] = float(np.mean([report.learning_rate for report in reports]))
+        rates = [r.learning_rate for r in reports if r.learning_rate is not None]
+        if rates:
+            line["learning_rate"] = float(np.mean(rates))
         backward = [b for report in reports for b in report.backward.values()]
         line["mismatched"] = float(sum(b.mismatched.sum() for b in backward))
         line["corrected"] = float(sum(b.corrected.sum() for b in backward))

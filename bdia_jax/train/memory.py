@@ -40,7 +40,7 @@ def step_memory(
     settings: TrainSettings,
     optimizer: optax.GradientTransformation | None = None,
     *,
-    compiler_options: dict[str, str] | None = None,
+    compiler_options: dict[str, str | bool] | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> StepMemory:
     """What a training step will need, by compiling it for shapes; nothing is run.
@@ -67,7 +67,7 @@ def evaluation_memory(
     task: Task,
     settings: TrainSettings,
     *,
-    compiler_options: dict[str, str] | None = None,
+    compiler_options: dict[str, str | bool] | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Memory:
     """What the evaluation of a batch will need beside the optimizer's state; as above."""

@@ -136,12 +136,14 @@ class Programs:
         if self.has_gap:
             self._network_loss.eval_shape(state, self._rest, self._arrays)
 
-    def compiled_step(self, options: dict[str, str] | None = None) -> jax.stages.Compiled:
+    def compiled_step(self, options: dict[str, str | bool] | None = None) -> jax.stages.Compiled:
         """The training step, compiled for shapes; ``options`` are XLA's."""
         lowered = self._step.lower(self.abstract_state(), self._rest, self._arrays)
         return lowered.compile(options)
 
-    def compiled_evaluation(self, options: dict[str, str] | None = None) -> jax.stages.Compiled:
+    def compiled_evaluation(
+        self, options: dict[str, str | bool] | None = None
+    ) -> jax.stages.Compiled:
         """The evaluation of a batch, compiled for shapes."""
         params = self.abstract_state().params
         return self._evaluate.lower(params, self._rest, self._arrays, _INDEX).compile(options)
@@ -173,7 +175,8 @@ class Programs:
             device = jax.sharding.SingleDeviceSharding(devices[0])
             shardings = jax.tree.map(lambda _: device, tree)
         elif shardings is None:
-            shardings = jax.tree.map(lambda _: meshes.replicated(self.mesh), tree)
+            everywhere = meshes.replicated(self.mesh)
+            shardings = jax.tree.map(lambda _: everywhere, tree)
         return jax.tree.map(
             lambda leaf, s: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=s),
             tree,
@@ -186,11 +189,8 @@ _INDEX = jax.ShapeDtypeStruct((), jnp.int32)
 
 def means(batches: Iterable[Sums]) -> dict[str, float]:
     """The means over all batches, from the sums of each, which may be on the device."""
-    total = None
-    for sums in jax.device_get([*batches]):
-        sums = jax.tree.map(float, sums)
-        total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
-    return total.means()
+    first, *others = (jax.tree.map(float, sums) for sums in jax.device_get([*batches]))
+    return jax.tree.map(lambda *sums: sum(sums), first, *others).means()
 
 
 def _unshared(state: State) -> State:

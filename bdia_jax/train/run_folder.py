@@ -10,7 +10,6 @@ checkpoints/        the last few, and the best
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import pathlib
@@ -18,10 +17,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import PyTree
 
+from bdia_jax.data import fingerprint
 from bdia_jax.files import write_json
 from bdia_jax.train.settings import TrainSettings
 from bdia_jax.train.tasks import Task
@@ -132,16 +130,6 @@ def logging_to(folder: pathlib.Path, main: bool) -> Iterator[None]:
         logger.removeHandler(handler)
         logger.setLevel(level)
         handler.close()
-
-
-def fingerprint(arrays: PyTree[np.ndarray]) -> str:
-    """SHA-256 of arrays: names, shapes, dtypes and contents."""
-    sha = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
-        array = np.ascontiguousarray(leaf)
-        sha.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}\n".encode())
-        sha.update(array.reshape(-1).view(np.uint8))
-    return sha.hexdigest()
 
 
 def _differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

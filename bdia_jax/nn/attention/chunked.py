@@ -72,20 +72,20 @@ def chunked_attention(
             raise ValueError(
                 f"segments must have the shapes {q.shape[:2]} and {k.shape[:2]}; got {shapes}"
             )
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
     options = _Options(
         causal,
         segments is not None,
-        float(scale),
+        float(q.shape[-1] ** -0.5 if scale is None else scale),
         float(dropout),
         min(chunk, k.shape[1]),
         k.shape[1],
     )
-    segments = segments or (None, None)
-    rest = _Rest(jnp.asarray(offset, jnp.int32), *segments, key if dropout else None)
+    q_segments, k_segments = segments or (None, None)
+    rest = _Rest(jnp.asarray(offset, jnp.int32), q_segments, k_segments, key if dropout else None)
     batch, queries, heads, dim = q.shape
     grouped = q.reshape(batch, queries, k.shape[2], heads // k.shape[2], dim)
-    return _attend(options, grouped, k, v, rest).reshape(q.shape)
+    attended: Array = _attend(options, grouped, k, v, rest)  # pyright: ignore[reportAssignmentType]
+    return attended.reshape(q.shape)
 
 
 class _Options(NamedTuple):
@@ -199,7 +199,7 @@ def _allowed(options: _Options, q, chunk: _Chunk, rest: _Rest) -> Bool[Array, ".
     if options.causal:
         positions = rest.offset + jnp.arange(q.shape[1])
         conditions.append((keys <= positions[:, None])[None])
-    if options.segmented:
+    if rest.q_segments is not None and chunk.segments is not None:
         conditions.append(rest.q_segments[:, :, None] == chunk.segments[:, None, :])
     if options.keys % options.chunk:
         conditions.append((keys < options.keys)[None, None])
@@ -210,7 +210,7 @@ def _allowed(options: _Options, q, chunk: _Chunk, rest: _Rest) -> Bool[Array, ".
 
 def _drop(options: _Options, weights, chunk: _Chunk, rest: _Rest):
     """Dropout, alike in both passes."""
-    if not options.dropout:
+    if rest.key is None:
         return weights
     return dropped(weights, options.dropout, jax.random.fold_in(rest.key, chunk.number))
 
@@ -218,7 +218,7 @@ def _drop(options: _Options, weights, chunk: _Chunk, rest: _Rest):
 def _chunks(options: _Options, k, v, rest: _Rest) -> _Chunk:
     """The keys cut into chunks, to be scanned over."""
     k, v = (cut(a, options.chunk) for a in (k, v))
-    segments = cut(rest.k_segments, options.chunk) if options.segmented else None
+    segments = None if rest.k_segments is None else cut(rest.k_segments, options.chunk)
     return _Chunk(jnp.arange(len(k)), k, v, segments)
 
 

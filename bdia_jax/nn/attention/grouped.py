@@ -57,7 +57,8 @@ class GroupedQueryAttention(nnx.Module):
           dtype, param_dtype: of the computation and of the parameters.
           rngs: for the initialization, and for dropout.
         """
-        self.head_dim, self.causal, self.kernel = head_dim, causal, kernel
+        self.head_dim, self.causal = head_dim, causal
+        self.kernel: KernelName = kernel
 
         def linear(inputs, outputs, bias):
             return nnx.Linear(
@@ -112,6 +113,9 @@ class GroupedQueryAttention(nnx.Module):
           memory: another sequence, and the segments in it.
         """
         other, other_segments = (x, segments) if memory is None else memory
+        both = None
+        if segments is not None and other_segments is not None:
+            both = segments, other_segments
         q, (k, v) = self.queries(x, angles), self.keys_values(other, angles)
         dropping = self.dropout.rate and not self.dropout.deterministic
         attended = attend(
@@ -120,9 +124,9 @@ class GroupedQueryAttention(nnx.Module):
             v,
             kernel=self.kernel,
             causal=self.causal,
-            segments=None if segments is None else (segments, other_segments),
+            segments=both,
             dropout=self.dropout.rate if dropping else 0.0,
-            key=self.dropout.rngs() if dropping else None,
+            key=self.dropout.rngs() if dropping and self.dropout.rngs is not None else None,
         )
         return self._out(attended)
 
@@ -144,7 +148,7 @@ class GroupedQueryAttention(nnx.Module):
           present: 0 for slots that hold padding, 1 for others.
         """
         q, new = self.queries(x, angles), self.keys_values(x, angles)
-        k, v = cache = tuple(
+        k, v = (
             jax.lax.dynamic_update_slice_in_dim(old, y.astype(old.dtype), start, axis=1)
             for old, y in zip(cache, new, strict=True)
         )
@@ -156,7 +160,7 @@ class GroupedQueryAttention(nnx.Module):
             offset=start,
             segments=(jnp.ones(x.shape[:2], jnp.int32), present),
         )
-        return self._out(attended), cache
+        return self._out(attended), (k, v)
 
     def look_up(
         self,

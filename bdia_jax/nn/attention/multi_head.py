@@ -40,9 +40,10 @@ class MultiHead(nnx.Module):
         self, x: Float[Array, "batch head length head_dim"]
     ) -> Float[Array, "batch length width"]:
         """Attended values, projected to the width of the stream."""
-        kernel, bias = (p[...].astype(self.dtype) for p in (self.out.kernel, self.out.bias))
-        kernel = kernel.reshape(self.heads, self.head_dim, -1)
-        return jnp.einsum("bhld,hdw->blw", x, kernel) + bias[None, None]
+        kernel = self.out.kernel[...].astype(self.dtype).reshape(self.heads, self.head_dim, -1)
+        merged = jnp.einsum("bhld,hdw->blw", x, kernel)
+        assert self.out.bias is not None
+        return merged + self.out.bias[...].astype(self.dtype)[None, None]
 
 
 class SelfAttention(MultiHead):

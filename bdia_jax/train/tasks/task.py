@@ -51,9 +51,11 @@ class Task(Protocol):
 
         The gradient is that of the loss divided by the weight, over all micro-batches of a step.
         """
+        ...
 
     def evaluate(self, model: nnx.Module, batch: Any) -> Sums:
         """Sums over an evaluation batch; the model is in evaluation mode."""
+        ...
 
 
 def check_batch_size(task: Task, size: int) -> None:
