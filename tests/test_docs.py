@@ -91,7 +91,7 @@ def test_what_pages_tell_to_run_exists(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_places_for_results_are_closed(page):
-    places = re.findall(r"<!-- (results: [\w-]+|end results) -->", page.read_text())
+    places = re.findall(r"<!-- (results: [\w.-]+|end results) -->", page.read_text())
     assert all(
         place.startswith("results") if i % 2 == 0 else place == "end results"
         for i, place in enumerate(places)
