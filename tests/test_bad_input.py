@@ -20,7 +20,14 @@ def block(w, x, key, *consts):
 
 
 def scan(block=block, params=W, x=X, **settings):
-    return bdia_jax.reversible_scan(block, params, x, **({"key": KEY} | settings))
+    return bdia_jax.reversible_scan(block, params, x, **({"key": KEY} | with_step(settings)))
+
+
+def with_step(settings):
+    """Fields of BDIA's step, among other arguments, made into one."""
+    fields = ("gamma", "signs", "frac_bits", "tolerance_bits")
+    given = {name: settings.pop(name) for name in fields if name in settings}
+    return settings | {"step": bdia_jax.BDIA(**given)} if given else settings
 
 
 def pair(state=(X, X), start=0, **settings):
@@ -28,7 +35,7 @@ def pair(state=(X, X), start=0, **settings):
 
 
 def check(block=block, params=W, x=X, **settings):
-    return bdia_jax.check_reversible(block, params, x, **({"key": KEY} | settings))
+    return bdia_jax.check_reversible(block, params, x, **({"key": KEY} | with_step(settings)))
 
 
 def packed(bits=1, width=20):
@@ -118,7 +125,7 @@ CASES = {
     "x: empty batch": (lambda: scan(x=X[:0]), ValueError, "empty", r"\(0, 4\)"),
     "x: no features": (lambda: scan(x=X[:, :0]), ValueError, "empty", r"\(2, 0\)"),
     # The key.
-    "key: missing": (lambda: scan(key=None), ValueError, "needs a PRNG key", "got None"),
+    "key: missing": (lambda: scan(key=None), ValueError, "needs a PRNG key", "key=None"),
     "key: an int": (lambda: scan(key=0), TypeError, r"jax.random.key\(0\)", "int"),
     "key: text": (lambda: scan(key="0"), TypeError, r"jax.random.key\(0\)", "str"),
     "key: floats": (lambda: scan(key=jnp.ones(2)), TypeError, "PRNG key", "float32"),
@@ -144,17 +151,17 @@ CASES = {
         ValueError,
         "power of two",
         "0.6",
-        'backprop="stored"',
+        r"Checkpoint\(\) or Direct\(\)",
     ),
-    "gamma: negative": (lambda: scan(gamma=-0.5), ValueError, r"\[0, 1\]", "-0.5"),
-    "gamma: above 1": (lambda: scan(gamma=2.0), ValueError, r"\[0, 1\]", "2.0"),
-    "gamma: NaN": (lambda: scan(gamma=float("nan")), ValueError, r"\[0, 1\]", "nan"),
+    "gamma: negative": (lambda: scan(gamma=-0.5), ValueError, r"\(0, 1\]", "-0.5"),
+    "gamma: above 1": (lambda: scan(gamma=2.0), ValueError, r"\(0, 1\]", "2.0"),
+    "gamma: NaN": (lambda: scan(gamma=float("nan")), ValueError, r"\(0, 1\]", "nan"),
     "gamma: too small": (lambda: scan(gamma=2.0**-17), ValueError, r"m in 0 … 16", "7.6"),
     "gamma: nothing": (lambda: scan(gamma=None), TypeError, "number", "None"),
-    "gamma: above 1, stored": (
-        lambda: scan(gamma=1.5, backprop="stored"),
+    "gamma: above 1, direct": (
+        lambda: scan(gamma=1.5, adjoint=bdia_jax.Direct()),
         ValueError,
-        r"\[0, 1\]",
+        r"\(0, 1\]",
         "1.5",
     ),
     "gamma: text": (lambda: scan(gamma="0.5"), TypeError, "number", "'0.5'"),
@@ -173,9 +180,9 @@ CASES = {
     "frac_bits: none, online": (
         lambda: scan(frac_bits=None),
         ValueError,
-        "needs the grid",
+        "on the grid",
         "None",
-        'backprop="stored"',
+        r"Checkpoint\(\) or Direct\(\)",
     ),
     # Tolerance bits and back-propagation.
     "tolerance_bits: negative": (
@@ -192,22 +199,32 @@ CASES = {
         "got 15",
     ),
     "tolerance_bits: a float": (lambda: scan(tolerance_bits=1.0), TypeError, "integer", "1.0"),
-    "backprop: unknown": (
-        lambda: scan(backprop="offline"),
+    "adjoint: a name": (lambda: scan(adjoint="online"), TypeError, r"Online\(...\)", "'online'"),
+    "step: a name": (lambda: scan(step="bdia"), TypeError, r"BDIA\(...\)", "'bdia'"),
+    "step: none to take back": (
+        lambda: scan(step=bdia_jax.Euler()),
         ValueError,
-        '"online" or "stored"',
-        "'offline'",
+        "has no inverse",
+        "Euler",
+        r"Checkpoint\(\)",
     ),
-    "backprop: none": (lambda: scan(backprop=None), ValueError, '"online" or "stored"', "None"),
+    "signs: unknown": (lambda: scan(signs="random"), ValueError, "block, sample", "'random'"),
+    "bits: too many": (lambda: scan(adjoint=bdia_jax.Checkpoint(bits=9)), ValueError, "2 … 8", "9"),
+    "bits: on the grid": (
+        lambda: scan(adjoint=bdia_jax.Checkpoint(bits=4)),
+        ValueError,
+        "without a grid",
+        "BDIA",
+    ),
     # The probe.
     "probe: not a report": (
-        lambda: scan(probe=jnp.zeros(3)),
+        lambda: scan(adjoint=bdia_jax.Online(probe=jnp.zeros(3))),
         ValueError,
         r"BackwardReport.zeros\(3\)",
         "got",
     ),
     "probe: of another depth": (
-        lambda: scan(probe=BackwardReport.zeros(2)),
+        lambda: scan(adjoint=bdia_jax.Online(probe=BackwardReport.zeros(2))),
         ValueError,
         r"zeros\(3\)",
         "got",
@@ -239,7 +256,7 @@ CASES = {
         "int32",
     ),
     # The audit.
-    "check: no grid": (lambda: check(frac_bits=None), ValueError, "needs the grid", "None"),
+    "check: no grid": (lambda: check(frac_bits=None), ValueError, "on the grid", "None"),
     "check: tolerance_bits": (lambda: check(tolerance_bits=16), ValueError, r"\[0, 15\]", "16"),
     "check: block": (
         lambda: check(lambda w, x, key: x[0]),
@@ -247,7 +264,7 @@ CASES = {
         r"shape of x, \(2, 4\)",
         r"\(4,\)",
     ),
-    "check: gamma 0": (lambda: check(gamma=0), ValueError, "gamma=0", r"2\*\*-m"),
+    "check: gamma 0": (lambda: check(step=bdia_jax.Euler()), ValueError, "no inverse", "Euler"),
     "check: gamma": (lambda: check(gamma=0.3), ValueError, "power of two", "0.3"),
     "check: another program each time": (
         lambda: check(lambda w, x, key: x * RNG.random(4)),
@@ -337,8 +354,8 @@ GOOD = {
     "a NumPy integer as frac_bits": lambda: scan(frac_bits=np.int64(9)),
     "a list of consts": lambda: scan(consts=[X]),
     "another block dtype": lambda: scan(lambda w, x, key: (x @ w[:, :]).astype(jnp.bfloat16)),
-    "any gamma, stored": lambda: scan(gamma=0.3, backprop="stored"),
-    "no key, gamma 0": lambda: scan(key=None, gamma=0),
+    "any gamma, direct": lambda: scan(gamma=0.3, adjoint=bdia_jax.Direct()),
+    "no key, nothing draws": lambda: scan(key=None, signs="minus"),
 }
 
 

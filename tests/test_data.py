@@ -365,7 +365,7 @@ def corrupt(folder):
         (
             describing('"label": {', '"fine_label": {'),
             ValueError,
-            "needed are.*it has .'image', 'fine_label'",
+            "needed are.*it has .*fine_label",
         ),
     ],
 )
