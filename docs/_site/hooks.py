@@ -13,6 +13,7 @@ import os
 import pathlib
 import re
 
+import latex2mathml.converter
 from mkdocs.structure.files import File
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -77,7 +78,8 @@ def from_notebook(notebook: dict, files, config) -> str:
     lines = []
     for i, cell in enumerate(notebook["cells"]):
         source = "".join(cell["source"])
-        lines.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        is_text = cell["cell_type"] == "markdown"
+        lines.append(with_formulas(source) if is_text else f"```python\n{source}\n```")
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             if "image/png" in data:
@@ -88,3 +90,15 @@ def from_notebook(notebook: dict, files, config) -> str:
             elif text := "".join(output.get("text", data.get("text/plain", ""))):
                 lines.append(f"```text\n{text.rstrip()}\n```")
     return "\n\n".join(lines) + "\n"
+
+
+def with_formulas(text: str) -> str:
+    """``text`` with its formulas as MathML, which browsers show without a script."""
+
+    def of(match):
+        if match[1] == "$$":
+            return latex2mathml.converter.convert(match[2], display="block")
+        # At the beginning of a line, Markdown would take <math> for a block of its own.
+        return f"<span>{latex2mathml.converter.convert(match[2])}</span>"
+
+    return re.sub(r"(\$\$?)(.+?)\1", of, text, flags=re.DOTALL)
