@@ -26,7 +26,7 @@ class TextData:
     @functools.cached_property
     def fingerprint(self) -> str:
         """Of both texts and the size of their vocabulary."""
-        return fingerprint((self.train, self.eval, np.int64(self.vocab_size)))
+        return fingerprint((self.train, self.eval, np.asarray(self.vocab_size)))
 
 
 def python_sources(limit: int = 1_000_000) -> str:
