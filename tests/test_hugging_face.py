@@ -10,6 +10,7 @@ from flax import nnx
 from bdia_jax import interop
 from bdia_jax.interop import saving
 from bdia_jax.interop.families import FAMILIES
+from bdia_jax.interop.families.llama import Llama
 from bdia_jax.nn import Decoder, generate, llama
 
 COMMON = {"vocab_size": 61, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
@@ -57,6 +58,7 @@ def theirs(family):
     return torch, model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_parity(family, tmp_path):
     """Logits, greedy tokens, and the way there and back, bit for bit."""
@@ -192,3 +194,24 @@ def test_no_family_has_such_networks(tmp_path):
     with pytest.raises(ValueError, match="no family of"):
         interop.save(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_another_family(tmp_path, monkeypatch):
+    """Is a class, and a line in the table."""
+    torch = pytest.importorskip("torch", reason="parity with transformers needs torch")
+    transformers = pytest.importorskip("transformers", reason="parity needs transformers")
+
+    class Mistral(Llama):
+        name = "mistral"
+        architecture = "MistralForCausalLM"
+
+    monkeypatch.setitem(FAMILIES, "mistral", Mistral())
+    config = transformers.MistralConfig(sliding_window=None, head_dim=16, **LLAMA, **COMMON)
+    model = transformers.MistralForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "theirs")
+    ours = interop.load(tmp_path / "theirs", method="standard")
+    interop.save(ours, tmp_path / "ours", like=tmp_path / "theirs")
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert isinstance(back, transformers.MistralForCausalLM)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(back.state_dict()[name], tensor), name

@@ -59,7 +59,9 @@ def _read(path: pathlib.Path, modified: int, size: int) -> Contents:
     try:
         import gguf
     except ImportError as error:
-        raise ImportError("reading GGUF files needs the gguf package: pip install gguf") from error
+        raise ImportError(
+            "reading GGUF files needs the gguf package, of the extra 'gguf': pip install gguf"
+        ) from error
     try:
         reader = gguf.GGUFReader(path)
         metadata = {name: field.contents() for name, field in reader.fields.items()}

@@ -128,7 +128,9 @@ def _byte_level(metadata: Metadata, vocab: dict[str, int]) -> tuple[tokenizers.T
     split = SPLITS[name]
     merges = [_pair(merge) for merge in metadata.get("tokenizer.ggml.merges", [])]
     made = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=split.whole_words))
-    steps = [pre_tokenizers.Digits(individual_digits=True)] if split.single_digits else []
+    steps: list[pre_tokenizers.PreTokenizer] = []
+    if split.single_digits:
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
     if split.words is not None:
         steps.append(pre_tokenizers.Split(tokenizers.Regex(split.words), behavior="isolated"))
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split.words is None))

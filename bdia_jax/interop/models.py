@@ -63,10 +63,10 @@ def load(path: str | os.PathLike, **settings: Any) -> Decoder:
         graph, abstract, _ = jax.eval_shape(make)
         rest = jax.jit(lambda: make()[2])()
         state = []
-        for path, leaf in nnx.to_flat_state(abstract):
-            name = ".".join(map(str, path))
+        for keys, leaf in nnx.to_flat_state(abstract):
+            name = ".".join(map(str, keys))
             value = arrays.parameter(name, leaf.shape, leaf.dtype, layout[name], checkpoint)
-            state.append((path, leaf.replace(value)))
+            state.append((keys, leaf.replace(value)))
         if unused := checkpoint.unused():
             raise FolderError(
                 f"{checkpoint.where}: tensors that no parameter is made from: {', '.join(unused)}"

@@ -85,7 +85,9 @@ def _steps(folder: pathlib.Path) -> list[Step]:
 def _finish(folder: pathlib.Path) -> None:
     """Takes the steps that are left, if there are any; may itself be interrupted anywhere."""
     ready = folder / _READY
-    if not ready.is_dir() or ready.is_symlink():
+    if ready.is_symlink():
+        raise ValueError(f"{ready} is a symbolic link, and is not followed: remove it")
+    if not ready.is_dir():
         return
     steps = _steps(folder)
     for step in steps:

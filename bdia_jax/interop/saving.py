@@ -28,7 +28,7 @@ from bdia_jax.interop.folder import (
 from bdia_jax.interop.models import describe, open_checkpoint
 from bdia_jax.interop.replacing import Step, new_files, put_in_place
 from bdia_jax.nn import Decoder, DecoderConfig, Frozen
-from bdia_jax.nn.stack import DTYPES, check_dtype
+from bdia_jax.nn.settings import DTYPES, check_dtype
 
 SHARD_BYTES = 2 * 2**30
 """Files are written up to this size, one in memory at a time."""
@@ -178,17 +178,16 @@ def _steps(
 ) -> list[Step]:
     """An order in which readers that know nothing of it find a whole model, or none.
 
-    ``model.safetensors`` is preferred to an index: put first, or removed last, it is the moment at
-    which other weights count. Where old weights and new files do not go together, there is no
-    config.json meanwhile.
+    Loaders prefer ``model.safetensors`` to an index, and an index to files that it does not name.
+    So other weights count from the moment at which the whole file is put or removed, or else the
+    index is put; what is removed after that, nobody reads. Where old weights and new files do not
+    go together, there is no config.json meanwhile.
     """
     others = list(beside or {})
     steps = [Step("put", name) for name in [*weights, *others]]
     removed = sorted(before - set(weights))
     if beside is not None:
         removed += [name for name in BESIDE if name not in beside and (folder / name).exists()]
-    # The whole file first: it hides the index of the new ones.
-    removed.sort(key=lambda name: name != WHOLE)
     together = _same_network(folder / CONFIG, new / CONFIG) and all(
         _same_content(folder / name, new / name) for name in others
     )
