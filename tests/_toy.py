@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from bdia_jax.nn import ReversibleStack
+from bdia_jax.nn import ReversibleSettings, ReversibleStack
 from bdia_jax.train import Sums, TrainSettings, read_metrics, train
 
 
@@ -34,15 +34,20 @@ class Block(nnx.Module):
 
 class Toy(nnx.Module):
     def __init__(self, width=16, depth=3, method="bdia", dropout=0.1, block=Block, seed=0):
-        rngs = nnx.Rngs(seed)
+        rngs, trained = nnx.Rngs(seed), ReversibleSettings(method=method)
         self.embed = nnx.Linear(4, width, rngs=rngs)
         self.stack = ReversibleStack(
-            lambda rngs: block(width, dropout, rngs), depth, method=method, rngs=rngs
+            lambda rngs: block(width, dropout, rngs),
+            depth,
+            step=trained.step(),
+            adjoint=trained.adjoint(),
+            rngs=rngs,
         )
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
         self.head = nnx.Linear(width, 1, rngs=rngs)
 
     def __call__(self, x, key=None):
-        return self.head(self.stack(self.embed(x), key=key))[..., 0]
+        return self.head(self.norm(self.stack(self.embed(x), key=key)))[..., 0]
 
 
 class Regression:

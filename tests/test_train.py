@@ -18,6 +18,7 @@ from bdia_jax.train import (
     ImageClassification,
     InexactInverseError,
     NonFiniteError,
+    State,
     TrainSettings,
     make_optimizer,
     optimizers,
@@ -70,6 +71,7 @@ def test_result_and_files(whole):
         "seconds",
         "loss",
         "absolute",
+        "network_loss",
         "grad_norm",
         "learning_rate",
         "mismatched",
@@ -87,8 +89,8 @@ def test_it_learns(tmp_path):
 
 
 def test_traced_once_for_checking_and_running(whole):
-    # Once for the step; evaluation does not draw batches.
-    assert whole[3].traces == 1
+    # Once for the step, once for the loss without γ; evaluation does not draw batches.
+    assert whole[3].traces == 2
 
 
 def test_state_is_updated_in_place(tmp_path):
@@ -427,9 +429,10 @@ def test_a_nan_in_evaluation_stops_the_run(tmp_path):
 def test_a_gradient_that_overflows(tmp_path):
     class Steep(_toy.Regression):
         def loss(self, model, batch, key):
-            loss, metrics = super().loss(model, batch, key)
+            sums = super().loss(model, batch, key)
             # The square root of 0: value 0, derivative infinite.
-            return loss + jnp.sqrt(loss - jax.lax.stop_gradient(loss)), metrics
+            zero = sums.loss - jax.lax.stop_gradient(sums.loss)
+            return sums._replace(loss=sums.loss + jnp.sqrt(zero))
 
     with pytest.raises(NonFiniteError, match="step 1: the gradient is not finite, the loss is"):
         _toy.run(tmp_path / "run", task=Steep())
@@ -540,7 +543,7 @@ def test_the_fingerprint_sees_every_bit_and_no_mesh():
 
 def test_a_step_is_not_saved_twice(tmp_path):
     checkpoints = Checkpoints(tmp_path / "c", 2, "accuracy")
-    state = {"a": jnp.arange(3.0)}
+    state = State(jnp.int32(5), {"a": jnp.arange(3.0)}, (), jnp.zeros(2, jnp.uint32))
     checkpoints.save(5, state, {}, {"accuracy": 0.5})
     with pytest.raises(CheckpointError, match="step 5 was not saved"):
         checkpoints.save(5, state, {}, {})
