@@ -176,14 +176,14 @@ def in_dtype(dtype):
 def test_trained_weights_of_few_bits(dtype, tmp_path):
     message = (
         rf"must be float32 \(or float64\); got {dtype} for embed.bias, embed.kernel, head.bias and "
-        r"3 more: steps of adamw with learning_rate = 0.01 .* Set param_dtype to float32"
+        r"5 more: steps of adamw with learning_rate = 0.01 .* Set param_dtype to float32"
     )
     with pytest.raises(ValueError, match=message):
         _toy.run(tmp_path / "run", model=in_dtype(dtype))
     assert not (tmp_path / "run").exists()
     # Frozen ones may have as few as they like.
     model = in_dtype(dtype)
-    freeze(model, "^(embed|stack)")
+    freeze(model, "^(embed|norm|stack)")
     nnx.update(model.head, jax.tree.map(jnp.float32, nnx.state(model.head)))
     check_trained_dtypes(model, _toy.settings())
     # And who brings an optimizer knows what it does.
