@@ -126,7 +126,8 @@ def prepare(
         key = jax.random.fold_in(key, np.uint32(2**32 - 1))
     params = jax.tree.map(jnp.asarray, stacked_params)
     consts = jax.tree.map(jnp.asarray, tuple(consts))
-    x_seen = jax.ShapeDtypeStruct(x.shape, dtype)
+    # With the mesh axes over which x varies or is sharded, which its shape alone does not tell.
+    x_seen = jax.eval_shape(lambda x: x.astype(dtype), x)
     closed = [_close(f, i, params, x_seen, keys, consts) for i, f in enumerate(functions)]
     all_consts = (consts, [captured for _, captured in closed])
     parts = tuple(
@@ -225,12 +226,16 @@ def _close(function: Block, i: int, params, x, keys, consts) -> tuple[Part, list
     reads_params = of_params.unflatten(arguments[: of_params.num_leaves])
     reads_consts = of_consts.unflatten(arguments[len(arguments) - of_consts.num_leaves :])
 
+    # Leaves that are not read may be missing, so that they are no arguments.
+    invars = [v for v, is_read in zip(traced.jaxpr.invars, arguments) if is_read]
+    reading = traced.jaxpr.replace(invars=invars)
+
     def closed(params, x, key, consts):
         own, captured = consts
         keys = [] if key is None else [key]
-        # Leaves that are not read may be missing.
         leaves = [*of_params.flatten_up_to(params), x, *keys, *of_consts.flatten_up_to(own)]
-        return eval_jaxpr(traced.jaxpr, captured[i], *leaves)[0]
+        given = (leaf for leaf, is_read in zip(leaves, arguments) if is_read)
+        return eval_jaxpr(reading, captured[i], *given)[0]
 
     return Part(closed, reads_params, reads_consts), [jnp.asarray(c) for c in traced.consts]
 

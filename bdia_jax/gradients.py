@@ -217,7 +217,8 @@ def zeros_for(d_params: PyTree[Array], params: PyTree[Array]) -> PyTree[Array]:
 def zeros_of_consts(wanted: Wanted) -> PyTree[Array]:
     """Where cotangents of constants are summed up: in float32 at least."""
     return jax.tree.map(
-        lambda c: jnp.zeros_like(c, jnp.promote_types(c.dtype, jnp.float32)), wanted.consts
+        lambda c: jnp.zeros_like(c, jnp.float32 if c.dtype.itemsize < 4 else c.dtype),
+        wanted.consts,
     )
 
 

@@ -46,7 +46,7 @@ def accumulator(dtype: jnp.dtype) -> jnp.dtype:
             f"expected a floating-point array ({', '.join(FLOATS)}), got dtype "
             f"{jnp.dtype(dtype).name}"
         )
-    return jnp.promote_types(dtype, jnp.float32)
+    return jnp.dtype("float64" if jnp.dtype(dtype).name == "float64" else "float32")
 
 
 def to_grid(x: Float[Array, "..."], frac_bits: int) -> Int32[Array, "..."]:
