@@ -242,9 +242,9 @@ def measured(f: FineTune, model: Decoder, task: PackedTexts) -> GammaChoice:
 
 def split(f: FineTune, tokenizer, length: int) -> tuple[list[Example], list[Example]]:
     """Texts for training and for evaluation."""
-    texts = read_examples(f.data, tokenizer, length)
+    texts = read_examples(f.data, tokenizer, length, too_long=f.too_long)
     if f.eval_data is not None:
-        return texts, read_examples(f.eval_data, tokenizer, length)
+        return texts, read_examples(f.eval_data, tokenizer, length, too_long=f.too_long)
     if len(texts) < 10:
         raise ValueError(
             f"{f.data} has {len(texts)} texts, of which every tenth would be for evaluation: give "
@@ -255,7 +255,10 @@ def split(f: FineTune, tokenizer, length: int) -> tuple[list[Example], list[Exam
 
 def show(model, tokenizer, example: Example) -> None:
     """Prints what the model makes of the first evaluation prompt."""
-    given = [t for t, learned in zip(*example) if not learned] or example.tokens[:8]
+    given = [t for t, learned in zip(*example) if not learned]
+    if len(given) <= len(tokenizer.begin) + 1:
+        # A piece of a text, of which nothing is a prompt.
+        given = example.tokens[:8]
     room = min(60, model.config.max_length - len(given))
     if room < 1:
         return
