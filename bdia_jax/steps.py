@@ -150,11 +150,11 @@ class Step:
         )
         error = jnp.zeros_like(q)
         if self.tolerance_bits:
-            half = 2 ** (self.tolerance_bits - 1)
+            half, remainder = 2 ** (self.tolerance_bits - 1), y - q.astype(y.dtype)
             error = jnp.where(
                 sigma == 0,
                 jnp.clip(q - n_next, -half, half),
-                maps.rounding_error(n_next, q, y - q, side, sigma, self.m, self.tolerance_bits),
+                maps.rounding_error(n_next, q, remainder, side, sigma, self.m, self.tolerance_bits),
             )
             q -= error
         return Down(maps.bdia_inverse(n_next, q, side, sigma, self.m), q, y, error)

@@ -275,7 +275,8 @@ class Twice(LanguageModelling):
     """The loss of two passes with different dropout."""
 
     def loss(self, model, batch, key):
-        first, second = (super(Twice, self).loss(model, batch, k) for k in jax.random.split(key))
+        keys = (None, None) if key is None else jax.random.split(key)
+        first, second = (super(Twice, self).loss(model, batch, k) for k in keys)
         return Sums(first.loss + second.loss, first.weight + second.weight, first.metrics)
 
 
@@ -299,7 +300,11 @@ class Apart(LanguageModelling):
 
 
 def in_a_scan(function):
-    return lambda batch: jax.lax.scan(lambda c, _: (c, function(batch)), 0, None, length=1)[1]
+    def scanned(batch):
+        _, sums = jax.lax.scan(lambda c, _: (c, function(batch)), 0, None, length=1)
+        return jax.tree.map(lambda a: a[0], sums)
+
+    return scanned
 
 
 @pytest.mark.parametrize("method", ["bdia", "standard-checkpoint"])

@@ -190,7 +190,8 @@ _INDEX = jax.ShapeDtypeStruct((), jnp.int32)
 def means(batches: Iterable[Sums]) -> dict[str, float]:
     """The means over all batches, from the sums of each, which may be on the device."""
     first, *others = (jax.tree.map(float, sums) for sums in jax.device_get([*batches]))
-    return jax.tree.map(lambda *sums: sum(sums), first, *others).means()
+    found = jax.tree.map(lambda *sums: sum(sums), first, *others).means()
+    return {name: float(value) for name, value in found.items()}
 
 
 def _unshared(state: State) -> State:
