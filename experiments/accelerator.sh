@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that a GPU or TPU should confirm, in this order: exactness, reliability, memory and
-# time, costs of all systems, benchmarks of ways to train, and a long run of the paper's network. Results
-# go to experiments/results, under the device's name; a run that is cut off continues when the script
-# is started again.
+# time of every way to train, what fits, and a long run of the paper's network. Results go to
+# experiments/results, under the device's name; a run that is cut off continues when the script is
+# started again.
 #
 #     bash experiments/accelerator.sh DATA_DIR [STEPS]
 #
@@ -13,14 +13,21 @@ set -uo pipefail
 cd "$(dirname "$0")"
 data=${1:?the folder of prepared TFDS sets}
 until=${2:-156000}
+here="--out results"
+large="--device-sized --dtypes bfloat16"
 
-python exactness.py
-XLA_FLAGS="--xla_gpu_deterministic_ops=true" python exactness.py --quick --out results/deterministic
-python reliability.py
-python memory_and_time.py --widths 512
-python vision_costs.py --rounds 12
-python decoder_memory.py
-python benchmark.py --device-sized --parts steps depth budget besides equal --fit 24
+python exactness.py $here
+XLA_FLAGS="--xla_gpu_deterministic_ops=true" python exactness.py --quick --out ../runs/deterministic
+python reliability.py $here
+python measure/costs.py --part activations --networks stack --values 8 16 32 64 $here
+python measure/costs.py --part activations --networks vit --values 6 12 24 48 96 $here
+python measure/costs.py --part gradients --networks stack --dtypes float32 bfloat16 --rounds 12 $here
+for part in steps besides; do
+  python measure/costs.py --part "$part" --networks vit gpt2 llama $large $here
+done
+python measure/costs.py --part totals --networks vit gpt2 llama --values 12 24 48 $here
+python measure/costs.py --part equal --networks vit gpt2 llama --fit 24 $large $here
+python measure/costs.py --part plans $here
 
 # Six blocks of width 512, batch 128, the paper's schedule; BDIA-ViT and its ViT twin in turns.
 for method in bdia standard; do

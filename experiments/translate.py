@@ -33,7 +33,7 @@ import sacrebleu
 import safetensors.flax
 from flax import nnx
 from measure import costs, curves, records, sources
-from measure.runs import Run, plain, run_all
+from measure.runs import Run, plain, run_all, training
 
 from bdia_jax import files
 from bdia_jax.data import (
@@ -49,17 +49,15 @@ from bdia_jax.data import (
 )
 from bdia_jax.nn import EncoderDecoder, EncoderDecoderConfig, beam_search
 from bdia_jax.steps import Signs
-from bdia_jax.train import TrainSettings, Translation, train
+from bdia_jax.train import TrainSettings, Translation
 
 DEPENDS = (
     *sources.CORE,
-    *sources.LAYERS,
-    "bdia_jax/nn/decoder.py",
+    *sources.TEXT_LAYERS,
     "bdia_jax/nn/encoder_decoder.py",
-    "bdia_jax/nn/losses.py",
     "bdia_jax/nn/generation.py",
     "bdia_jax/data/pairs.py",
-    "bdia_jax/data/text.py",
+    *sources.TEXTS,
     *sources.STEP,
     "bdia_jax/train/tasks/t*.py",
     "experiments/translate.py",
@@ -194,15 +192,6 @@ def main(t: Translate) -> str:
     return text
 
 
-def told(record: dict[str, Any]) -> str:
-    """Lines about a run."""
-    if record["error"]:
-        return record["error"]
-    found = curves.losses(record["history"]) | record["scores"]
-    lines = records.markdown(["source", "translation", "reference"], record["examples"])
-    return f"{found}; {record['seconds per step'] * 1e3:.0f} ms per step\n{lines}"
-
-
 def packed_task(t: Translate, data: Data) -> Translation:
     """What is trained: all pairs that fit, in rows.
 
@@ -236,31 +225,35 @@ def packed_task(t: Translate, data: Data) -> Translation:
 
 def run_of(t: Translate, data: Data, task: Translation, method: str, seed: int) -> Run:
     """A network, trained, saved and scored."""
-    made, settings = config(t, data, method), dataclasses.replace(t.train, seed=seed)
-    described = {"model": plain(made), "data": t.name, **about(t)}
-    asked = described | {"train": plain(settings), "beams": t.beams, "decode": t.decode}
-    asked["length_penalty"] = t.length_penalty
+    made = config(t, data, method)
 
-    def trained(folder: pathlib.Path) -> dict[str, Any]:
-        model = EncoderDecoder(made, rngs=nnx.Rngs(seed))
-        result = train(model, task, settings, folder / "run", resume=True, about=described)
+    def scored(model: EncoderDecoder, folder: pathlib.Path) -> dict[str, Any]:
         data.source.save(folder / "source")
         data.target.save(folder / "target")
         save(model, folder)
         some = data.evaluation[: t.decode]
         said = decode(t, model, data, [source for source, _ in some])
-        return {
-            "history": result.history,
-            "scores": score(some, said),
-            "examples": [[a, told, b] for (a, b), told in zip(some, said)][:10],
-            "seconds per step": result.seconds_per_step,
-        }
+        examples = [[a, told, b] for (a, b), told in zip(some, said)][:10]
+        return {"scores": score(some, said), "examples": examples}
 
-    return Run(f"{method}-seed={seed}", asked, trained)
+    return training(
+        f"{method}-seed={seed}",
+        lambda: EncoderDecoder(made, rngs=nnx.Rngs(seed)),
+        task,
+        dataclasses.replace(t.train, seed=seed),
+        {"model": plain(made), **about(t)},
+        scored,
+    )
+
+
+def told(record: dict[str, Any]) -> str:
+    """A line about a run, and some of its translations."""
+    header = ["source", "translation", "reference"]
+    return f"{curves.told(record)}\n{records.markdown(header, record.get('examples', []))}"
 
 
 def about(t: Translate) -> dict[str, Any]:
-    """What the data are made from."""
+    """What the data are made from, and how translations are scored."""
     return {
         "count": t.count,
         "longest": t.longest,
@@ -269,6 +262,9 @@ def about(t: Translate) -> dict[str, Any]:
         "separate": t.separate,
         "label_smoothing": t.label_smoothing,
         "languages": t.languages,
+        "beams": t.beams,
+        "length_penalty": t.length_penalty,
+        "decode": t.decode,
     }
 
 
@@ -370,7 +366,7 @@ def use(t: Translate) -> str:
         )
     folder = latest.with_name(latest.read_text())
     data = Data([], [], load_tokenizer(folder / "source"), load_tokenizer(folder / "target"))
-    texts = sys.stdin.read().splitlines() if t.translate == "-" else [t.translate]
+    texts = sys.stdin.read().rstrip("\n").split("\n") if t.translate == "-" else [t.translate]
     texts = [" ".join(text.split()) for text in texts]
     said = decode(t, load_network(folder), data, texts) if texts else []
     print("\n".join(said))

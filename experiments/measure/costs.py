@@ -56,7 +56,6 @@ Part = Literal["activations", "totals", "gradients", "steps", "besides", "equal"
 DEPENDS = (
     *sources.CORE,
     *sources.COUPLED,
-    *sources.LAYERS,
     *sources.MODELS,
     *sources.STEP,
     "bdia_jax/planning/*.py",
@@ -267,7 +266,7 @@ def besides(c: Costs, name: str) -> Rows:
     x = jax.random.normal(jax.random.key(0), (network.batch, positions, config.width), config.dtype)
     wide = grid.accumulator(x.dtype)
     n = grid.to_grid(x.astype(wide), step.frac_bits)
-    sign = maps.sample_signs(jax.random.key(1), (network.batch,))
+    sign = maps.sample_signs(jax.random.key(1), network.batch)
 
     @jax.jit
     def up(n_prev, n, h):

@@ -30,6 +30,15 @@ def losses(history: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
+def told(record: dict[str, Any]) -> str:
+    """A line about a run."""
+    if record["error"]:
+        return record["error"]
+    found = losses(record["history"]) | record.get("scores", {})
+    line = ", ".join(f"{name} {value:.4g}" for name, value in found.items())
+    return f"{line}; {record['seconds per step'] * 1e3:.1f} ms per step"
+
+
 def table(rows: Rows) -> str:
     """Means over seeds, and their standard deviations."""
     found: dict[str, list[dict[str, float]]] = {}

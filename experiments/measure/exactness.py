@@ -79,7 +79,6 @@ SHAPES = {"attention": (32, 128), "mlp": (32, 128), "convolution": (16, 16, 16)}
 DEPENDS = (
     *sources.CORE,
     *sources.AUDIT,
-    *sources.LAYERS,
     *sources.MODELS,
     "experiments/measure/exactness.py",
     "experiments/measure/blocks.py",

@@ -30,9 +30,9 @@ from bdia_jax import files, interop
 from bdia_jax.data import Tokenizer, completion, load_tokenizer, pack
 from bdia_jax.nn import Decoder, add_lora, beam_search
 from bdia_jax.steps import Signs
-from bdia_jax.train import PackedTexts, TrainSettings, train
-from measure import e2e_metrics, records, sources
-from measure.runs import Run, plain, run_all
+from bdia_jax.train import PackedTexts, TrainSettings
+from measure import curves, e2e_metrics, records, sources
+from measure.runs import Run, plain, run_all, training
 
 SOME = TrainSettings(
     steps=500,
@@ -47,18 +47,15 @@ SOME = TrainSettings(
 )
 DEPENDS = (
     *sources.CORE,
-    *sources.LAYERS,
-    "bdia_jax/nn/decoder.py",
-    "bdia_jax/nn/losses.py",
+    *sources.TEXT_LAYERS,
     "bdia_jax/nn/lora.py",
     "bdia_jax/nn/generation.py",
-    "bdia_jax/data/text.py",
+    *sources.TEXTS,
     *sources.STEP,
     "bdia_jax/train/tasks/text.py",
     "experiments/measure/finetune_e2e.py",
     "experiments/measure/e2e_metrics.py",
 )
-METRICS = ("BLEU", "NIST", "METEOR", "ROUGE-L", "CIDEr")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +132,7 @@ def main(e: E2E) -> str:
             task = PackedTexts("e2e", packed, evaluation)
             about = {"share": share, "seed": seed, "texts": len(some)}
             runs += [run_of(e, folder, tokenizer, m, task, groups, about) for m in e.methods]
-    rows = [*run_all(runs, e.work, DEPENDS).values()]
+    rows = [*run_all(runs, e.work, DEPENDS, curves.told).values()]
     name = f"e2e-{pathlib.Path(e.model).name}{f'-lora{e.lora}' if e.lora else ''}"
     # Of a folder, its name.
     asked = dataclasses.replace(e, model=pathlib.Path(e.model).name)
@@ -155,46 +152,38 @@ def run_of(
     about: dict[str, Any],
 ) -> Run:
     """A network fine-tuned on a share of the data: trains, decodes and scores."""
-    asked = plain(e)
-    for name in ("methods", "shares", "seeds", "work", "out"):
-        del asked[name]
     share, seed = about["share"], about["seed"]
 
-    def trained(place: pathlib.Path) -> dict[str, Any]:
-        model = interop.load(
-            folder,
-            method=method,
-            gamma=e.gamma,
-            signs=e.signs,
-            dtype=e.dtype,
-            dropout=e.dropout,
-        )
+    def make() -> Decoder:
+        settings = {"gamma": e.gamma, "signs": e.signs, "dtype": e.dtype, "dropout": e.dropout}
+        model = interop.load(folder, method=method, **settings)
         if e.lora:
             add_lora(model, e.lora, rngs=nnx.Rngs(seed))
-        batch = min(e.train.batch_size, len(task.train.tokens))
-        settings = dataclasses.replace(e.train, seed=seed, batch_size=batch)
-        described = {"model": str(folder), "share": share, "lora": e.lora}
-        result = train(model, task, settings, place / "run", resume=True, about=described)
+        return model
+
+    def score(model: Decoder, place: pathlib.Path) -> dict[str, Any]:
         texts = decode(e, model, tokenizer, [prompt for prompt, _ in groups])
         files.write_text(place / "texts.txt", "\n".join(texts) + "\n")
-        losses = [r["loss"] for r in result.history if r["split"] == "eval"]
-        return {
-            "method": method,
-            **about,
-            "validation loss, last": losses[-1],
-            "validation loss, best": min(losses),
-            "mismatched": sum(r.get("mismatched", 0) for r in result.history),
-            "seconds per step": result.seconds_per_step,
-            **e2e_metrics.score(texts, [references for _, references in groups]),
-        }
+        found = e2e_metrics.score(texts, [references for _, references in groups])
+        return {"network": method, **about, "scores": found}
 
-    settings = asked | about | {"method": method}
-    return Run(f"lora{e.lora}-{method}-{share:g}-seed{seed}", settings, trained)
+    asked = plain(e)
+    for name in ("methods", "shares", "seeds", "work", "out", "data", "train"):
+        del asked[name]
+    batch = min(e.train.batch_size, len(task.train.tokens))
+    return training(
+        f"lora{e.lora}-{method}-{share:g}-seed{seed}",
+        make,
+        task,
+        dataclasses.replace(e.train, seed=seed, batch_size=batch),
+        asked | about | {"method": method},
+        score,
+    )
 
 
 def decode(e: E2E, model: Decoder, tokenizer: Tokenizer, prompts: list[str]) -> list[str]:
     """A text for each prompt, those of similar length together."""
-    tokens = [tokenizer.encode(prompt) for prompt in prompts]
+    tokens = [tokenizer.prompt_tokens(prompt) for prompt in prompts]
     order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
     texts = [""] * len(tokens)
     longest = model.config.max_length - e.new_tokens
@@ -259,14 +248,8 @@ def grouped(pairs: list[tuple[str, str]]) -> list[tuple[str, list[str]]]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Means over seeds, and their standard deviations."""
-    names = ["validation loss, best", *(m for m in METRICS if m in rows[0])]
-    lines = []
-    for share in dict.fromkeys(row["share"] for row in rows):
-        for method in dict.fromkeys(row["method"] for row in rows):
-            some = [r for r in rows if (r["share"], r["method"]) == (share, method)]
-            cells = [records.spread([row[name] for row in some]) for name in names]
-            lines.append([f"{share:.0%} ({some[0]['texts']:,} texts)", method, *cells])
-    return records.markdown(["data", "method", *names], lines)
+    named = [row | {"network": f"{row['share']:.0%} of the data, {row['network']}"} for row in rows]
+    return curves.table(named)
 
 
 if __name__ == "__main__":

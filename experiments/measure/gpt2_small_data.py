@@ -38,16 +38,14 @@ from bdia_jax.data import (
 )
 from bdia_jax.nn import Decoder, DecoderConfig
 from bdia_jax.steps import Signs
-from bdia_jax.train import LanguageModelling, TrainSettings, train
+from bdia_jax.train import LanguageModelling, TrainSettings
 from measure import curves, records, sources
-from measure.runs import Run, plain, run_all
+from measure.runs import Run, plain, run_all, training
 
 DEPENDS = (
     *sources.CORE,
-    *sources.LAYERS,
-    "bdia_jax/nn/decoder.py",
-    "bdia_jax/nn/losses.py",
-    "bdia_jax/data/text.py",
+    *sources.TEXT_LAYERS,
+    *sources.TEXTS,
     *sources.STEP,
     "bdia_jax/train/tasks/text.py",
     "experiments/measure/gpt2_small_data.py",
@@ -126,20 +124,12 @@ def main(s: SmallData) -> str:
         for seed in range(s.seeds)
         for name, config in networks(s, tokenizer.size).items()
     }
-    found = run_all(runs.values(), s.work / s.name, DEPENDS, told)
+    found = run_all(runs.values(), s.work / s.name, DEPENDS, curves.told)
     rows = [{"network": name, "seed": seed} | found[run.name] for (name, seed), run in runs.items()]
     path = records.write(f"small-text-{s.name}", rows, DEPENDS, settings=s, out=s.out)
     text = curves.table(rows)
     print(f"\n{text}\n\nSee {path}")
     return text
-
-
-def told(record: dict[str, Any]) -> str:
-    """A line about a run."""
-    if record["error"]:
-        return record["error"]
-    found = {name: f"{loss:.4g}" for name, loss in curves.losses(record["history"]).items()}
-    return f"{found}; {record['seconds per step'] * 1e3:.1f} ms per step"
 
 
 def networks(s: SmallData, tokens: int) -> dict[str, DecoderConfig]:
@@ -178,22 +168,23 @@ def run_of(
     seed: int,
 ) -> Run:
     """Trains one network."""
-    settings = dataclasses.replace(s.train, seed=seed)
-    asked = {"data": s.name, "vocabulary": s.vocabulary, "save": s.save}
-    asked |= {"model": plain(config), "train": plain(settings)}
 
-    def trained(folder: pathlib.Path) -> dict[str, Any]:
-        model = Decoder(config, rngs=nnx.Rngs(seed))
-        about = {"model": dataclasses.asdict(config)}
-        result = train(model, task, settings, folder / "run", resume=True, about=about)
+    def save(model: Decoder, folder: pathlib.Path) -> dict[str, Any]:
         if s.save:
             model.eval()
             interop.save(model, folder / "model")
             tokenizer.save(folder / "model")
-        return {"history": result.history, "seconds per step": result.seconds_per_step}
+        return {}
 
     words = name.replace(", ", "_").replace(" = ", "=").replace(": ", "=").replace(" ", "=")
-    return Run(f"{words}_seed={seed}", asked, trained)
+    return training(
+        f"{words}_seed={seed}",
+        lambda: Decoder(config, rngs=nnx.Rngs(seed)),
+        task,
+        dataclasses.replace(s.train, seed=seed),
+        {"model": plain(config), "vocabulary": s.vocabulary, "save": s.save},
+        save,
+    )
 
 
 if __name__ == "__main__":

@@ -45,6 +45,9 @@ TABLES: dict[str, Callable[[Rows], str]] = cost_tables.TABLES | {
     "small-text": curves.table,
     "translation": curves.table,
     "e2e": finetune_e2e.table,
+    "gamma-perturbation": lambda rows: pivot(rows, ("steps", "gamma"), "signs", rise),
+    "gamma-exactness": lambda rows: pivot(rows, ("dtype", "steps", "gamma"), "signs", mismatches),
+    "gamma-finetuning": lambda rows: means(rows, "way"),
 }
 """By the beginning of a result's name; of any other, rows are shown as they are."""
 
@@ -72,7 +75,12 @@ MAIN_WAYS = ("standard", "checkpointed", "RevNet", "BDIA", "BDIA, parts")
 VIEWS: dict[str, View] = {
     "readme-figure": View("activations-vit-depth", {"way": MAIN_WAYS}, draw=cost_tables.draw),
     "readme-case": View("activations-vit-depth", {"way": MAIN_WAYS}),
-    "exactness-totals": View("exactness", columns=exactness.COUNTS),
+    "readme-finetuning": View(
+        "gamma-finetuning",
+        {"way": ("standard", "BDIA, γ chosen", "BDIA, γ = 1/2, block")},
+        ("loss", "BLEU", "METEOR"),
+    ),
+    "gamma-from-scratch": View("small-text-python-0.1"),
     **{
         f"vision-{table}": View("vision-reduced-cifar10", {"table": (table,)})
         for table in ("baselines", "dropout", "depth", "gamma", "linformer", "quantization")
@@ -111,17 +119,45 @@ def found(result: str, folder: pathlib.Path) -> list[pathlib.Path]:
 def table_of(result: str) -> Callable[[Rows], str]:
     """The function that makes its table."""
     names = [name for name in TABLES if result == name or result.startswith(f"{name}-")]
-    return TABLES[max(names, key=len)] if names else as_they_are
+    return TABLES[max(names, key=len)] if names else records.as_they_are
 
 
-def as_they_are(rows: Rows) -> str:
-    """A column per field."""
-    names = [*dict.fromkeys(name for row in rows for name in row)]
+def pivot(
+    rows: Rows, index: tuple[str, ...], column: str, cell: Callable[[dict[str, Any]], str]
+) -> str:
+    """A line for each value of some fields, and a column for each value of another."""
+    values = [*dict.fromkeys(row[column] for row in rows)]
+    lines: dict[tuple, dict[Any, str]] = {}
+    for row in rows:
+        lines.setdefault(tuple(row[name] for name in index), {})[row[column]] = cell(row)
+    header = [*index, *(f"{column}: {value}" for value in values)]
+    return records.markdown(
+        header,
+        [[*map(str, key), *(line.get(v, "") for v in values)] for key, line in lines.items()],
+    )
 
-    def cell(value: Any) -> str:
-        return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
 
-    return records.markdown(names, [[cell(row.get(name)) for name in names] for row in rows])
+def rise(row: dict[str, Any]) -> str:
+    """A loss, and by how much it is above the standard network's."""
+    return f"{row['loss']:.3f} ({row['rise']:+.1%})"
+
+
+def mismatches(row: dict[str, Any]) -> str:
+    """Of how many integers."""
+    return f"{row['mismatched']:,} of {row['compared']:,}"
+
+
+def means(rows: Rows, by: str) -> str:
+    """Means over seeds of all numbers, and their standard deviations."""
+    hidden = {by, "seed", "seconds", "mismatched"}
+    numbers = {n for row in rows for n, v in row.items() if isinstance(v, float)} - hidden
+    names = [name for name in dict.fromkeys(n for row in rows for n in row) if name in numbers]
+    lines = []
+    for value in dict.fromkeys(row[by] for row in rows):
+        some = [row for row in rows if row[by] == value]
+        found = [[row[name] for row in some if name in row] for name in names]
+        lines.append([value, *(records.spread(numbers) if numbers else "" for numbers in found)])
+    return records.markdown([by, *names], lines)
 
 
 def columns_of(table: str, columns: tuple[str, ...]) -> str:

@@ -136,6 +136,16 @@ def markdown(header: list[str], lines: list[list[str]]) -> str:
     return "\n".join([row(header), row(["-" * w for w in widths]), *map(row, lines)])
 
 
+def as_they_are(rows: list[dict[str, Any]]) -> str:
+    """A column per field."""
+    names = [*dict.fromkeys(name for row in rows for name in row)]
+
+    def cell(value: Any) -> str:
+        return f"{value:.4g}" if isinstance(value, float) else "" if value is None else str(value)
+
+    return markdown(names, [[cell(row.get(name)) for name in names] for row in rows])
+
+
 def spread(values: list[float], digits: int = 3) -> str:
     """Mean ± standard deviation over seeds."""
     mean = sum(values) / len(values)

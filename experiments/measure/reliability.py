@@ -72,7 +72,7 @@ PARTS: dict[Part, Suite | Audits] = {
     "precision": Audits("Audits by type of number and matrix-multiply precision"),
     "settings": Suite(
         "Gradients are those of the forward pass: blocks, types, options in pairs",
-        ("test_exactness.py", "test_reversible.py"),
+        ("test_exactness.py", "test_reversible.py", "test_adjoints.py", "test_parts.py"),
     ),
     "sharding": Suite("Eight devices: data, fully sharded, tensor parallel", ("test_sharding.py",)),
     "processes": Suite("Two processes", ("test_distributed.py",)),

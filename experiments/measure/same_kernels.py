@@ -45,7 +45,6 @@ from measure.networks import KINDS
 
 DEPENDS = (
     *sources.CORE,
-    *sources.LAYERS,
     *sources.MODELS,
     "bdia_jax/planning/targets.py",
     "experiments/measure/same_kernels.py",

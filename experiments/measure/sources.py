@@ -32,13 +32,22 @@ CORE = tuple(
 )
 """What a scan computes, forward and backward."""
 AUDIT = ("bdia_jax/check.py",)
-COUPLED = ("bdia_jax/coupling.py", "bdia_jax/nn/coupled.py")
-LAYERS = ("bdia_jax/nn/stack.py", "bdia_jax/nn/blocks.py", "bdia_jax/nn/attention.py")
-MODELS = tuple(
-    f"bdia_jax/nn/{name}.py" for name in ("vit", "decoder", "encoder_decoder", "losses", "chunks")
+COUPLED = ("bdia_jax/coupling.py",)
+LAYERS = (
+    *(f"bdia_jax/nn/{n}.py" for n in ("stack", "pure", "blocks", "dropout", "chunks", "configs")),
+    "bdia_jax/nn/settings.py",
+    "bdia_jax/nn/attention/*.py",
 )
-STEP = ("bdia_jax/train/step.py", "bdia_jax/train/in_backward.py", "bdia_jax/optim.py")
+"""What models are made of."""
+TEXT_LAYERS = (
+    *LAYERS,
+    *(f"bdia_jax/nn/{n}.py" for n in ("text_blocks", "positions", "decoder", "losses")),
+)
+MODELS = (*TEXT_LAYERS, "bdia_jax/nn/encoder_decoder.py", "bdia_jax/nn/vit.py")
+STEP = tuple(f"bdia_jax/train/{n}.py" for n in ("step", "in_backward", "optimizers"))
 """A training step. The loop around it changes nothing that is measured."""
+TEXTS = tuple(f"bdia_jax/data/{n}.py" for n in ("text", "tokenizers", "packing", "batches"))
+"""Texts as batches of tokens."""
 
 
 def files(patterns: Iterable[str]) -> list[pathlib.Path]:

@@ -27,14 +27,13 @@ import statistics
 from typing import Any, Literal, NamedTuple
 
 import command as commands
-import jax
 from flax import nnx
 
 from bdia_jax.data import ImageData, load_images
 from bdia_jax.nn import ResNet, ResNetConfig, ViT, ViTConfig
-from bdia_jax.train import ImageClassification, TrainSettings, train
+from bdia_jax.train import ImageClassification, TrainSettings
 from measure import records, sources
-from measure.runs import Run, plain, run_all
+from measure.runs import Run, plain, run_all, training
 
 Config = ViTConfig | ResNetConfig
 Table = Literal[
@@ -56,6 +55,7 @@ DEPENDS = (
     "bdia_jax/nn/vit.py",
     "bdia_jax/nn/resnet.py",
     "bdia_jax/data/images.py",
+    "bdia_jax/data/batches.py",
     *sources.STEP,
     "bdia_jax/train/tasks/images.py",
     "experiments/measure/vision_tables.py",
@@ -158,102 +158,88 @@ class Cell(NamedTuple):
     """Another than the scale's."""
 
 
+BOTH = {"ViT": {"method": "standard"}, "BDIA-ViT": {"method": "bdia"}}
+GRIDS: dict[str, dict[str, dict[str, Any]]] = {
+    "quantization": {
+        f"l = {bits}": {"frac_bits": bits, "quantize_standard": True} for bits in (9, 5, 0, -2)
+    },
+    "depth": {f"{depth} blocks": {"depth": depth} for depth in (6, 10)},
+    "dropout": {f"dropout {rate}": {"dropout": rate} for rate in (0.0, 0.1, 0.2)},
+    "linformer": {"linear attention": {"attention": "linear"}},
+}
+"""Tables of both systems: what is changed in each row."""
+COLUMNS: dict[str, dict[str, dict[str, Any]]] = {
+    "baselines": BOTH | {"RevViT": {"method": "coupled"}, "mid-point": {"method": "midpoint"}},
+    # 0.6 is no power of two, and cannot be taken back.
+    "gamma": {
+        "|γ| = 0": {"method": "standard"},
+        "|γ| = 0.25": {"gamma": 0.25},
+        "|γ| = 0.5": {},
+        "|γ| = 0.6": {"method": "bdia-direct", "gamma": 0.6},
+    },
+    "signs": {"standard": {"method": "standard"}}
+    | {
+        f"γ = 1/{n}, signs: {signs}": {"gamma": 1 / n, "signs": signs}
+        for n in (2, 4, 8, 16)
+        for signs in ("block", "sample", "minus")
+    },
+    "systems": BOTH
+    | {
+        "ViT, checkpointed blocks": {"method": "standard-checkpoint"},
+        "ViT on the grid, l = 5": BOTH["ViT"] | {"frac_bits": 5, "quantize_standard": True},
+        "BDIA-ViT, direct": {"method": "bdia-direct"},
+        "BDIA-ViT, parts as steps": {"parts_as_steps": True},
+        "BDIA-ViT, dropout 0.1": {"dropout": 0.1},
+        "BDIA-ViT, l = 5": {"frac_bits": 5},
+        "BDIA-ViT, |γ| = 0.25": {"gamma": 0.25},
+        "BDIA-ViT, |γ| = 0.6, direct": {"method": "bdia-direct", "gamma": 0.6},
+        "BDIA-ViT, a sign per sample": {"signs": "sample"},
+        "BDIA-ViT, bfloat16": {"dtype": "bfloat16"},
+        "RevViT": {"method": "coupled"},
+        "RevViT, direct": {"method": "coupled-direct"},
+        "mid-point": {"method": "midpoint"},
+        "mid-point, direct": {"method": "midpoint-direct"},
+        "linear attention": BOTH["ViT"] | {"attention": "linear"},
+        "linear attention, BDIA": {"attention": "linear"},
+    },
+}
+"""Tables of one column: what is changed of BDIA-ViT in each row. Systems is everything, once."""
+
+
 def table_cells(table: Table, s: Scale) -> list[Cell]:
     """The networks of a table."""
-
-    def vit(method: str, **changes: Any) -> ViTConfig:
-        return dataclasses.replace(s.vit, method=method, **changes)
-
-    def both(row: str, **changes: Any) -> list[Cell]:
-        systems = {"ViT": "standard", "BDIA-ViT": "bdia"}
-        return [Cell(row, name, vit(method, **changes)) for name, method in systems.items()]
-
-    def column(rows: dict[str, dict[str, Any]]) -> list[Cell]:
-        return [Cell(row, "", vit(**changes)) for row, changes in rows.items()]
-
-    def resnets(row: str) -> list[Cell]:
-        systems = {"ResNet": "standard", "BDIA-ResNet": "bdia"}
-        return [
-            Cell(row, name, dataclasses.replace(s.resnet, method=method))
-            for name, method in systems.items()
-        ]
-
-    if table == "baselines":
-        methods = {"ViT": "standard", "BDIA-ViT": "bdia"}
-        methods |= {"RevViT": "coupled", "mid-point": "midpoint"}
-        return column({name: {"method": method} for name, method in methods.items()})
-    if table == "quantization":
-        # In training and in evaluation.
-        levels = {f"l = {bits}": bits for bits in (9, 5, 0, -2)}
-        return [
-            cell
-            for row, bits in levels.items()
-            for cell in both(row, frac_bits=bits, quantize_standard=True)
-        ]
-    if table == "depth":
-        return [cell for depth in (6, 10) for cell in both(f"{depth} blocks", depth=depth)]
-    if table == "dropout":
-        return [cell for p in (0.0, 0.1, 0.2) for cell in both(f"dropout {p}", dropout=p)]
-    if table == "gamma":
-        # 0.6 is no power of two, and cannot be taken back.
-        gammas = {0.25: "bdia", 0.5: "bdia", 0.6: "bdia-direct"}
-        rows = {f"|γ| = {g}": {"method": m, "gamma": g} for g, m in gammas.items()}
-        return column({"|γ| = 0": {"method": "standard"}} | rows)
-    if table == "signs":
-        rows = {
-            f"γ = 1/{round(1 / gamma)}, signs: {signs}": {"gamma": gamma, "signs": signs}
-            for gamma in (1 / 2, 1 / 4, 1 / 8, 1 / 16)
-            for signs in ("block", "sample", "minus")
+    columns = {"": COLUMNS.get(table, {})}
+    if table in GRIDS or table == "capacity":
+        rows = GRIDS.get(table) or smaller(s.vit)
+        columns = {
+            name: {row: method | changes for row, changes in rows.items()}
+            for name, method in BOTH.items()
         }
-        rows = {row: {"method": "bdia"} | changes for row, changes in rows.items()}
-        return column({"standard": {"method": "standard"}} | rows)
-    if table == "linformer":
-        return both("linear attention", attention="linear")
-    if table == "resnet":
-        return resnets(f"{s.resnet.depth * len(s.resnet.widths)} residual blocks")
-    if table == "capacity":
-        cells = []
-        for share, blocks in ((1, 1), (2, 2), (4, 3), (8, 3)):
-            width, depth = s.vit.width // share, max(2, s.vit.depth // blocks)
-            heads = max(1, s.vit.heads // share)
-            size = {"width": width, "depth": depth, "heads": heads, "head_dim": width // heads}
-            size["hidden"] = s.vit.hidden // share
-            cells += both(f"width {width}, {depth} blocks", **size)
-        return cells
-    return [
-        *column(
-            {
-                "ViT": {"method": "standard"},
-                "ViT, checkpointed blocks": {"method": "standard-checkpoint"},
-                "ViT on the grid, l = 5": {
-                    "method": "standard",
-                    "frac_bits": 5,
-                    "quantize_standard": True,
-                },
-                "BDIA-ViT": {"method": "bdia"},
-                "BDIA-ViT, direct": {"method": "bdia-direct"},
-                "BDIA-ViT, parts as steps": {"method": "bdia", "parts_as_steps": True},
-                "BDIA-ViT, dropout 0.1": {"method": "bdia", "dropout": 0.1},
-                "BDIA-ViT, l = 5": {"method": "bdia", "frac_bits": 5},
-                "BDIA-ViT, |γ| = 0.25": {"method": "bdia", "gamma": 0.25},
-                "BDIA-ViT, |γ| = 0.6, direct": {"method": "bdia-direct", "gamma": 0.6},
-                "BDIA-ViT, a sign per sample": {"method": "bdia", "signs": "sample"},
-                "BDIA-ViT, bfloat16": {"method": "bdia", "dtype": "bfloat16"},
-                "RevViT": {"method": "coupled"},
-                "RevViT, direct": {"method": "coupled-direct"},
-                "mid-point": {"method": "midpoint"},
-                "mid-point, direct": {"method": "midpoint-direct"},
-                "linear attention": {"method": "standard", "attention": "linear"},
-                "linear attention, BDIA": {"method": "bdia", "attention": "linear"},
-            }
-        ),
-        *(cell._replace(row=cell.system, system="") for cell in resnets("")),
-        *(
-            Cell(f"BDIA-ViT by {name}", "", vit("bdia"), name)
-            for name in ("adam", "adamw", "set-adam")
-            if name != s.train.optimizer
-        ),
+    cells = [
+        Cell(row, name, dataclasses.replace(s.vit, **({"method": "bdia"} | changes)))
+        for name, rows in columns.items()
+        for row, changes in rows.items()
     ]
+    if table in ("resnet", "systems"):
+        row = f"{s.resnet.depth * len(s.resnet.widths)} residual blocks"
+        for name, method in (("ResNet", "standard"), ("BDIA-ResNet", "bdia")):
+            network = dataclasses.replace(s.resnet, method=method)
+            cells.append(Cell(*((row, name) if table == "resnet" else (name, "")), network))
+    if table == "systems":
+        others = {"adam", "adamw", "set-adam"} - {s.train.optimizer}
+        bdia = dataclasses.replace(s.vit, method="bdia")
+        cells += [Cell(f"BDIA-ViT by {name}", "", bdia, name) for name in sorted(others)]
+    return cells
+
+
+def smaller(c: ViTConfig) -> dict[str, dict[str, Any]]:
+    """Rows of smaller and smaller networks for the same data."""
+    rows = {}
+    for share, blocks in ((1, 1), (2, 2), (4, 3), (8, 3)):
+        width, depth, heads = c.width // share, max(2, c.depth // blocks), max(1, c.heads // share)
+        size = {"width": width, "depth": depth, "heads": heads, "head_dim": width // heads}
+        rows[f"width {width}, {depth} blocks"] = size | {"hidden": c.hidden // share}
+    return rows
 
 
 PUBLISHED = {
@@ -348,7 +334,7 @@ def main(v: VisionTables) -> str:
         {run.name: run for run in runs.values()}.values(),
         v.work,
         DEPENDS,
-        lambda r: r["error"] or f"{r['accuracy']:.2%} in {r['seconds']:.0f} s",
+        lambda r: r["error"] or f"{accuracy(r):.2%} in {r['seconds']:.0f} s",
         train=not v.report,
     )
     if not found:
@@ -361,7 +347,6 @@ def main(v: VisionTables) -> str:
             "system": cell.system,
             "seed": seed,
             "published": published.get(cell.row, {}).get(cell.system),
-            "run": runs[cell, seed].name,
         }
         | found[runs[cell, seed].name]
         for table, cell in cells
@@ -371,9 +356,15 @@ def main(v: VisionTables) -> str:
     path = records.write(name, rows, DEPENDS, settings=v, out=v.out, note=scale.about)
     text = all_tables(rows)
     print(f"\n{scale.about}\n\n{text}\n\nSee {path}")
-    if v.quick and (failed := [r["row"] for r in rows if r["error"] or r["accuracy"] < 0.9]):
+    if v.quick and (failed := [r["row"] for r in rows if not accuracy(r) >= 0.9]):
         raise RuntimeError(f"below 90 %: {', '.join(failed)}")
     return text
+
+
+def accuracy(record: dict[str, Any]) -> float:
+    """The last one; NaN of a run that went wrong."""
+    found = [r["accuracy"] for r in record.get("history", ()) if r["split"] == "eval"]
+    return found[-1] if found else math.nan
 
 
 def _share(data: ImageData, images: int | None) -> ImageData:
@@ -403,36 +394,18 @@ def run_of(cell: Cell, seed: int, scale: Scale, task: ImageClassification) -> Ru
         eval_every=every,
         checkpoint_every=every,
         keep_last=1,
-        log_every=min(every, 100),
+        log_every=every,
         seed=seed,
         **({"optimizer": cell.optimizer} if cell.optimizer else {}),
     )
-    described = plain({"model": plain(config), "train": plain(settings), "images": images})
-    described |= {"data": data.name, "augment": scale.augment}
     kind = ViT if isinstance(config, ViTConfig) else ResNet
-
-    def trained(folder: pathlib.Path) -> dict[str, Any]:
-        model = kind(config, rngs=nnx.Rngs(seed))
-        parameters = sum(p.size for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
-        about = {"model": dataclasses.asdict(config)}
-        result = train(
-            model, task, settings, folder / "run", resume=True, about=about, progress=False
-        )
-        return {
-            "accuracy": result.last("eval", "accuracy"),
-            "best": result.best,
-            "parameters": parameters,
-            "seconds": result.seconds,
-            "seconds per step": result.seconds_per_step,
-            "mismatched": sum(r.get("mismatched", 0) for r in result.history),
-            "evaluations": [
-                [r["step"], r["loss"], r["accuracy"]]
-                for r in result.history
-                if r["split"] == "eval"
-            ],
-        }
-
-    return Run(run_name(cell, seed, scale), described, trained)
+    return training(
+        run_name(cell, seed, scale),
+        lambda: kind(config, rngs=nnx.Rngs(seed)),
+        task,
+        settings,
+        {"model": plain(config), "images": images, "augment": scale.augment},
+    )
 
 
 def run_name(cell: Cell, seed: int, scale: Scale) -> str:
@@ -475,7 +448,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         line, accuracies = [label], []
         for name in systems:
             some = [row for row in rows if (row["row"], row["system"]) == (label, name)]
-            of_seed = {row["seed"]: 100 * row.get("accuracy", math.nan) for row in some}
+            of_seed = {row["seed"]: 100 * accuracy(row) for row in some}
             accuracies.append(of_seed)
             wrong = any(map(math.isnan, of_seed.values()))
             text = records.spread([*of_seed.values()], 2) if some else ""

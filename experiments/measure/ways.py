@@ -1,4 +1,4 @@
-"""Ways to train, for measurements: those of plans, and three that only measurements know.
+"""Ways to train, for measurements: those of plans, and two that only measurements know.
 
 ``bdia_jax.planning.ways`` has the list; here are baselines that replace what runs
 a network's blocks.
@@ -13,7 +13,6 @@ from collections.abc import Callable
 import jax
 from flax import nnx
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 
 from bdia_jax import coupling
 from bdia_jax.nn import DecoderConfig, ReversibleStack, ViTConfig
@@ -52,31 +51,6 @@ class Grouped(nnx.Module):
         return lax.scan(jax.checkpoint(lambda x, inputs: lax.scan(step, x, inputs)), x, groups)[0]
 
 
-class Offloaded(nnx.Module):
-    """Checkpointed blocks, their inputs kept in the memory of the host."""
-
-    def __init__(self, stack: ReversibleStack):
-        self.stack = stack
-
-    def __call__(self, x, *consts, key):
-        """The standard network."""
-        block, params = self.stack.functional()
-        policy = jax.checkpoint_policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[],
-            names_which_can_be_offloaded=["input"],
-            offload_src="device",
-            offload_dst="pinned_host",
-        )
-
-        def step(x, inputs):
-            params, key = inputs
-            x = checkpoint_name(x, "input")
-            return x + block(params, x, key, *consts), None
-
-        step = jax.checkpoint(step, policy=policy, prevent_cse=False)
-        return lax.scan(step, x, (params, jax.random.split(key, self.stack.depth)))[0]
-
-
 class RevNet(nnx.Module):
     """The parts of the blocks update two streams in turns; their mean goes on.
 
@@ -113,7 +87,6 @@ class Replaced(Way):
 
 WAYS: dict[str, Way] = ways.WAYS | {
     "checkpointed √K groups": Replaced("standard", WHOLE, by=Grouped),
-    "checkpointed on the host": Replaced("standard", WHOLE, by=Offloaded),
     "RevNet": Replaced("standard", PARTS, by=RevNet),
 }
 
