@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from _blocks import BATCH, case, covering, names
 
-from bdia_jax import BackwardReport, check_reversible, reversible_scan
+from bdia_jax import BDIA, BackwardReport, Online, Update, check_reversible, reversible_scan
 
 
 def supported(row):
@@ -29,12 +29,18 @@ ROWS = covering(
     precision=[None, "bfloat16", "tensorfloat32", "float32"],
     param_dtype=["float32", "bfloat16"],
     frac_bits=[9, 5],
-    m=[1, 0, 2],
+    m=[1, 0, 2, 3, 4],
+    signs=["block", "sample", "minus", "plus"],
+    r=[0, 1],
+    parts=[1, 3],
+    update=[False, True],
 )
 
 
 def in_compute_dtype(block):
     """Parameters of whatever type are cast to that of ``x``, as layers do."""
+    if isinstance(block, tuple):
+        return tuple(map(in_compute_dtype, block))
 
     def cast(params, x, key, *consts):
         def to_dtype(leaf):
@@ -46,22 +52,24 @@ def in_compute_dtype(block):
     return cast
 
 
-def train_step(block, depth, frac_bits, m, tolerance_bits=0):
+def train_step(block, depth, step, update=False):
     """Loss, gradients and the report of the backward pass, in one program."""
 
+    def descend(params, grads, state):
+        return jax.tree.map(lambda p, g: p - p.dtype.type(1e-3) * g, params, grads), state
+
     @jax.jit
-    def step(params, x, shift, mask, key):
+    def train(params, x, shift, mask, key):
         def loss(probe, params, x, shift):
+            updating = Update(descend, params, jnp.zeros(depth)) if update else None
             y = reversible_scan(
                 block,
                 params,
                 x,
                 key=key,
                 consts=(shift, mask),
-                gamma=2.0**-m,
-                frac_bits=frac_bits,
-                tolerance_bits=tolerance_bits,
-                probe=probe,
+                step=step,
+                adjoint=Online(probe, updating),
             )
             return jnp.mean(jnp.sin(y.astype(jnp.float32)))
 
@@ -69,25 +77,32 @@ def train_step(block, depth, frac_bits, m, tolerance_bits=0):
         report, *others = gradients(BackwardReport.zeros(depth), params, x, shift)
         return report, others
 
-    return step
+    return train
 
 
-def assert_exact(step, arguments, depth, seeds=3):
+def assert_exact(train, arguments, seeds=3):
     for seed in range(seeds):
-        report, gradients = step(*arguments, jax.random.key(seed))
-        chex.assert_trees_all_equal(report, BackwardReport.zeros(depth))
+        report, gradients = train(*arguments, jax.random.key(seed))
+        assert not report.mismatched.any()
+        assert not report.corrected.any()
         chex.assert_tree_all_finite(gradients)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=names(ROWS))
 def test_nothing_is_mismatched(row):
     depth = 6
+    step = BDIA(2.0 ** -row["m"], row["signs"], row["frac_bits"], row["r"])
     with jax.default_matmul_precision(row["precision"]):
         block, params, x, consts = case(
-            row["kind"], depth, dropout=0.1, dtype=row["dtype"], param_dtype=row["param_dtype"]
+            row["kind"],
+            depth,
+            parts=row["parts"],
+            dropout=0.1,
+            dtype=row["dtype"],
+            param_dtype=row["param_dtype"],
         )
-        step = train_step(in_compute_dtype(block), depth, row["frac_bits"], row["m"])
-        assert_exact(step, (params, x, *consts), depth)
+        train = train_step(in_compute_dtype(block), depth, step, row["update"])
+        assert_exact(train, (params, x, *consts))
 
 
 @pytest.mark.parametrize(
@@ -95,15 +110,18 @@ def test_nothing_is_mismatched(row):
 )
 def test_nothing_is_mismatched_at_any_depth(kind, depth):
     block, params, x, consts = case(kind, depth, dtype="bfloat16", param_dtype="float32")
-    assert_exact(train_step(in_compute_dtype(block), depth, 9, 1), (params, x, *consts), depth)
+    train = train_step(in_compute_dtype(block), depth, BDIA())
+    assert_exact(train, (params, x, *consts))
 
 
-@pytest.mark.parametrize("kind", ["dot_product_attention", "conv"])
-def test_the_audit_finds_nothing(kind):
+@pytest.mark.parametrize(("kind", "parts"), [("dot_product_attention", 3), ("conv", 1)])
+def test_the_audit_finds_nothing(kind, parts):
     """Integer by integer, against the states of the forward pass themselves."""
-    block, params, x, consts = case(kind, 6, dropout=0.1, dtype="bfloat16")
-    found = check_reversible(block, params, x, key=jax.random.key(0), consts=consts)
-    assert found.compared == 6 * x.size
+    block, params, x, consts = case(kind, 6, parts=parts, dropout=0.1, dtype="bfloat16")
+    found = check_reversible(
+        block, params, x, key=jax.random.key(0), consts=consts, step=BDIA(1 / 8, "sample")
+    )
+    assert found.compared == 6 * parts * x.size
     assert (found.mismatched, found.corrected, found.deviation) == (0, 0, 0.0)
     assert found.exact
     assert found.tolerance_bits == 0

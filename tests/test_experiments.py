@@ -15,16 +15,30 @@ from flax import nnx
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "experiments"))
 
-import benchmark
 import demo
-import exactness
-import memory_and_time
-import reliability
-import vision_costs
-import vision_tables
+import translate
 import vit
+from measure import (
+    costs,
+    exactness,
+    finetune_e2e,
+    gamma,
+    gpt2_small_data,
+    networks,
+    pages,
+    records,
+    reliability,
+    results,
+    runs,
+    same_kernels,
+    sources,
+    timing,
+    vision_tables,
+)
+from measure import ways as all_ways
 
-from bdia_jax.nn import Decoder, ViTConfig, llama
+from bdia_jax.nn import DecoderConfig, ViTConfig, llama
+from bdia_jax.planning import ways
 from bdia_jax.train import TrainSettings
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -47,227 +61,132 @@ def is_png(path):
     return path.read_bytes().startswith(b"\x89PNG")
 
 
+# ---------------------------------------------------------------------------------------------
+# Results and pages
+# ---------------------------------------------------------------------------------------------
+
+
+def test_pages_show_the_results_and_results_are_of_this_code():
+    assert pages.check() == []
+
+
+def test_code_is_compared_without_comments_docstrings_and_layout():
+    code = '''"""What it is."""
+X = 1  # why é
+class A:
+    field: int = 1
+    """Of é."""
+    def f(self): "one"; return f"{X} # no"
+'''
+    same = 'X=1\nclass A:\n  """Other."""\n  field:int=1\n  def f(self): ; return f"{X} # no"'
+    assert sources.bare(code) == "".join(['X=1classA:field:int=1deff(self):;returnf"{X}#no"'])
+    assert sources.bare(code) == "".join(same.replace('"""Other."""', "").split())
+    assert sources.bare(code) != sources.bare(code.replace("X = 1", "X = 2"))
+
+
+def test_a_result_says_what_made_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(sources.ROOT / "experiments/vit.py"), "--data", "/a/b"])
+    settings = vision_tables.VisionTables(data_dir=pathlib.Path("/a/b"))
+    depends = ["bdia_jax/grid.py"]
+    rows = [{"way": "standard", "seconds": 0.123456}, {"way": "BDIA", "seconds": None}]
+    path = records.write("some-thing", rows, depends, settings=settings, out=tmp_path)
+    assert len(path.read_text().splitlines()) == 3
+    about, read = records.read(path)
+    assert read == rows
+    assert about["command"] == "python experiments/vit.py --data b"
+    assert about["settings"]["data_dir"] == "b"
+    assert about["code"] == sources.digest(depends)
+    assert {"commit", "clean", "date", "device", "cores", "versions", "seconds"} <= about.keys()
+
+    # A page gets the table, whatever was there; pages of results that do not exist say so.
+    page = tmp_path / "page.md"
+    page.write_text("<!-- results: some-thing -->\nold\n<!-- end results -->\nend\n")
+    text = pages.written(page, tmp_path)
+    assert "| standard | 0.1235  |" in text
+    assert "`python experiments/vit.py --data b`</sub>\n<!-- end results -->\nend" in text
+    page.write_text(text)
+    assert pages.written(page, tmp_path) == text
+    page.write_text("<!-- results: nothing -->\n<!-- end results -->\n")
+    assert pages.MISSING in pages.written(page, tmp_path)
+
+    # Code that has changed in what it does is noticed.
+    assert [*pages.stale(tmp_path)] == []
+    path.write_text(path.read_text().replace(about["code"], "0" * 16))
+    (wrong,) = pages.stale(tmp_path)
+    assert "make it again with python experiments/vit.py" in wrong
+
+
+def test_what_a_result_depends_on_is_there():
+    for module in (
+        *(costs, exactness, reliability, vision_tables),
+        *(same_kernels, gpt2_small_data, finetune_e2e, gamma, translate),
+    ):
+        assert sources.files(module.DEPENDS)
+    assert sources.files(gamma.TRAINS)
+
+
+def test_columns_of_a_table():
+    table = records.markdown(["a", "b", "c"], [["1", "2", "3"]])
+    assert pages.columns_of(table, ("c",)) == records.markdown(["a", "c"], [["1", "3"]])
+
+
+def test_every_stage_has_a_command_with_its_options():
+    for name, stage in results.STAGES.items():
+        assert stage.gives, name
+        assert stage.takes, name
+        for line in stage.commands:
+            assert (sources.ROOT / "experiments" / line.split()[0]).exists(), line
+
+
+def test_a_stage_writes_results_and_pages(tmp_path, monkeypatch, capsys):
+    stage = results.Stage("nothing", "no time", ("tool.py --text DATA/some",), ("some",))
+    monkeypatch.setattr(results, "STAGES", {"nothing": stage})
+    monkeypatch.setattr(records, "COMMITTED", tmp_path / "results")
+    monkeypatch.setattr(sources, "ROOT", tmp_path)
+    monkeypatch.setattr(pages, "main", lambda: print("pages"))
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments/tool.py").write_text("import sys; print(sys.argv[1:], flush=True)")
+    results.main(results.Results(data_dir=tmp_path))
+    assert "left out without some" in capsys.readouterr().out
+    (tmp_path / "some").touch()
+    results.main(results.Results(data_dir=tmp_path))
+    assert "took 0 minutes\npages" in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------------------------------------
+# Exactness and reliability
+# ---------------------------------------------------------------------------------------------
+
+
 def test_every_pair_of_settings_meets_in_a_case_of_exactness():
     cases = exactness.covering(exactness.FACTORS)
     for (a, in_a), (b, in_b) in itertools.combinations(exactness.FACTORS.items(), 2):
         met = {(case[a], case[b]) for case in cases}
         assert met == set(itertools.product(in_a, in_b))
-    assert len(cases) < 30
+    assert len(cases) < 40
 
 
+@pytest.mark.slow
 def test_a_case_of_exactness():
-    row = {
-        "dtype": "bfloat16",
-        "dropout": 0.1,
-        "m": 1,
-        "frac_bits": 9,
-        "depth": 2,
-        "block": "attention",
-    }
-    found = exactness.measure(exactness.block_case(row, 10_000, seed=0), jax.random.key(0))
-    assert found["compared"] >= 10_000
+    row = exactness.covering(exactness.FACTORS)[0]
+    row |= {"block": "attention", "depth": 2, "parts_as_steps": True, "update_in_backward": True}
+    row |= {"dtype": "bfloat16", "frac_bits": 9}
+    found = exactness.measure(exactness.block_case(row, 30_000, seed=0), jax.random.key(0))
+    assert found["compared"] >= 30_000
     assert found["finite"]
-    assert found["mismatched"] == found["samples_mismatched_in_gradient"] == 0
-    assert 0 <= found["naive_mismatched"] <= found["compared"]
-    assert len(exactness.line(found)) >= len(exactness.COLUMNS) - 1
-    assert exactness.encoder_decoder("float32", 1000, 0).settings["depth"] == 12
+    assert found["mismatched"] == found["samples mismatched in the gradient"] == 0
+    assert 0 <= found["naive, from its own"] <= found["compared"]
+    assert exactness.totals([found, found])["compared"] == 2 * found["compared"]
+    assert "| all " in exactness.table([found])
 
 
-def test_memory_and_time(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(memory_and_time, "DTYPES", ("float32",))
-    settings = memory_and_time.MemoryAndTime(
-        depths=(2, 4),
-        memory_shape=(2, 8, 32),
-        widths=(32,),
-        expansions=(1,),
-        batch=2,
-        length=8,
-        blocks=2,
-        rounds=2,
-        out=tmp_path,
-    )
-    found = memory_and_time.main(settings)
-    slopes = {row["method"]: row["bytes_per_element_and_block"] for row in found["memory"]}
-    assert slopes["bdia"] < slopes["bdia-r1"] < slopes["checkpoint"] < slopes["plain"]
-    for row in found["time"]:
-        assert row["wall_seconds"] > 0
-        assert len(row["rounds"]) == 2
-    (path,) = tmp_path.glob("*.json")
-    assert json.loads(path.read_text())["time"] == found["time"]
-    assert is_png(path.with_suffix(".png"))
-    assert "checkpointed blocks" in capsys.readouterr().out
-
-
-def test_demo(tmp_path, monkeypatch):
-    monkeypatch.setattr(demo, "MODEL", SMALL)
-    monkeypatch.setattr(demo, "DEPTHS", (2, 3))
-    table = demo.main(demo.Demo(out=tmp_path, steps=3, batch_size=8))
-    assert (tmp_path / "table.md").read_text().strip() == table
-    for label in demo.LABELS.values():
-        assert label in table
-    # One of the two blocks is taken back: 8 samples of 4 patches of 8 features, 3 steps.
-    assert "0 of 768" in table
-    assert "exact: 0 of" in table
-    for figure in ("accuracy", "memory", "inverse"):
-        assert is_png(tmp_path / f"{figure}.png")
-
-
-def test_vit_resumes(tmp_path, capsys):
-    settings = TrainSettings(steps=4, batch_size=8, stop_at=2, log_every=2)
-    experiment = vit.Experiment(out=tmp_path / "run", model=SMALL, train=settings)
-    vit.main(experiment)
-    settings = dataclasses.replace(settings, stop_at=None)
-    accuracy = vit.main(dataclasses.replace(experiment, train=settings, resume=True))
-    assert 0 <= accuracy <= 1
-    assert "after 4 steps" in capsys.readouterr().out
-    assert is_png(tmp_path / "run" / "accuracy.png")
-
-
-TINY = dataclasses.replace(
-    vision_tables.SCALES["digits"],
-    vit=SMALL,
-    images=64,
-    epochs=1,
-    evaluations=2,
-    seeds=2,
-    train=TrainSettings(batch_size=16, optimizer="set-adam"),
-)
-
-
-def two_cells(scale):
-    """ViT and BDIA-ViT."""
-    return vision_tables.baselines(scale)[:2]
-
-
-def test_vision_tables(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(vision_tables.SCALES, "digits", TINY)
-    monkeypatch.setitem(vision_tables.TABLES, "baselines", two_cells)
-    given = vision_tables.VisionTables(out=tmp_path / "out", work=tmp_path / "work")
-    text = vision_tables.main(given)
-    assert "| ViT " in text
-    assert "| BDIA-ViT " in text
-    paths = sorted((tmp_path / "out/runs").glob("*.json"))
-    assert len(paths) == 4
-    runs = [json.loads(path.read_text()) for path in paths]
-    assert all(run["error"] is None and run["mismatched"] == 0 for run in runs)
-    assert [len(run["evaluations"]) for run in runs] == [2] * 4
-    assert is_png(tmp_path / "out/accuracy.png")
-    assert not list((tmp_path / "work").glob("*/*/checkpoints"))
-    capsys.readouterr()
-
-    # What is there is not run again; what is missing is; another setting is not mixed in.
-    paths[0].unlink()
-    before = {path: path.stat().st_mtime_ns for path in paths[1:]}
-    vision_tables.main(given)
-    assert capsys.readouterr().out.count("seed=") == 1
-    assert {path: path.stat().st_mtime_ns for path in paths[1:]} == before
-    assert vision_tables.main(dataclasses.replace(given, report=True)) == text
-    with pytest.raises(ValueError, match="other settings"):
-        vision_tables.main(dataclasses.replace(given, images=48))
-
-
-def test_a_run_that_another_process_has_in_hand_is_left_to_it(tmp_path):
-    with vision_tables.claimed(tmp_path / "lock") as mine:
-        assert mine
-        with vision_tables.claimed(tmp_path / "lock") as again:
-            assert not again
-    with vision_tables.claimed(tmp_path / "lock") as mine:
-        assert mine
-
-
-def test_tables_show_runs_that_went_wrong():
-    cells = two_cells(TINY)
-    good = {"error": None, "accuracy": 0.5, "train": {"seed": 0}}
-    rows = [
-        vision_tables.Found(cells[0], [good, good]),
-        vision_tables.Found(cells[1], [good, {"error": "NonFiniteError", "train": {"seed": 1}}]),
-    ]
-    table = vision_tables.table_of(rows, TINY)
-    assert "50.00 ± 0.00 (2)" in table
-    assert "not finite" in table
-
-
-def test_vision_costs(tmp_path, monkeypatch):
-    systems = ("ViT", "ViT, checkpointed blocks", "BDIA-ViT")
-    chosen = {name: vision_costs.SYSTEMS[name] for name in systems}
-    monkeypatch.setattr(vision_costs, "SYSTEMS", chosen)
-    monkeypatch.setattr(vision_costs, "SMALL", SMALL)
-    monkeypatch.setattr(vision_costs, "DTYPES", ("float32",))
-    given = vision_costs.VisionCosts(
-        parts=("memory", "time"),
-        batch_size=2,
-        depth=2,
-        width=8,
-        depths=(2,),
-        rounds=2,
-        out=tmp_path,
-    )
-    text = vision_costs.main(given)
-    for name in systems:
-        assert text.count(f"| {name}") >= 2
-    (path,) = tmp_path.glob("*.json")
-    found = json.loads(path.read_text())
-    assert found["memory"]["residuals"][0]["bytes"] > 0
-    assert is_png(path.with_name(f"{path.stem}-memory.png"))
-
-
-def test_benchmark(tmp_path, monkeypatch):
-    ways = ("plain", "checkpointed blocks", "BDIA")
-    monkeypatch.setattr(benchmark, "WAYS", {name: benchmark.WAYS[name] for name in ways})
-    small = dataclasses.replace(SMALL, image_size=32, channels=3, patch_size=16)
-    monkeypatch.setattr(benchmark, "size", lambda *_: benchmark.Size(small, 2, 1))
-    settings = benchmark.Benchmark(
-        parts=("steps", "depth", "besides"), shapes=("vit",), rounds=2, depths=(2,), out=tmp_path
-    )
-    found = benchmark.main(settings)["vit"]
-    (steps, depth, besides) = (found[part]["rows"] for part in settings.parts)
-    assert [row["way"] for row in steps] == [*ways]
-    assert all(row["seconds"] > 0 and len(row["rounds"]) == 2 for row in steps)
-    # The same step, of which two thirds are compiled for its memory alone.
-    assert [row["memory"] for row in steps] == [row["memory"][0] for row in depth]
-    assert len(besides) == 3
-    (path,) = tmp_path.glob("*.json")
-    assert path.with_suffix(".md").read_text().count("| BDIA") == 2
-    assert is_png(path.with_name(f"{path.stem}-vit-depth.png"))
-
-
-def test_ways_of_the_benchmark_are_the_same_network():
-    """Groups of checkpoints, and checkpoints on the host, change nothing but costs."""
-    config = llama(
-        vocab_size=31,
-        max_length=8,
-        width=16,
-        depth=4,
-        heads=2,
-        kv_heads=1,
-        hidden=16,
-        method="standard",
-    )
-    tokens = jax.random.randint(jax.random.key(0), (2, 8), 0, 31)
-    losses = {}
-    for wrap in (
-        None,
-        benchmark.GroupedCheckpoints,
-        benchmark.OffloadedCheckpoints,
-        lambda stack: benchmark.Coupled(stack, config),
-    ):
-        model = Decoder(config, rngs=nnx.Rngs(0))
-        if wrap is not None:
-            model.blocks = wrap(model.blocks)
-        graph, params, rest = nnx.split(model, nnx.Param, ...)
-
-        @jax.jit
-        @jax.value_and_grad
-        def loss(params, graph=graph, rest=rest):
-            return nnx.merge(graph, params, rest).loss(tokens, tokens, key=jax.random.key(1)).loss
-
-        value, gradient = loss(params)
-        losses[wrap] = value, optax.tree.norm(gradient)
-    plain, grouped, offloaded, coupled = losses.values()
-    np.testing.assert_allclose(grouped, plain, rtol=1e-5)
-    np.testing.assert_allclose(offloaded, plain, rtol=1e-5)
-    assert abs(coupled[0] - plain[0]) > 1e-4 * plain[0]
-    assert np.isfinite(coupled).all()
+@pytest.mark.slow
+def test_a_model_of_exactness():
+    tiny = {"width": 16, "heads": 2, "max_length": 8, "encoder_depth": 1, "decoder_depth": 1}
+    case = exactness.model_case("encoder-decoder", tiny | {"parts_as_steps": True}, 1000, 0)
+    found = exactness.measure(case, jax.random.key(0))
+    assert found["compared"] >= 1000
+    assert found["mismatched"] == found["samples mismatched in the gradient"] == 0
 
 
 def test_reliability_counts_cases_and_what_was_skipped_or_failed():
@@ -286,13 +205,283 @@ def test_reliability_counts_cases_and_what_was_skipped_or_failed():
     assert found["recorded"] == {"test_a::many": {"mode": "x"}}
 
 
-@pytest.mark.parametrize("part", ["blocks", "precision"])
-def test_reliability_audits(part):
-    settings = reliability.Reliability(depth=2, width=32, length=4, batch=2)
-    case = list(reliability.cases(part))[-1]
-    row = reliability.audit(case, settings)
-    assert row["exact"]
-    assert row["mismatched"] == 0
-    found = {"title": "Audits", "tried": 1, "passed": 1, "notes": [], "audits": [row]}
-    text = reliability.markdown({"device": "a device", "jax": "0", "parts": {part: found}})
-    assert f"| {row['block']} | " in text
+def test_reliability_audits(tmp_path, monkeypatch, capsys):
+    settings = reliability.Reliability(
+        only=("precision",), depth=2, width=32, length=4, batch=2, out=tmp_path
+    )
+    some = [*reliability.cases("precision")]
+    some = [some[0], some[-1]]
+    monkeypatch.setattr(reliability, "cases", lambda part: iter(some))
+    text = reliability.main(settings)
+    assert "2           | 2" in text
+    # The rest of the table stays.
+    assert reliability.main(dataclasses.replace(settings, only=("blocks",))).count("| 2 ") == 4
+    (path,) = tmp_path.glob("*.jsonl")
+    assert all(row["exact"] for part in records.read(path).rows for row in part["audits"])
+
+
+# ---------------------------------------------------------------------------------------------
+# Ways to train
+# ---------------------------------------------------------------------------------------------
+
+TINY = {
+    "vit": networks.Network(SMALL, 2),
+    "decoder": networks.Network(
+        DecoderConfig(vocab_size=31, width=16, depth=4, heads=2, max_length=8, hidden=16), 2, 8
+    ),
+    "llama": networks.Network(
+        llama(vocab_size=31, width=16, depth=2, heads=2, kv_heads=1, max_length=8, hidden=16), 2, 8
+    ),
+    "stack": networks.Stack(batch=2, length=8, width=32, hidden=32, depth=2),
+}
+
+
+def loss_and_gradient(network, way):
+    """Of a way, on random data."""
+    make, task, _ = network.prepared(way)
+    model = make()
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    key = jax.random.key(0)
+    batch = task.batch(task.arrays(), key, 0, network.batch)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(params):
+        return task.loss(nnx.merge(graph, params, rest), batch, key).means()["loss"]
+
+    value, gradient = loss(params)
+    return value, optax.tree.norm(gradient)
+
+
+@pytest.mark.slow
+def test_ways_that_keep_less_are_the_same_network():
+    """Checkpoints change nothing but costs; RevNet is another network."""
+    network = TINY["decoder"]
+    possible = all_ways.ways_for(network, gradient=True)
+    found = {
+        name: loss_and_gradient(network, possible[name])
+        for name in (
+            "standard",
+            "checkpointed parts",
+            "checkpointed, chunks",
+            "checkpointed √K groups",
+        )
+    }
+    for name, some in found.items():
+        np.testing.assert_allclose(some, found["standard"], rtol=1e-5, err_msg=name)
+    rounded = loss_and_gradient(network, possible["checkpointed, 4 bits"])
+    np.testing.assert_allclose(rounded[0], found["standard"][0], rtol=1e-6)
+    assert abs(rounded[1] - found["standard"][1]) > 1e-6 * found["standard"][1]
+    revnet = loss_and_gradient(network, possible["RevNet"])
+    assert abs(revnet[0] - found["standard"][0]) > 1e-4 * found["standard"][0]
+    assert np.isfinite(revnet).all()
+
+
+def test_ways_by_network():
+    names = {name: {*all_ways.ways_for(network)} for name, network in TINY.items()}
+    assert names["decoder"] == {*all_ways.WAYS}
+    assert names["decoder"] - names["llama"] == {"RevNet"}
+    assert not any("chunks" in name for name in names["vit"] | names["stack"])
+    assert "RevNet" in names["vit"]
+    assert ways.WAYS.keys() <= all_ways.WAYS.keys()
+
+
+@pytest.mark.slow
+def test_memory_along_an_axis(tmp_path):
+    some = ("standard", "checkpointed", "BDIA, parts")
+    given = costs.Costs("activations", ("stack",), some, values=(2, 4), out=tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(costs.NETWORKS, "stack", lambda dtype, large: TINY["stack"])
+        rows = costs.main(given)["stack"]
+    slopes = {row["way"]: row["bytes per element and block"] for row in rows}
+    assert slopes["BDIA, parts"] < slopes["checkpointed"] < slopes["standard"]
+    (path,) = tmp_path.glob("activations-stack-depth-*.jsonl")
+    assert records.read(path).rows == json.loads(json.dumps(rows))
+    assert pages.table_of("activations-stack-depth")(rows).count("| BDIA") == 1
+    costs_table = tmp_path / "figure.png"
+    pages.VIEWS["readme-figure"].draw(rows, costs_table)
+    assert is_png(costs_table)
+
+
+@pytest.mark.slow
+def test_time_of_steps(tmp_path, monkeypatch):
+    monkeypatch.setitem(costs.NETWORKS, "vit", lambda dtype, large: TINY["vit"])
+    some = ("checkpointed, updated in backward", "BDIA, parts")
+    given = costs.Costs("steps", ("vit",), some, rounds=2, out=tmp_path)
+    rows = costs.main(given)["vit"]
+    assert [row["way"] for row in rows] == [*some]
+    for row in rows:
+        assert row["seconds"] > 0
+        assert len(row["rounds"]) == 2
+        assert row["peak"] > 0
+        assert len(row["over BDIA, parts"]) == 3
+    totals = costs.main(dataclasses.replace(given, part="totals", values=(2,)))["vit"]
+    assert [row["peaks"] for row in totals] == [[row["peak"]] for row in rows]
+    assert len(costs.main(dataclasses.replace(given, part="besides"))["vit"]) == 3
+
+
+@pytest.mark.slow
+def test_time_of_gradients(tmp_path, monkeypatch):
+    monkeypatch.setattr(costs, "Stack", lambda *_: TINY["stack"])
+    given = costs.Costs(
+        "gradients", ("stack",), ("checkpointed", "BDIA"), widths=(32,), rounds=1, out=tmp_path
+    )
+    rows = costs.main(given)["stack"]
+    assert [row["way"] for row in rows] == ["checkpointed", "BDIA"] * 2
+
+
+def test_rounds_go_in_turns():
+    order = []
+    runs = {name: lambda name=name: order.append(name) for name in "abc"}
+    found = timing.in_turns(runs, 3, least=0)
+    assert "".join(order[6:]) == "abcbcacab"
+    assert [len(seconds) for seconds in found.values()] == [3, 3, 3]
+    summary = timing.summary({"a": [1.0, 2.0, 3.0], "b": [2.0, 2.0, 2.0]}, ("b", "c"))
+    assert summary["a"]["seconds"] == 2
+    assert summary["a"]["over b"] == [0.75, 1.0, 1.25]
+    assert timing.ratio(summary["a"]["over b"]) == "1.00 [0.75, 1.25]"
+
+
+def test_costs_say_what_is_wrong():
+    with pytest.raises(ValueError, match=r"ways must be of standard;.*got magic"):
+        costs.Costs(ways=("magic",))
+    with pytest.raises(ValueError, match="need a value for each of"):
+        costs.Costs(models=("gpt2",))
+
+
+# ---------------------------------------------------------------------------------------------
+# What trains
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_demo(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "MODEL", SMALL)
+    monkeypatch.setattr(demo, "DEPTHS", (1, 2))
+    monkeypatch.setattr(demo, "COMPARED", demo.TRAINED)
+    given = demo.Demo(out=tmp_path, steps=3, batch_size=8, gamma=0.25, signs="sample")
+    table = demo.main(given)
+    assert (tmp_path / "table.md").read_text().strip() == table
+    for way in demo.COMPARED:
+        assert f"| {way} " in table
+    # Of two blocks of two parts three steps are taken back: 8 samples of 4 patches of 8 features.
+    assert f"0 of {3 * 8 * 4 * 8 * 3:,}" in table
+    assert "exact: 0 of" in table
+    for figure in ("accuracy", "memory"):
+        assert is_png(tmp_path / f"{figure}.png")
+
+
+@pytest.mark.slow
+def test_vit_resumes(tmp_path, capsys):
+    settings = TrainSettings(steps=4, batch_size=8, stop_at=2, log_every=2)
+    experiment = vit.Experiment(out=tmp_path / "run", model=SMALL, train=settings)
+    vit.main(experiment)
+    settings = dataclasses.replace(settings, stop_at=None)
+    accuracy = vit.main(dataclasses.replace(experiment, train=settings, resume=True))
+    assert 0 <= accuracy <= 1
+    assert "after 4 steps" in capsys.readouterr().out
+    assert is_png(tmp_path / "run" / "accuracy.png")
+
+
+FEW = dataclasses.replace(
+    vision_tables.SCALES["digits"],
+    vit=SMALL,
+    images=64,
+    epochs=1,
+    evaluations=2,
+    seeds=2,
+    train=TrainSettings(batch_size=16, optimizer="set-adam"),
+)
+
+
+@pytest.mark.slow
+def test_vision_tables(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(vision_tables.SCALES, "digits", FEW)
+    cells = vision_tables.table_cells("baselines", FEW)[:2]
+    monkeypatch.setattr(vision_tables, "table_cells", lambda *_: cells)
+    given = vision_tables.VisionTables(out=tmp_path / "out", work=tmp_path / "work")
+    text = vision_tables.main(given)
+    assert "| ViT " in text
+    assert "| BDIA-ViT " in text
+    (path,) = (tmp_path / "out").glob("vision-digits-digits-*.jsonl")
+    rows = records.read(path).rows
+    assert len(rows) == 4
+    assert all(row["error"] is None and row["mismatched"] == 0 for row in rows)
+    for row in rows:
+        assert [r["split"] for r in row["history"]].count("eval") == 2
+    assert not list((tmp_path / "work").glob("*/*/checkpoints"))
+    assert pages.table_of("vision-digits-digits")(rows) == text
+    capsys.readouterr()
+
+    # What this code has finished with these settings is not run again, what it has not is: results
+    # that are written somewhere do not count.
+    gone = tmp_path / "work" / rows[0]["folder"] / "found.json"
+    gone.unlink()
+    assert vision_tables.main(given) == text
+    assert capsys.readouterr().out.count("seed=") == 1
+    assert vision_tables.main(dataclasses.replace(given, report=True)) == text
+    with pytest.raises(FileNotFoundError, match="has finished no run of baselines"):
+        vision_tables.main(dataclasses.replace(given, report=True, work=tmp_path / "empty"))
+    monkeypatch.setattr(sources, "digest", lambda _: "other code")
+    with pytest.raises(FileNotFoundError, match="has finished no run of baselines"):
+        vision_tables.main(dataclasses.replace(given, report=True))
+
+
+def record(accuracy):
+    """Of a run that ended so."""
+    return {"error": None, "history": [{"split": "eval", "accuracy": accuracy}]}
+
+
+def test_a_quick_check_trains(tmp_path, monkeypatch):
+    """Whatever results are committed: what they say must be computed."""
+    trained = []
+
+    def run_all(runs, work, depends, tell, train):
+        trained.extend(runs)
+        return {run.name: record(0.8 if run.name == bad else 0.95) for run in runs}
+
+    monkeypatch.setattr(vision_tables, "run_all", run_all)
+    bad = "nothing"
+    given = vision_tables.VisionTables(quick=True, out=tmp_path, work=tmp_path / "work")
+    vision_tables.main(given)
+    assert len({run.name for run in trained}) == 22
+    bad = trained[0].name
+    with pytest.raises(RuntimeError, match=r"below 90 %: ViT$"):
+        vision_tables.main(given)
+
+
+def test_runs_are_known_by_their_settings_and_code(tmp_path, monkeypatch):
+    trained = []
+
+    def run(**settings):
+        return runs.Run("a", settings, lambda folder: trained.append(settings) or {"loss": 1})
+
+    depends = ["bdia_jax/grid.py"]
+    first = runs.run_all([run(x=1)], tmp_path, depends)["a"]
+    assert first["loss"] == 1
+    assert runs.run_all([run(x=1)], tmp_path, depends)["a"] == first
+    runs.run_all([run(x=2)], tmp_path, depends)
+    runs.run_all([run(x=1)], tmp_path, ["bdia_jax/maps.py"])
+    assert trained == [{"x": 1}, {"x": 2}, {"x": 1}]
+
+
+def test_a_run_that_another_process_has_in_hand_is_left_to_it(tmp_path):
+    with runs.claimed(tmp_path / "lock") as mine:
+        assert mine
+        with runs.claimed(tmp_path / "lock") as again:
+            assert not again
+    with runs.claimed(tmp_path / "lock") as mine:
+        assert mine
+
+
+def test_tables_show_runs_that_went_wrong():
+    common = {"row": "some", "published": None} | record(0.5)
+    rows = [
+        common | {"system": system, "seed": seed}
+        for system in ("ViT", "BDIA-ViT")
+        for seed in (0, 1)
+    ]
+    del rows[-1]["history"]
+    table = vision_tables.table(rows)
+    assert "50.00 ± 0.00" in table
+    assert "not finite" in table

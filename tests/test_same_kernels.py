@@ -4,13 +4,13 @@ import dataclasses
 import pathlib
 import sys
 
-import jax
 import pytest
 
-from bdia_jax import pinning
-from bdia_jax.planning import targets
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "experiments"))
 
-EXPERIMENTS = pathlib.Path(__file__).parents[1] / "experiments"
+from measure import same_kernels
+
+from bdia_jax.planning import targets
 
 TEXT = """HloModule jit_f
 
@@ -62,53 +62,42 @@ ENTRY %main (e: f32[4,8]) -> f32[4,8] {
 """
 
 
-@pytest.fixture
-def same_kernels(monkeypatch):
-    monkeypatch.syspath_prepend(str(EXPERIMENTS))
-    import same_kernels
-
-    yield same_kernels
-    sys.modules.pop("same_kernels")
-
-
 def program(layout):
     text = TEXT.replace("LAYOUT", layout)
     text = text.replace("UP/", "jit(f)/jvp()/while/body/closed_call/")
     return text.replace("DOWN/", "jit(f)/transpose(jvp())/while/body/closed_call/")
 
 
-def test_kernels_are_compared_by_what_they_do(same_kernels):
+def test_kernels_are_compared_by_what_they_do():
     # What is outside the block does not count.
     found = same_kernels.compare(program("1,0"))
-    assert found == {"kernels": 2, "same": 2, "moved": 0, "other": 0, "others": []}
-    # An elementwise result may lie otherwise, but not the argument of a product.
+    assert found == {"kernels": 2, "same": 2, "other": 0, "others": []}
+    # Where a result lies otherwise, so does the argument of the product that reads it.
     found = same_kernels.compare(program("0,1"))
-    assert {k: found[k] for k in ("same", "moved", "other")} == {"same": 0, "moved": 1, "other": 1}
-    assert found["others"] == ["z: f32[4,4]{1,0} jit(f)/jvp()/while/body/closed_call/jvp()/d"]
+    assert found["other"] == 2
+    assert "z: f32[4,4]{1,0} jit(f)/jvp()/while/body/closed_call/jvp()/d" in found["others"]
 
 
-def test_a_program_in_which_nothing_is_found_is_an_error(same_kernels):
+def test_a_program_in_which_nothing_is_found_is_an_error():
     with pytest.raises(ValueError, match="no loops"):
         same_kernels.compare("ENTRY %main (e: f32[4]) -> f32[4] {\n}")
     with pytest.raises(ValueError, match="the block was not found"):
         same_kernels.compare(program("1,0").replace("jvp()/mul", "mul").replace("jvp()/d", "d"))
 
 
-def test_constants_are_a_part_of_what_a_kernel_does(same_kernels):
+def test_constants_are_a_part_of_what_a_kernel_does():
     text = (
-        program("0,1")
+        program("1,0")
         .replace("multiply(%p, %p)", "multiply(%p, %two)")
         .replace("multiply(%q, %q)", "multiply(%q, %three)")
     )
     for name, value in (("p", "two"), ("q", "three")):
         parameter = f"  %{name} = f32[4,8]{{1,0}} parameter(0)\n"
         text = text.replace(parameter, f"{parameter}  %{value} = f32[] constant({value})\n")
-    assert same_kernels.compare(text)["other"] == 2
+    assert same_kernels.compare(text)["other"] == 1
 
 
-def test_a_gpus_compiler_makes_the_same_kernels_in_both_passes(same_kernels, monkeypatch):
-    # Not for the virtual devices of the other tests.
-    monkeypatch.setattr(jax, "device_count", lambda: 1)
+def test_a_gpus_compiler_makes_the_same_kernels_in_both_passes():
     pytest.importorskip("jax_cuda13_plugin", reason="to compile for a GPU needs jax[cuda]")
     (device,) = targets.devices("h100")
     config = dataclasses.replace(
@@ -120,7 +109,3 @@ def test_a_gpus_compiler_makes_the_same_kernels_in_both_passes(same_kernels, mon
     # That the comparison would show it:
     bare = same_kernels.compare(same_kernels.compiled_text(config, device, lambda tree: tree))
     assert bare["other"] > 0
-    # For several devices there are barriers only, which no partitioner gathers.
-    with pinning.several_devices():
-        barriers = same_kernels.compare(same_kernels.compiled_text(config, device))
-    assert barriers["other"] < bare["other"]

@@ -14,10 +14,9 @@ from flax import nnx
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "experiments"))
 
-import e2e_metrics
 import finetune
-import finetune_e2e
-import gpt2_small_data
+import translate
+from measure import curves, e2e_metrics, finetune_e2e, gpt2_small_data, pages, records
 
 from bdia_jax import data, interop
 from bdia_jax.nn import Decoder, DecoderConfig
@@ -47,13 +46,16 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_gpt2_small_data(tmp_path):
     given = gpt2_small_data.SmallData(
         work=tmp_path / "work",
         out=tmp_path / "out",
-        methods=("bdia",),
+        methods=("standard", "bdia"),
+        gammas=(0.5, 0.125),
+        signs=("sample",),
         dropouts=(0.1,),
-        seeds=2,
+        seeds=1,
         share=0.01,
         vocabulary=300,
         save=True,
@@ -61,18 +63,24 @@ def test_gpt2_small_data(tmp_path):
         train=FEW,
     )
     text = gpt2_small_data.main(given)
-    assert "| bdia, dropout 0.1" in text
-    (path,) = (tmp_path / "out").glob("*.json")
-    found = json.loads(path.read_text())
-    assert len(found["found"]["bdia, dropout 0.1"]["validation, best"]) == 2
-    assert "work" not in found["settings"]
-    assert is_png(path.with_suffix(".png"))
-    saved = tmp_path / "work/python-0.01/bdia_dropout=0.1/seed=1/model"
+    names = ["bdia, γ = 0.5, signs: sample, dropout 0.1", "bdia, γ = 0.125, signs: sample"]
+    assert all(f"| {name}" in text for name in [*names, "standard, dropout 0.1"])
+    (path,) = (tmp_path / "out").glob("small-text-python-0.01-*.jsonl")
+    about, rows = records.read(path)
+    assert len(rows) == 3
+    assert "work" not in about["settings"]
+    assert pages.table_of("small-text-python-0.01")(rows) == text
+    curves.draw(rows, tmp_path / "curves.png")
+    assert is_png(tmp_path / "curves.png")
+    saved = tmp_path / "work/python-0.01" / rows[1]["folder"] / "model"
     assert interop.load(saved).config.vocab_size == data.load_tokenizer(saved).size
     # What is there is not trained again, and gives the same table.
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("found.json")}
     assert gpt2_small_data.main(given) == text
+    assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 2])
 def test_finetune(folder, tmp_path, rank, capsys):
     texts = tmp_path / "texts.jsonl"
@@ -142,6 +150,7 @@ def archive(path):
     return path
 
 
+@pytest.mark.slow
 def test_finetune_e2e(folder, tmp_path, monkeypatch):
     judged = []
     monkeypatch.setattr(
@@ -162,15 +171,25 @@ def test_finetune_e2e(folder, tmp_path, monkeypatch):
         out=tmp_path / "out",
     )
     text = finetune_e2e.main(given)
-    assert "| 50% (12 texts) | bdia" in text
+    assert "| 50% of the data, bdia " in text
     ((texts, references),) = judged
     assert len(texts) == 3
     assert references[0] == ["The 0 is a pub, riverside.", "The 0 was a pub, riverside."]
     assert finetune_e2e.main(given) == text
     assert len(judged) == 1
-    with pytest.raises(ValueError, match="had other settings"):
-        finetune_e2e.main(dataclasses.replace(given, beams=3))
-    assert all(is_png(path) for path in (tmp_path / "out").glob("*.png"))
+    # Of other settings there is nothing yet.
+    finetune_e2e.main(dataclasses.replace(given, beams=3))
+    assert len(judged) == 2
+
+
+def test_memory_of_translation(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(translate.costs, "main", lambda c: asked.append(c) or {"translation": ROWS})
+    assert "| BDIA " in translate.main(translate.Translate(memory=True, out=tmp_path))
+    assert asked[0].networks == ("translation",)
+
+
+ROWS = [{"way": "BDIA", "dtype": "float32", "axis": "depth", "values": [6, 24], "peaks": [1, 2]}]
 
 
 def test_e2e_data(tmp_path):

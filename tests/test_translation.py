@@ -137,8 +137,7 @@ def test_translate(tmp_path, capsys):
     text = translate.main(settings)
     assert "| bdia" in text
     assert "Copying the source: BLEU" in text
-    (path,) = tmp_path.glob("translate-cldr-*.json")
-    assert path.with_suffix(".png").exists()
+    assert [*tmp_path.glob("translation-cldr-*.jsonl")]
     printed = capsys.readouterr().out
     rows = [line for line in printed.splitlines() if line.startswith("| ")]
     source, told, _ = (cell.strip() for cell in rows[2].strip("| ").split(" | "))

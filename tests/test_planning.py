@@ -1,0 +1,176 @@
+"""Plans: what a training step needs in every way to train, on devices that need not be there."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import unittest.mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from bdia_jax import online
+from bdia_jax.arguments import prepare
+from bdia_jax.data.text import TextData
+from bdia_jax.nn import Decoder, DecoderConfig
+from bdia_jax.planning import memory, plan, targets
+from bdia_jax.planning.ways import WAYS
+from bdia_jax.train import LanguageModelling, TrainSettings, step_memory
+
+TINY = DecoderConfig(vocab_size=50, max_length=8, width=16, depth=3, heads=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gamma", [1 / 2, 1 / 8])
+def test_a_plan_is_of_the_real_training_step(gamma):
+    config = dataclasses.replace(TINY, gamma=gamma, signs="sample", tolerance_bits=1)
+    whole, parts, checkpointed = plan.plan(
+        config, 4, 8, ways=["BDIA", "BDIA, parts", "checkpointed, updated in backward"]
+    )
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    real = step_memory(model, task(), TrainSettings(batch_size=4))
+    assert whole.total == real.memory.total
+    weights = sum(p.nbytes for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    assert whole.parameters == whole.gradients == weights
+    # Two moments, and counts of steps.
+    assert 2 * weights <= whole.optimizer <= 2 * weights + 16
+    # 3 blocks, 4 × 8 positions of 16 features; checksums of 4 samples. 2 bits are packed into
+    # bytes, 4 as well.
+    bits = {1 / 2: 2, 1 / 8: 4}[gamma]
+    assert whole.side == 3 * (4 * 8 * 16 * bits // 8 + 4 * 4)
+    assert parts.side == 2 * whole.side
+    assert checkpointed.side == 0
+    assert 0 < checkpointed.gradients < weights
+
+
+def task():
+    text = TextData("nothing", *(np.zeros(10, np.int32),) * 2, 50)
+    return LanguageModelling(text, 8)
+
+
+def test_what_is_kept_is_what_the_plan_says():
+    """The side information and checksums of a backward pass, as they come out of a scan up."""
+    config = dataclasses.replace(TINY, gamma=1 / 8, parts_as_steps=True)
+    stack = Decoder(config, rngs=nnx.Rngs(0)).blocks
+    block, params = stack.functional()
+    x, key = jnp.ones((4, 8, 16)), jax.random.key(0)
+    scan, inputs = prepare(block, params, (x, x), 0, key, (None, None), stack.step, stack.adjoint)
+    wanted = jax.tree.map(lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating), inputs)
+    kept = jax.eval_shape(lambda: online.up(scan, inputs, wanted)[1].kept)
+    found = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
+    assert plan.side_information(stack, 4, 8, 16) == found
+
+
+def test_every_way_is_one_network_with_its_settings():
+    for name, way in WAYS.items():
+        config = way.config(TINY, 8)
+        assert config.step() == way.step, name
+        model = nnx.eval_shape(lambda c=config, w=way: made(c, w))
+        assert model.blocks.step == way.step, name
+        assert model.blocks.adjoint == way.adjoint, name
+        assert (model.blocks.parts is not None) == way.settings.get("parts_as_steps", False)
+        assert config.ffn_chunk == (2 if way.chunks else None)
+
+
+def made(config, way):
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    way.install(model)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("device", "needs"), [("v5e:2x2", "libtpu"), ("rtx-4090:4", "jax_cuda13_plugin")]
+)
+def test_a_plan_for_devices_that_are_not_there(device, needs):
+    pytest.importorskip(needs, reason=f"to compile for {device} needs {needs}")
+    (one,) = plan.plan(TINY, 4, 8, ways=["BDIA"], device=device)
+    (each,) = plan.plan(TINY, 4, 8, ways=["BDIA"], device=device, mesh="fsdp=4")
+    assert each.parameters < one.parameters == plan.plan(TINY, 4, 8, ways=["BDIA"])[0].parameters
+    assert one.temporaries > one.gradients
+    with pytest.raises(ValueError, match="there are 4"):
+        plan.plan(TINY, 4, 8, device=device, mesh="fsdp=2")
+
+
+def test_gpus_that_are_not_there_need_no_setting():
+    """Where there is no GPU, JAX leaves its CUDA packages aside once it has looked for one."""
+    pytest.importorskip("jax_cuda13_plugin", reason="to compile for a GPU needs jax[cuda]")
+    if any(map(os.path.exists, targets.DRIVERS)):
+        pytest.skip("there is a GPU")
+    late = (
+        "from bdia_jax.planning import targets\nimport jax\n{}print(len(targets.devices('h100:2')))"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+
+    def run(first):
+        command = [sys.executable, "-c", late.format(first)]
+        return subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+
+    assert run("").stdout.split() == ["2"]
+    assert "set JAX_PLATFORMS=cpu" in run("jax.devices()\n").stderr
+
+
+def test_a_plan_for_devices_that_nobody_knows(monkeypatch):
+    with pytest.raises(ValueError, match=r"number of GPUs must be an int >= 1.*got 'h100:2x2'"):
+        targets.devices("h100:2x2")
+    if importlib.util.find_spec("libtpu"):
+        with pytest.raises(ValueError, match=r"'v0:2x2' is none of the GPUs h100.*no such TPU"):
+            targets.devices("v0:2x2")
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    with pytest.raises(ImportError, match=r"none of the GPUs.*pip install libtpu"):
+        plan.plan(TINY, 4, 8, device="v5e:2x2")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r'pip install "bdia_jax\[cuda\]"'):
+        plan.plan(TINY, 4, 8, device="h100")
+
+
+@pytest.mark.usefixtures("quick_compiles")
+def test_the_command_plans(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(plan.EXAMPLES, "tiny", TINY)
+    given = plan.Plan(
+        model="tiny",
+        batch=2,
+        length=8,
+        lora=(2,),
+        gamma=1 / 16,
+        signs="sample",
+        ways=("BDIA", "BDIA, updated in backward"),
+        figure=tmp_path / "plan.png",
+        dtype="float32",
+        fit="0.001MB",
+    )
+    (need,) = plan.main(given)
+    # 4 bits; low-rank updates have no gradients of weights to spare.
+    assert need.side == 3 * (2 * 8 * 16 * 4 // 8 + 2 * 4)
+    assert 0 < need.parameters < need.frozen
+    out = capsys.readouterr().out
+    assert "BDIA, LoRA 2: no sequences of 8 tokens fit in 0.001MB" in out
+    assert "| BDIA, LoRA 2 |" in out
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bisection():
+    for most in (0, 1, 2, 3, 7, 8, 100):
+        fits = unittest.mock.Mock(side_effect=most.__ge__)
+        assert memory.largest(fits) == most
+        assert fits.call_count <= 2 * most.bit_length() + 2
+    assert memory.largest(lambda n: True, limit=100) == 100
+
+
+def test_plans_that_cannot_be(tmp_path):
+    with pytest.raises(ValueError, match=r"ways must be of standard;.*got magic"):
+        plan.plan(TINY, 1, 8, ways=["magic"])
+    with pytest.raises(ValueError, match=r"ways must be of standard;.*got magic"):
+        plan.Plan(ways=("magic",))
+    with pytest.raises(ValueError, match=r"length must lie in \[1, 8\].*got 9 and 1"):
+        plan.plan(TINY, 1, 9)
+    with pytest.raises(ValueError, match="a number with MB, GB, MiB or GiB; got 'much'"):
+        plan.parse_size("much")
+    assert plan.parse_size("1.5 GiB") == 3 * 2**29
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(ValueError, match="model_type must be one of gpt2"):
+        plan.Plan(model=str(tmp_path)).config()
