@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
+from bdia_jax.grid import accumulator
 from bdia_jax.nn.configs import EncoderDecoderConfig
 from bdia_jax.nn.dropout import Dropout
 from bdia_jax.nn.losses import Sums, cross_entropy, logits
@@ -207,7 +208,8 @@ class EncoderDecoder(nnx.Module):
         x = lookup(embedding[...], tokens) * math.sqrt(c.width)
         table = self.source_positions if of_source else self.positions
         if table is None:
-            x += sinusoids(positions, c.width)
+            wide = accumulator(x.dtype)
+            x = x.astype(wide) + sinusoids(positions, c.width).astype(wide)
         else:
             x += lookup(table[...], positions) * math.sqrt(c.width)
         dropout_key, key = (None, None) if key is None else jax.random.split(key)

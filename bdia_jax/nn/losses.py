@@ -34,7 +34,7 @@ class Sums(NamedTuple):
 
     def means(self) -> dict[str, Float[Array, ""]]:
         """The loss and the metrics, divided by the weight; 0 where there is no weight."""
-        weight = self.weight + (self.weight == 0)
+        weight = jnp.where(self.weight == 0, 1, self.weight)
         sums = {"loss": self.loss, **self.metrics}
         return {name: value / weight for name, value in sums.items()}
 
@@ -125,15 +125,17 @@ def cross_entropy(
         norm = jax.nn.logsumexp(each, axis=-1)
         # By comparing, not by indexing: the derivative of that would scatter into a copy of each.
         # A product, not a selection, of which the zeros would be kept for the derivative.
-        hit = targets[..., None] == jnp.arange(each.shape[-1])
-        target = jnp.sum(each * hit, axis=-1)
+        hit = targets[..., None] == jnp.arange(each.shape[-1], dtype=targets.dtype)[None, None]
+        target = jnp.sum(each * hit.astype(each.dtype), axis=-1)
         exists = (targets >= 0) & (targets < each.shape[-1])
         loss = norm - jnp.where(exists, target, jnp.nan)
         if label_smoothing:
             loss += label_smoothing * (target - each.mean(axis=-1))
         # A target that does not exist makes the loss NaN, but where nobody asks for it.
         loss = jnp.where(weights == 0, 0, loss)
-        metrics = {name: jnp.sum(weights * f(each, targets)) for name, f in METRICS.items()}
+        metrics = {
+            name: jnp.sum(weights * f(each, targets).astype(wide)) for name, f in METRICS.items()
+        }
         return Sums(jnp.sum(weights * loss), jnp.sum(weights), metrics)
 
     def step(sums: Sums, chunk):

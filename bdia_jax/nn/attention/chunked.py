@@ -198,7 +198,7 @@ def _allowed(options: _Options, q, chunk: _Chunk, rest: _Rest) -> Bool[Array, ".
     conditions = []
     if options.causal:
         positions = rest.offset + jnp.arange(q.shape[1])
-        conditions.append((keys <= positions[:, None])[None])
+        conditions.append((keys[None] <= positions[:, None])[None])
     if rest.q_segments is not None and chunk.segments is not None:
         conditions.append(rest.q_segments[:, :, None] == chunk.segments[:, None, :])
     if options.keys % options.chunk:

@@ -126,7 +126,8 @@ def weighted(
       drop: applied to the weights.
     """
     wide = accumulator(q.dtype)
-    logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=wide) * scale
+    logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=wide)
+    logits *= jnp.asarray(scale, wide)
     if mask is not None:
         # Finite: for infinities, the softmax of a row without any key would be NaN.
         logits = jnp.where(mask, logits, jnp.finfo(wide).min)

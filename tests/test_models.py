@@ -1,0 +1,67 @@
+"""Models under the modes of JAX that people debug with, and exported."""
+
+import dataclasses
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from _models import CONFIGS, build, inputs, loss_of
+from flax import nnx
+
+KEY = jax.random.key(1)
+MODES = {
+    "jax_numpy_dtype_promotion": "strict",
+    "jax_numpy_rank_promotion": "raise",
+    "jax_debug_nans": True,
+    "jax_enable_checks": True,
+}
+
+
+@pytest.fixture
+def strict():
+    """All modes at once."""
+    before = {name: getattr(jax.config, name) for name in MODES}
+    for name, value in MODES.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.mark.usefixtures("quick_compiles", "strict")
+@pytest.mark.parametrize("method", ["bdia", "standard"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_loss_and_gradient_under_strict_modes(name, method):
+    """With NaN checks, masked softmaxes must make none. In float32, since Flax's own layers do not
+    pass strict promotion in bfloat16."""
+    config = dataclasses.replace(CONFIGS[name], method=method, dtype="float32")
+    graph, params, rest = nnx.split(build(config, nnx.Rngs(0)), nnx.Param, ...)
+
+    @jax.jit
+    def run(params):
+        return jax.value_and_grad(lambda p: loss_of(nnx.merge(graph, p, rest), KEY))(params)
+
+    loss, grads = run(params)
+    assert jnp.isfinite(loss)
+    assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.usefixtures("quick_compiles")
+@pytest.mark.skipif(
+    importlib.util.find_spec("flatbuffers") is None, reason="jax.export needs flatbuffers"
+)
+@pytest.mark.parametrize("name", ["vit", "resnet", "gpt2", "llama", "encoder-decoder"])
+def test_export_with_a_symbolic_batch(name):
+    """A forward pass, written and read, is the model's for every size of the batch."""
+    model = build(CONFIGS[name], nnx.Rngs(0))
+    model.eval()
+    given = inputs(type(model.config))
+    (batch,) = jax.export.symbolic_shape("batch")
+    shapes = [jax.ShapeDtypeStruct((batch, *a.shape[1:]), a.dtype) for a in given]
+    exported = jax.export.export(jax.jit(lambda *args: model(*args)))(*shapes)
+    read = jax.export.deserialize(exported.serialize())
+    for size in (1, 3):
+        some = [a[:size] for a in given]
+        np.testing.assert_allclose(read.call(*some), model(*some), atol=2e-2)
