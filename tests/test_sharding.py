@@ -104,7 +104,10 @@ def problem():
 
 
 def loss_of(block, dtype="float32", **options):
-    """Mean squared error of the scan as a function of ``(params, x, probe, target, key)``."""
+    """Mean squared error of the scan as a function of ``(params, x, probe, target, key)``.
+
+    ``options`` are those of the step.
+    """
 
     def loss(params, x, probe, target, key):
         y = bdia_jax.reversible_scan(
@@ -112,8 +115,8 @@ def loss_of(block, dtype="float32", **options):
             params,
             x.astype(dtype),
             key=key,
-            probe=probe,
-            **({"frac_bits": FRAC_BITS} | options),
+            step=bdia_jax.BDIA(frac_bits=FRAC_BITS, **options),
+            adjoint=bdia_jax.Online(probe),
         )
         return jnp.mean((y.astype(jnp.float32) - target) ** 2)
 
@@ -424,7 +427,8 @@ def flax_stack():
         attention = functools.partial(SelfAttention, WIDTH, HEADS, HEAD_DIM, dropout=0.1)
         return TransformerBlock(WIDTH, attention, hidden=HIDDEN, dropout=0.1, rngs=rngs)
 
-    stack = ReversibleStack(make_block, BLOCKS, frac_bits=FRAC_BITS, rngs=nnx.Rngs(0))
+    step = bdia_jax.BDIA(frac_bits=FRAC_BITS)
+    stack = ReversibleStack(make_block, BLOCKS, step=step, rngs=nnx.Rngs(0))
     graph, params, probe, rest = nnx.split(stack, nnx.Param, Probe, ...)
 
     def loss(params, x, probe, target, key):
