@@ -98,10 +98,11 @@ def render(name: str, page: pathlib.Path, folder: pathlib.Path = records.COMMITT
     for path in found(view.result, folder):
         if view.draw is not None:
             place = pathlib.Path(os.path.relpath(picture(name, path), page.parent)).as_posix()
+            # What made it stands under the table of the same result.
             parts.append(f"![{name.replace('-', ' ')}]({place})")
         else:
             parts.append(columns_of(table_of(view.result)(view.rows(path)), view.columns))
-        parts.append(caption(records.read(path).about))
+            parts.append(caption(records.read(path).about))
     return "\n\n".join(parts) if parts else MISSING
 
 
