@@ -147,7 +147,7 @@ def check_dtype(name: str, what: str = "dtype") -> None:
     """Raises ``ValueError`` for a name that is not a dtype of blocks, or that JAX cannot have."""
     if name not in DTYPES:
         raise ValueError(f"{what} must be one of {', '.join(DTYPES)}; got {name!r}")
-    if name == "float64" and not jax.config.read("jax_enable_x64"):
+    if name == "float64" and not jax.config.jax_enable_x64:  # pyright: ignore[reportAttributeAccessIssue]
         raise ValueError(f"{what}='float64' needs jax_enable_x64; it is not set")
 
 

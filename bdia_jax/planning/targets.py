@@ -108,7 +108,7 @@ def _gpus(gpu: Gpu, count: int) -> Sequence[jax.Device]:
       dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
       device_description_str: "{gpu.name}"
     """
-    if not any(map(os.path.exists, DRIVERS)) and not jax.config.read("jax_platforms"):
+    if not any(map(os.path.exists, DRIVERS)) and not jax.config.jax_platforms:  # pyright: ignore[reportAttributeAccessIssue]
         # Where there is no driver, JAX leaves its CUDA packages aside, unless no GPU is asked for.
         jax.config.update("jax_platforms", "cpu")
     try:
