@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import eval_jaxpr
-from jaxtyping import Array, Float, Int32, Key, PyTree
+from jaxtyping import Array, ArrayLike, Float, Int32, Key, PyTree
 
 from bdia_jax import grid
 from bdia_jax.adjoints import Adjoint, BackwardReport, Checkpoint, Direct, Online, Update
@@ -86,11 +86,11 @@ class Inputs(NamedTuple):
 
 def prepare(
     block: Block | tuple[Block, ...],
-    stacked_params: PyTree[Array],
+    stacked_params: PyTree[ArrayLike],
     state: tuple[Array, Array],
     start: int,
     key: Array | None,
-    consts: tuple[PyTree[Array], ...],
+    consts: tuple[PyTree[ArrayLike], ...],
     step: Step,
     adjoint: Adjoint,
     compute_dtype: Any = None,

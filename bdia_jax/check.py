@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, ArrayLike, Float, Key, PyTree
 
 from bdia_jax.adjoints import Online
 from bdia_jax.arguments import Block, prepare
@@ -51,11 +51,11 @@ class Reversibility:
 
 def check_reversible(
     block: Block | tuple[Block, ...],
-    stacked_params: PyTree[Array],
+    stacked_params: PyTree[ArrayLike],
     x: Float[Array, "batch *shape"],
     *,
     key: Key[Array, ""] | None = None,
-    consts: tuple[PyTree[Array], ...] = (),
+    consts: tuple[PyTree[ArrayLike], ...] = (),
     step: Step = BDIA(),  # noqa: B008  (frozen)
 ) -> Reversibility:
     """Runs blocks up and down once, and compares every integer of every step.

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, BFloat16, Float, Key, PyTree, UInt8
+from jaxtyping import Array, BFloat16, Float, Key, PyTree, UInt
 
 from bdia_jax import direct
 from bdia_jax.adjoints import BackwardReport
@@ -117,7 +117,9 @@ def down(scan: Scan, saved: Saved, cotangents) -> Inputs:
         blocks = gradient.write(blocks, k, zeros_for(d_params, params))
         return c._replace(params=blocks), None
 
-    a, a_next = (jnp.zeros(c.aval.shape, c.aval.dtype) if is_zero(c) else c for c in cotangents)
+    # Zeros like another cotangent are sharded like it, and vary over the same axes of a mesh.
+    (like, *_) = [c for c in cotangents if not is_zero(c)] or [jnp.zeros(scan.shape)]
+    a, a_next = (jnp.zeros_like(like, c.aval.dtype) if is_zero(c) else c for c in cotangents)
     if step.gamma == 0 and is_zero(cotangents[0]):
         a = None
     start = Cotangents(a_next, a, zeros_of_consts(wanted), gradient.start())
@@ -127,7 +129,7 @@ def down(scan: Scan, saved: Saved, cotangents) -> Inputs:
 
 def rounded(
     x: Float[Array, "*batch features"], bits: int
-) -> tuple[UInt8[Array, "*batch words"], BFloat16[Array, "*batch groups"]]:
+) -> tuple[UInt[Array, "*batch words"], BFloat16[Array, "*batch groups"]]:
     """``x`` in so many bits per element, packed, and a scale per group of features."""
     groups = _in_groups(x.astype(jnp.float32))
     highest = 2 ** (bits - 1) - 1

@@ -1,4 +1,4 @@
-"""Files that are there whole, or not at all."""
+"""Files that are there whole, or not at all; and that are where they seem to be."""
 
 from __future__ import annotations
 
@@ -23,3 +23,17 @@ def write_text(path: pathlib.Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def leads_out(path: pathlib.Path, folder: pathlib.Path) -> pathlib.Path | None:
+    """Where a symbolic link in ``folder`` leads, if that is not inside; otherwise None.
+
+    In the cache of ``huggingface_hub``, a model's folder has links to its blobs, and these may be
+    links to the blobs of all models. Those are taken to be inside.
+    """
+    real, home = path.resolve(), folder.resolve()
+    allowed = [home]
+    if home.parent.name == "snapshots":
+        model = home.parent.parent
+        allowed += [model / "blobs", model.parent / "blobs"]
+    return None if any(real.is_relative_to(place) for place in allowed) else real

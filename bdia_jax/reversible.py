@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key, PyTree
+from jaxtyping import Array, ArrayLike, Float, Key, PyTree
 
 from bdia_jax.adjoints import Adjoint, Checkpoint, Online
 from bdia_jax.arguments import Block, prepare
@@ -15,11 +15,11 @@ from bdia_jax.steps import BDIA, Step
 
 def reversible_scan(
     block: Block | tuple[Block, ...],
-    stacked_params: PyTree[Array],
+    stacked_params: PyTree[ArrayLike],
     x: Float[Array, "batch *shape"],
     *,
     key: Key[Array, ""] | None = None,
-    consts: tuple[PyTree[Array], ...] = (),
+    consts: tuple[PyTree[ArrayLike], ...] = (),
     step: Step = BDIA(),  # noqa: B008  (frozen)
     adjoint: Adjoint = Online(),  # noqa: B008
 ) -> Float[Array, "batch *shape"]:
@@ -60,12 +60,12 @@ def reversible_scan(
 
 def reversible_scan_pair(
     block: Block | tuple[Block, ...],
-    stacked_params: PyTree[Array],
+    stacked_params: PyTree[ArrayLike],
     state: tuple[Float[Array, "batch *shape"], Float[Array, "batch *shape"]],
     *,
     start: int,
     key: Key[Array, ""] | None = None,
-    consts: tuple[PyTree[Array], ...] = (),
+    consts: tuple[PyTree[ArrayLike], ...] = (),
     step: Step = BDIA(),  # noqa: B008
     adjoint: Adjoint = Online(),  # noqa: B008
     compute_dtype: jnp.dtype | None = None,

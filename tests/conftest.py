@@ -16,8 +16,7 @@ import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
 
 # Annotated arrays are checked wherever a test calls the library.
-if os.environ.get("CHECK_SHAPES"):
-    jaxtyping.install_import_hook("bdia_jax", "_shapes.checked")
+jaxtyping.install_import_hook("bdia_jax", "_shapes.checked")
 
 # Eight virtual devices, for the tests of sharded arrays; everything else runs on the first.
 jax.config.update("jax_num_cpu_devices", 8)

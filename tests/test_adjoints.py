@@ -31,7 +31,7 @@ once = pytest.mark.parametrize("adjoint", ONCE.values(), ids=ONCE)
 
 
 def draw(*shape, seed=0):
-    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def tanh_block(w, x, key):

@@ -1,17 +1,21 @@
 """The folder of a run: what is refused before anything takes long, whose run it is, and its log."""
 
+import collections
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 
 import _toy
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bdia_jax.train import check_batch_size, check_run_folder, read_metrics
-from bdia_jax.train.run_folder import fingerprint
+from bdia_jax.train import check_batch_size, check_run_folder, read_metrics, run_folder
+from bdia_jax.train.run_folder import check_room, fingerprint
 
 
 def test_a_folder_that_is_free(tmp_path):
@@ -41,6 +45,27 @@ def test_a_folder_that_is_not(tmp_path):
     assert check_run_folder(run, resume=True) == run
 
 
+def test_a_disk_without_room(tmp_path, monkeypatch, caplog):
+    """Nothing is trained that could not be kept."""
+    state = {"a": jax.ShapeDtypeStruct((10, 100), jnp.float32), "b": jnp.zeros(500, jnp.bfloat16)}
+
+    total, used, _ = shutil.disk_usage(tmp_path)
+
+    def free(size):
+        monkeypatch.setattr(run_folder.shutil, "disk_usage", lambda _: Usage(total, used, size))
+
+    free(4999)
+    with pytest.raises(ValueError, match=r"takes up to 0\.0 GB, and .* 0\.0 GB free: make room"):
+        check_room(tmp_path / "new" / "run", state, 2)
+    free(5000)
+    check_room(tmp_path, state, 2)
+    assert "4 may be there at a time (keep_last = 2)" in caplog.text
+    caplog.clear()
+    free(20_000)
+    check_room(tmp_path, state, 2)
+    assert not caplog.text
+
+
 def test_a_relative_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").mkdir()
@@ -49,6 +74,9 @@ def test_a_relative_folder(tmp_path, monkeypatch):
     with pytest.raises(FileExistsError, match="not empty"):
         check_run_folder("taken")
 
+
+Usage = collections.namedtuple("Usage", "total used free")
+"""What ``shutil.disk_usage`` returns."""
 
 # ---------------------------------------------------------------------------------------------
 # The data belong to the run

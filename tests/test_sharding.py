@@ -103,7 +103,7 @@ def problem():
     return *jax.device_get((params, x, target)), jax.random.key(2)
 
 
-def loss_of(block, dtype="float32", **options):
+def loss_of(block, dtype="float32", step=bdia_jax.BDIA, adjoint=bdia_jax.Online, **options):
     """Mean squared error of the scan as a function of ``(params, x, probe, target, key)``.
 
     ``options`` are those of the step.
@@ -115,8 +115,8 @@ def loss_of(block, dtype="float32", **options):
             params,
             x.astype(dtype),
             key=key,
-            step=bdia_jax.BDIA(frac_bits=FRAC_BITS, **options),
-            adjoint=bdia_jax.Online(probe),
+            step=step(**{"frac_bits": FRAC_BITS} | options),
+            adjoint=adjoint(probe=probe),
         )
         return jnp.mean((y.astype(jnp.float32) - target) ** 2)
 
@@ -323,6 +323,54 @@ def test_under_jit(layout, explicit, dtype, tolerance_bits, record_property):
     cut_samples = BATCH // 4 if layout is SEQUENCE else 0
     crosses_only(compiled, layout.floats(mesh), record_property, cut_samples)
     bits_are_sharded(compiled, layout.shards, 1 + tolerance_bits, record_property)
+
+
+OTHERS = {
+    "a sign per sample": {"gamma": 1 / 16, "signs": "sample"},
+    "checkpoints": {"adjoint": bdia_jax.Checkpoint},
+    "checkpoints, standard": {"step": bdia_jax.Euler, "adjoint": bdia_jax.Checkpoint},
+    "checkpoints of 8 bits": {
+        "step": bdia_jax.Euler,
+        "adjoint": functools.partial(bdia_jax.Checkpoint, 8),
+        "frac_bits": None,
+    },
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_steps_and_adjoints(name, record_property):
+    """The same for every kind of step and adjoint."""
+    mesh = make_mesh(False, **FSDP.axes)
+    params, x, target, key = problem()
+    probe = bdia_jax.BackwardReport.zeros(BLOCKS)
+    program = jax.jit(gradients(loss_of(transformer(), **OTHERS[name])), compiler_options=QUICK)
+    reference = jax.device_get(program(params, x, probe, target, key))
+    with jax.set_mesh(mesh):
+        placed = {leaf: NamedSharding(mesh, spec) for leaf, spec in FSDP.params.items()}
+        params = jax.device_put(params, placed)
+        x, target = jax.device_put((x, target), NamedSharding(mesh, FSDP.stream))
+        agrees(program(params, x, probe, target, key), reference, record_property)
+
+
+@pytest.mark.parametrize("name", ["a sign per sample", "checkpoints"])
+def test_steps_and_adjoints_under_shard_map(name):
+    """Every device, with a key of its own, sees its samples as if there were no others."""
+    params, x, target, key = problem()
+    probe = bdia_jax.BackwardReport.zeros(BLOCKS)
+    loss = loss_of(transformer(), **OTHERS[name])
+
+    def local(x, target):
+        d_x, report = jax.grad(loss, (1, 2))(params, x, probe, target, key)
+        return d_x, jax.tree.map(lambda r: r[None], report)
+
+    mapped = jax.shard_map(
+        local, mesh=make_mesh(False, data=2), in_specs=P("data"), out_specs=P("data")
+    )
+    d_x, report = jax.jit(mapped, compiler_options=QUICK)(x, target)
+    alone = jax.jit(local, compiler_options=QUICK)
+    halves = [alone(*half)[0] for half in zip(jnp.split(x, 2), jnp.split(target, 2))]
+    assert difference(d_x, [np.concatenate(halves)]) < TOLERANCE["float32"]
+    assert not np.any(report.mismatched)
 
 
 @pytest.mark.parametrize(

@@ -151,9 +151,9 @@ def draw(*shape, seed=0):
 
 @pytest.mark.parametrize("step", ALL, ids=str)
 def test_real_is_the_equation_and_pull_its_transpose(step):
-    sign = np.array([-1, 0, 1], np.int32)
+    sign = jnp.array([-1, 0, 1], jnp.int32)
     x_prev, x, h, a_next, a = draw(5, 3, 2, 4)
-    gamma = sign[:, None, None] * step.gamma
+    gamma = np.asarray(sign)[:, None, None] * step.gamma
     expected = gamma * x_prev + (1 - gamma) * x + (1 + gamma) * h
     with jax.enable_x64(True):
         given = [jnp.asarray(v) for v in (x_prev, x, h)]
@@ -172,7 +172,7 @@ def test_real_is_the_equation_and_pull_its_transpose(step):
 def test_states_keep_their_type(step):
     """Sums of bfloat16 are made in float32, but for the standard network's."""
     x_prev, x, h = (jnp.asarray(v, jnp.bfloat16) for v in draw(3, 2, 16))
-    sign = np.array([-1, 1], np.int32)
+    sign = jnp.array([-1, 1], jnp.int32)
     y = step.real(x_prev, x, h, sign)
     assert y.dtype == jnp.bfloat16
     wide = step.real(*(v.astype(jnp.float32) for v in (x_prev, x, h)), sign)
@@ -182,7 +182,7 @@ def test_states_keep_their_type(step):
 @pytest.mark.parametrize(("bits", "words"), [(1, 2), (2, 3), (3, 4), (4, 5), (5, 8)])
 def test_what_is_kept_is_packed(bits, words):
     """Bytes for 10 elements: uint8 for 1, 2 and 4 bits, otherwise uint32."""
-    n = np.arange(30, dtype=np.int32).reshape(3, 10)
+    n = jnp.arange(30).reshape(3, 10)
     for m in range(bits + 1):
         kept = BDIA(2.0**-m, tolerance_bits=bits - m).keep(n)
         assert kept.nbytes == 3 * words
@@ -192,9 +192,9 @@ def test_what_is_kept_is_packed(bits, words):
 
 def test_an_euler_step_on_the_grid_is_compared_with_itself():
     """σ = 0: nothing is taken back; q is, and tolerance bits put it right within their reach."""
-    sign = np.zeros(2, np.int32)
-    n_prev, n = np.arange(16, dtype=np.int32).reshape(2, 2, 4)
-    h = draw(2, 4).astype(np.float32) / 64
+    sign = jnp.zeros(2, jnp.int32)
+    n_prev, n = jnp.arange(16).reshape(2, 2, 4)
+    h = jnp.asarray(draw(2, 4), jnp.float32) / 64
     for r in (0, 1, 2):
         step = BDIA(tolerance_bits=r)
         n_next, y = step.up(n_prev, n, h, sign)

@@ -340,6 +340,15 @@ def remove(name):
     return lambda folder: (folder / name).unlink()
 
 
+def linked(name):
+    def change(folder):
+        elsewhere = folder.parent / "elsewhere"
+        (folder / name).rename(elsewhere)
+        (folder / name).symlink_to(elsewhere)
+
+    return change
+
+
 def only_sentencepiece(folder):
     (folder / "tokenizer.json").rename(folder / "tokenizer.model")
 
@@ -379,6 +388,11 @@ def only_sentencepiece(folder):
         ([write("tokenizer.json", '{"version"')], "the tokenizer at .* cannot be read"),
         ([write("tokenizer.json", "")], "the tokenizer at .* cannot be read"),
         ([remove("tokenizer.json")], "there is none at"),
+        (
+            [write("tokenizer_config.json", '{"eos_token": "<new>"}')],
+            "names <new>, which is not in its vocabulary",
+        ),
+        ([linked("tokenizer.json")], "a symbolic link to .*elsewhere, outside the folder"),
         ([only_sentencepiece], r"tokenizer\.model of SentencePiece must be converted"),
     ],
 )

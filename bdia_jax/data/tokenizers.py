@@ -13,7 +13,7 @@ from typing import Any
 
 import tokenizers
 
-from bdia_jax.files import write_json
+from bdia_jax.files import leads_out, write_json
 
 END = "<|endoftext|>"
 """The end of a text, in the vocabularies that are made here."""
@@ -130,11 +130,12 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
       path: a ``tokenizer.json``; or a folder with that, or with ``vocab.json`` and ``merges.txt``
         (GPT-2's format). The end of a text is the ``eos_token`` of ``tokenizer_config.json`` or
         ``special_tokens_map.json``, or the ``eos_token_id`` of ``generation_config.json`` or
-        ``config.json``, or ``<|endoftext|>``.
+        ``config.json``, or, where none is named, ``<|endoftext|>``.
 
     Raises:
       FileNotFoundError: without these files.
-      ValueError: for files that cannot be read, or a vocabulary without such an end.
+      ValueError: for files that cannot be read, a vocabulary without such an end, or a symbolic
+        link that leads out of the folder.
     """
     path = pathlib.Path(path).expanduser()
     file = path / "tokenizer.json" if path.is_dir() else path
@@ -151,6 +152,13 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
             f"merges.txt; there is none at {path}"
             f"{convert * (folder / 'tokenizer.model').exists()}"
         )
+    # What the user names may be a link; what a folder from anywhere holds is not followed.
+    for inside in (file, vocab, merges) if path.is_dir() else ():
+        if (elsewhere := leads_out(inside, folder)) is not None:
+            raise ValueError(
+                f"{inside} is a symbolic link to {elsewhere}, outside the folder, and is not "
+                "followed: put the file itself there"
+            )
     try:
         if file.exists():
             inner = tokenizers.Tokenizer.from_file(str(file))
@@ -222,6 +230,11 @@ def _end(inner: tokenizers.Tokenizer, folder: pathlib.Path) -> int:
         number = number[0] if isinstance(number, list) and number else number
         if isinstance(number, int) and number >= 0 and inner.id_to_token(number) is not None:
             return number
+    if named is not None:
+        raise ValueError(
+            f"the tokenizer in {folder} has no end of a text: tokenizer_config.json names {named}, "
+            "which is not in its vocabulary, and config.json has no eos_token_id that is"
+        )
     if (number := inner.token_to_id(END)) is None:
         raise ValueError(
             f"the tokenizer in {folder} has no end of a text: neither eos_token in "

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from bdia_jax.files import leads_out
 from bdia_jax.interop import replacing
 from bdia_jax.interop.checkpoint import Checkpoint, FolderError
 
@@ -62,14 +63,7 @@ def file_in(folder: pathlib.Path, name: str) -> pathlib.Path:
     if name in ("", ".", "..") or set(name) & {"/", "\\", "\0"}:
         raise FolderError(f"{folder}: {name!r} is not the name of a file in this folder")
     path = replacing.newest(folder, name)
-    real, home = path.resolve(), folder.resolve()
-    allowed = [home]
-    if home.parent.name == "snapshots":
-        # The cache of huggingface_hub: a model's folder has links to its blobs, and these may be
-        # links to the blobs of all models.
-        model = home.parent.parent
-        allowed += [model / "blobs", model.parent / "blobs"]
-    if not any(real.is_relative_to(place) for place in allowed):
+    if (real := leads_out(path, folder)) is not None:
         raise FolderError(
             f"{path} is a symbolic link to {real}, outside the folder, and is not followed: put "
             "the file itself there"

@@ -95,7 +95,7 @@ class PatchEmbedding(nnx.Module):
 
     def __call__(
         self, images: Float[Array, "batch height width channel"], *, key: Key[Array, ""] | None
-    ) -> Float[Array, "batch length width"]:
+    ) -> Float[Array, "batch length features"]:
         """The input of the first block, in float32."""
         c = self.config
         if c.shifted_patches:

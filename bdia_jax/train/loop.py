@@ -24,6 +24,7 @@ from bdia_jax.train.errors import raise_if_not_finite, raise_if_wrong, reversibi
 from bdia_jax.train.metrics import MetricsWriter
 from bdia_jax.train.programs import Programs, means
 from bdia_jax.train.run_folder import (
+    check_room,
     check_run_folder,
     check_same_run,
     describe_run,
@@ -118,6 +119,7 @@ def train(
 
     programs = Programs(model, task, settings, optimizer)
     programs.trace()
+    check_room(folder, programs.abstract_state(), settings.keep_last)
     make_run_folder(folder, described, main)
     with logging_to(folder, main):
         checkpoints = Checkpoints(folder / "checkpoints", settings.keep_last, task.best)

@@ -13,16 +13,20 @@ import contextlib
 import json
 import logging
 import pathlib
+import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
+from jaxtyping import PyTree
 
 from bdia_jax.data import fingerprint
 from bdia_jax.files import write_json
 from bdia_jax.train.settings import TrainSettings
 from bdia_jax.train.tasks import Task
+
+log = logging.getLogger("bdia_jax")
 
 SETTINGS = "settings.json"
 LOG = "log.txt"
@@ -58,6 +62,30 @@ def check_run_folder(folder: str | pathlib.Path, resume: bool = False) -> pathli
     elif {path.name for path in folder.iterdir()} - {SETTINGS + ".tmp"}:
         raise FileExistsError(f"{folder} is not empty, and holds no run; give another folder")
     return folder
+
+
+def check_room(folder: pathlib.Path, state: PyTree, keep_last: int) -> None:
+    """Whether the disk has room for the checkpoints of a run; told before anything is trained.
+
+    Args:
+      folder: of the run.
+      state: what a checkpoint holds; arrays, or their shapes.
+      keep_last: as in :class:`bdia_jax.train.TrainSettings`.
+
+    Raises:
+      ValueError: if not even one fits. If one does, but not all that may be there at a time (the
+        last, the best, and the one being written), there is a warning.
+    """
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) / 1e9
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free, most = shutil.disk_usage(there).free / 1e9, keep_last + 2
+    told = f"a checkpoint takes up to {size:.1f} GB, and {there} has {free:.1f} GB free"
+    if free < size:
+        raise ValueError(f"{told}: make room, or give a folder on another disk")
+    if free < most * size:
+        log.warning("%s: %d may be there at a time (keep_last = %d)", told, most, keep_last)
+    elif size > 1:
+        log.info("%s; %d may be there at a time", told, most)
 
 
 def describe_run(

@@ -26,6 +26,7 @@ from measure import (
     curves,
     exactness,
     finetune_e2e,
+    odd_files,
     records,
     reliability,
     same_kernels,
@@ -40,6 +41,7 @@ MISSING = "*`make results` fills in this table.*"
 TABLES: dict[str, Callable[[Rows], str]] = cost_tables.TABLES | {
     "exactness": exactness.table,
     "reliability": reliability.table,
+    "odd-files": odd_files.table,
     "same-kernels": same_kernels.table,
     "vision": vision_tables.all_tables,
     "small-text": curves.table,

@@ -27,7 +27,7 @@ import jax
 from tqdm import tqdm
 
 from bdia_jax import BDIA, check_reversible
-from measure import records, sources
+from measure import odd_files, records, sources
 from measure.blocks import PARTS as BLOCKS
 from measure.blocks import make_block, stacked_params
 
@@ -41,6 +41,7 @@ Part = Literal[
     "guard",
     "faults",
     "bad-input",
+    "files",
 ]
 
 
@@ -86,6 +87,7 @@ PARTS: dict[Part, Suite | Audits] = {
         ("test_faults.py",),
         environment=(("BDIA_JAX_KILLS", "20"),),
     ),
+    "files": Audits("Files and folders that differ from what is expected: read right, or refused"),
     "bad-input": Suite(
         "Bad input: a sensible error that says what is allowed",
         ("test_bad_input.py", "test_docs.py"),
@@ -98,6 +100,7 @@ DEPENDS = (
     *sources.AUDIT,
     "experiments/measure/reliability.py",
     "experiments/measure/blocks.py",
+    *odd_files.DEPENDS,
     *dict.fromkeys(
         f"tests/{file}" for part in PARTS.values() if isinstance(part, Suite) for file in part.files
     ),
@@ -131,7 +134,10 @@ def main(r: Reliability) -> str:
         rows = {row["part"]: row for row in before.rows}
     for part in tqdm(r.only or PARTS, desc="parts"):
         started, spec = time.monotonic(), PARTS[part]
-        found = run_suite(spec, r.jobs) if isinstance(spec, Suite) else audits(part, r)
+        if isinstance(spec, Suite):
+            found = run_suite(spec, r.jobs)
+        else:
+            found = odd_files.counted(r.out) if part == "files" else audits(part, r)
         seconds = round(time.monotonic() - started, 1)
         rows[part] = {"part": part, "title": spec.title, "seconds": seconds} | found
         some = [rows[part] for part in PARTS if part in rows]

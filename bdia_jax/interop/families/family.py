@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -28,6 +28,7 @@ class Source(NamedTuple):
     """Which share of the last axis, of how many equal ones; None for all of it."""
 
 
+@runtime_checkable
 class Names(Protocol):
     """Names of tensors."""
 

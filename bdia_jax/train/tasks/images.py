@@ -8,7 +8,7 @@ import numpy as np
 import optax
 
 from bdia_jax.data import batches
-from bdia_jax.data.images import ImageData
+from bdia_jax.data.images import ImageData, check_classes
 from bdia_jax.nn.losses import Sums
 from bdia_jax.train.tasks.task import eval_rows
 
@@ -78,6 +78,7 @@ class ImageClassification:
         return self._sums(model(batch[0]), batch[1], 0.0)
 
     def _sums(self, logits, labels, smoothing: float) -> Sums:
+        check_classes(self.name, self.data.num_classes, logits.shape[-1])
         # All zeros for the label -1, and with it the loss.
         targets = jax.nn.one_hot(labels, self.data.num_classes)
         weights = jnp.float32(labels >= 0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from flax import nnx
@@ -11,6 +11,7 @@ from jaxtyping import Array, Int32, Key, PyTree
 from bdia_jax.nn.losses import Sums
 
 
+@runtime_checkable
 class Task(Protocol):
     """What is trained: data, batches, a loss and an evaluation.
 
