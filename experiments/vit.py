@@ -11,11 +11,13 @@ is ``--model.width 512 --model.hidden 512 --model.heads 8 --model.head-dim 64`` 
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import pathlib
 
 import command
 from flax import nnx
+from measure import records, vision_tables
 
 from bdia_jax.data import load_images
 from bdia_jax.nn import ViT, ViTConfig
@@ -46,6 +48,8 @@ class Experiment:
     """Seed of the initialization."""
     resume: bool = False
     """Continue the run in the folder, if there is one."""
+    results: pathlib.Path | None = None
+    """Also write the evaluations as a result (measure.records), into this folder."""
     model: ViTConfig = SMALL
     """The network. Image size, channels and classes are those of the data."""
     train: TrainSettings = dataclasses.field(default_factory=TrainSettings)
@@ -68,7 +72,11 @@ def main(experiment: Experiment) -> float:
         "augment": e.augment,
         "label_smoothing": e.label_smoothing,
     }
-    result = train(model, task, e.train, e.out, resume=e.resume, about=about)
+    try:
+        result = train(model, task, e.train, e.out, resume=e.resume, about=about)
+    finally:
+        # Also of a run that was told to stop.
+        write_result(e, config)
     plot_curves({config.method: e.out}, e.out / "accuracy.png")
     accuracy = result.last("eval", "accuracy")
     print(
@@ -76,6 +84,17 @@ def main(experiment: Experiment) -> float:
         f"{result.seconds_per_step * 1e3:.1f} ms per step; see {e.out}"
     )
     return accuracy
+
+
+def write_result(e: Experiment, config: ViTConfig) -> None:
+    """What was evaluated so far, over all continuations."""
+    lines = e.out / "metrics.jsonl"
+    if e.results is None or not lines.exists():
+        return
+    found = [json.loads(line) for line in lines.read_text().splitlines()]
+    rows = [{"network": config.method} | line for line in found if line["split"] == "eval"]
+    name = f"vit-{e.data}-{config.method}-{config.dtype}"
+    records.write(name, rows, vision_tables.DEPENDS, settings=e, out=e.results)
 
 
 if __name__ == "__main__":

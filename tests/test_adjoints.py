@@ -463,7 +463,7 @@ def test_updates_that_cannot_be(adjoint, change, error, says):
 @pytest.mark.parametrize("features", [1, 64, 100])
 def test_rounded_checkpoints(bits, features):
     """Off by half a level at most, of 2^bits - 1 levels between the extremes of 64 features."""
-    x = draw(3, features) * np.float32([[1e-3], [1], [300]])
+    x = np.array(draw(3, features)) * np.float32([[1e-3], [1], [300]])
     x[0, -1] = 0
     kept = rounded(jnp.asarray(x), bits)
     found = restored(kept, bits, features, jnp.float32)

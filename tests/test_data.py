@@ -60,6 +60,7 @@ def image_set(n=20, **changes):
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.unchecked
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -114,6 +115,7 @@ def test_digits_are_all_there_once_and_every_class_in_both_splits():
     np.testing.assert_allclose(share, 0.2, atol=0.005)
 
 
+@pytest.mark.unchecked
 def test_statistics_are_numpys_and_a_constant_channel_stays_finite():
     pictures = CIFAR_LIKE.copy()
     pictures[..., 1] = 7
@@ -548,6 +550,7 @@ def test_an_epoch_shows_every_sample_once(batch, samples):
     assert not np.array_equal(epochs[0], epochs[1])
 
 
+@pytest.mark.unchecked
 def test_normalized_images_have_mean_0_and_deviation_1():
     digits = data.load_images("digits")
     x = data.normalize(jnp.asarray(digits.train_images), *digits.statistics)

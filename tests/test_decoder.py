@@ -212,6 +212,7 @@ def test_masks_are_computed_again_under_a_checkpoint():
     assert "bool[8,2,8,1,1024,128]" not in str(kept)
 
 
+@pytest.mark.unchecked
 def test_attention_refuses():
     q, k, v, _ = attention_inputs(3, 3, dtype=jnp.float32)
     with pytest.raises(ValueError, match=r"kv_head must divide head; got \(2, 3, 3, 6\)"):
@@ -486,6 +487,7 @@ def test_packed_texts_do_not_see_each_other(family):
     np.testing.assert_allclose(packed, jnp.concatenate(apart, 1), atol=2e-6)
 
 
+@pytest.mark.unchecked
 def test_the_network_refuses():
     model = Decoder(dataclasses.replace(GPT2, method="standard"), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="sequences may have 24 tokens"):

@@ -4,7 +4,12 @@ import dataclasses
 import itertools
 import json
 import pathlib
+import re
+import shlex
+import signal
 import sys
+import tarfile
+import threading
 from xml.etree import ElementTree
 
 import jax
@@ -15,8 +20,10 @@ from flax import nnx
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "experiments"))
 
+import accelerator
 import demo
 import translate
+import tyro
 import vit
 from measure import (
     costs,
@@ -31,6 +38,7 @@ from measure import (
     results,
     runs,
     same_kernels,
+    side_by_side,
     sources,
     timing,
     vision_tables,
@@ -136,6 +144,64 @@ def test_every_stage_has_a_command_with_its_options():
         assert stage.takes, name
         for line in stage.commands:
             assert (sources.ROOT / "experiments" / line.split()[0]).exists(), line
+
+
+ACCELERATOR = {
+    "exactness.py": exactness.Exactness,
+    "reliability.py": reliability.Reliability,
+    "vit.py": vit.Experiment,
+    "measure/costs.py": costs.Costs,
+    "measure/gamma.py": gamma.Gamma,
+    "measure/gpt2_small_data.py": gpt2_small_data.SmallData,
+}
+
+
+@pytest.mark.parametrize("size", accelerator.PHASES)
+def test_commands_for_an_accelerator_have_these_options(size):
+    given = accelerator.Accelerator(size=size)
+    for phase in accelerator.PHASES[size].values():
+        for line in [line for job in phase.jobs for line in job.commands]:
+            script, *words = shlex.split(accelerator.filled(line, given))
+            assert pathlib.Path(script).exists()
+            tyro.cli(ACCELERATOR[line.split()[0]], args=words)
+
+
+def test_jobs_run_side_by_side_until_the_limit(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(accelerator, "HERE", tmp_path)
+    (tmp_path / "tool.py").write_text(
+        "import sys, time; print(sys.argv[1]); time.sleep(float(sys.argv[1]))"
+    )
+    jobs = (
+        accelerator.Job("twice", ("tool.py 0", "tool.py 0.1"), 2),
+        accelerator.Job("long", ("tool.py 60", "tool.py 60")),
+        accelerator.Job("without", ("tool.py DATA/tiny",)),
+    )
+    phases = {"seconds": {"costs": accelerator.Phase(2, jobs)}}
+    monkeypatch.setattr(accelerator, "PHASES", phases)
+    for name in ("XLA_PYTHON_CLIENT_PREALLOCATE", "JAX_COMPILATION_CACHE_DIR", "PYTHONUNBUFFERED"):
+        monkeypatch.setenv(name, "false")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "x-cpu.jsonl").touch()
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        accelerator.main(
+            accelerator.Accelerator(
+                "seconds",
+                ("costs",),
+                data_dir=tmp_path,
+                runs=tmp_path / "runs",
+                out=tmp_path / "out",
+                pack=tmp_path / "all.tar.gz",
+            )
+        )
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    told = capfd.readouterr().out
+    assert len(re.findall(r"twice-\d: status 0 after \d s, status 0 after", told)) == 2
+    assert told.count("long: status -15") == 1
+    assert "without: left out" in told
+    with tarfile.open(tmp_path / "all.tar.gz") as archive:
+        assert {"results/x-cpu.jsonl", "runs/twice-0.log"} <= {*archive.getnames()}
 
 
 def test_a_stage_writes_results_and_pages(tmp_path, monkeypatch, capsys):
@@ -472,6 +538,43 @@ def test_a_run_that_another_process_has_in_hand_is_left_to_it(tmp_path):
             assert not again
     with runs.claimed(tmp_path / "lock") as mine:
         assert mine
+
+
+def test_a_device_is_had_in_turns(tmp_path):
+    """By nobody, as long as somebody gets ready."""
+    order, ready = [], [side_by_side.Turn(tmp_path / "turn") for _ in range(2)]
+
+    def take(turn):
+        with turn:
+            order.append("in")
+            order.append("out")
+
+    first = threading.Thread(target=take, args=(ready[0],))
+    first.start()
+    first.join(0.3)
+    assert not order
+    take(ready[1])
+    first.join()
+    assert order == ["in", "out"] * 2
+    with side_by_side.Turn(None):
+        pass
+
+
+def test_records_so_far_are_told_after_every_run(tmp_path):
+    told = []
+    some = [runs.Run(name, {}, lambda folder: {}) for name in "ab"]
+    runs.run_all(some, tmp_path, ["bdia_jax/grid.py"], so_far=lambda found: told.append({*found}))
+    assert told == [{"a"}, {"a", "b"}]
+
+
+@pytest.mark.slow
+def test_cases_run_in_processes_and_within_a_time(tmp_path, monkeypatch):
+    given = exactness.Exactness(workers=2, within=0, out=tmp_path)
+    assert exactness.main(given)
+    (path,) = tmp_path.glob("exactness-*.jsonl")
+    about, rows = records.read(path)
+    assert not rows
+    assert "left out for want of time" in about["note"]
 
 
 def test_tables_show_runs_that_went_wrong():

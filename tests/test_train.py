@@ -364,6 +364,7 @@ def test_a_model_that_does_not_fit_leaves_no_folder(tmp_path, no_compiling):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.unchecked
 def test_image_tasks_refuse():
     images, labels = np.zeros((4, 2, 2, 1), np.uint8), np.zeros(4, np.int32)
     data = ImageData("x", images, labels, images, labels, 2)

@@ -8,5 +8,6 @@ sources          the code that a result depends on
 ways, networks   what is compared, on what
 memory, timing   how: compiled programs, and rounds in which everything runs once
 runs             networks trained from seeds, each of them once
+side_by_side     what takes more cores than one program to be compiled
 ===============  ==============================================================================
 """

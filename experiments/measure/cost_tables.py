@@ -96,6 +96,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "totals": memory_table,
     "besides": besides_table,
     "plans": plans_table,
+    "in-use": records.as_they_are,
     **dict.fromkeys(("gradients", "steps", "equal"), time_table),
 }
 """By the part that was measured."""

@@ -5,6 +5,8 @@
     python experiments/measure/costs.py --part steps --networks vit gpt2 llama
     python experiments/measure/costs.py --part plans --device h100            # on any machine
 
+Several commands at a time can get ready, and take times in turns: ``--turn runs/turn --workers 4``.
+
 Parts:
 
 - *activations*: what lies beside weights, gradients and data at the peak of loss and gradient, as
@@ -12,6 +14,7 @@ Parts:
 - *totals*: the peak of whole training steps (AdamW), along an axis.
 - *gradients*: time of loss and gradient of a stack of blocks, without an optimizer.
 - *steps*: time and peak of whole training steps.
+- *in-use*: what the device itself says it had in use, every way in a process of its own.
 - *besides*: time of all that BDIA's loops do besides the blocks.
 - *equal*: the largest batch of every way that fits a memory, and the throughput there.
 - *plans*: whole training steps of well-known decoders, as ``python -m bdia_jax.plan`` has them.
@@ -44,14 +47,16 @@ from bdia_jax import grid, maps
 from bdia_jax.planning import memory, plan, targets
 from bdia_jax.planning.ways import Way
 from bdia_jax.states import checksum, in_range
-from bdia_jax.train import training_step
+from bdia_jax.train.programs import Programs
+from bdia_jax.train.step import State
 from measure import memory as peaks
 from measure import records, sources, timing
 from measure.cost_tables import TABLES, Rows, memory_table, time_table
 from measure.networks import NETWORKS, Axis, Network, Stack
+from measure.side_by_side import Turn, in_processes, in_threads
 from measure.ways import BASES, WAYS, ways_for
 
-Part = Literal["activations", "totals", "gradients", "steps", "besides", "equal", "plans"]
+Part = Literal["activations", "totals", "gradients", "steps", "in-use", "besides", "equal", "plans"]
 
 DEPENDS = (
     *sources.CORE,
@@ -60,6 +65,7 @@ DEPENDS = (
     *sources.STEP,
     "bdia_jax/planning/*.py",
     *(f"experiments/measure/{n}.py" for n in ("costs", "ways", "networks", "memory", "timing")),
+    "experiments/measure/side_by_side.py",
 )
 
 
@@ -70,7 +76,7 @@ class Costs:
     part: Part = "activations"
     """What is measured."""
     networks: tuple[str, ...] = ("vit",)
-    """Of stack, vit, gpt2, llama and translation."""
+    """Of those of measure.networks: stack, vit, vit-24, gpt2, gpt2-medium, llama, translation."""
     ways: tuple[str, ...] = ()
     """Of those of bdia_jax.planning.ways and measure.ways; all by default."""
     dtypes: tuple[str, ...] = ("float32",)
@@ -80,9 +86,13 @@ class Costs:
     values: tuple[int, ...] = (6, 12, 24, 48)
     """Along the axis."""
     device_sized: bool = False
-    """Of steps, besides and equal: the batches of real training, not such as 2 cores can do."""
+    """Of whole steps: the batches of real training, not such as 2 cores can do."""
     rounds: int = 5
     """In each, every way runs once."""
+    workers: int = 1
+    """Programs compiled side by side; of in-use, processes."""
+    turn: pathlib.Path | None = None
+    """A file that commands have in common which get ready side by side, and take times in turns."""
     widths: tuple[int, ...] = (256, 512)
     """Of gradients."""
     fit: float = 1.0
@@ -138,11 +148,17 @@ def over_axis(c: Costs, name: str, peak: Callable[..., int], *, gradient: bool) 
     rows = []
     for dtype in c.dtypes:
         network = NETWORKS[name](dtype, True)
-        for way, how in c.chosen(network, gradient=gradient).items():
-            found = peaks.along(peak, network, how, c.axis, c.values)
-            row = {"dtype": dtype, "way": way, "axis": c.axis, "values": c.values, "peaks": found}
-            if c.axis == "depth" and None not in found and len(found) > 1:
-                slope = np.polyfit(c.values, found, 1)[0] / network.elements
+        ways = c.chosen(network, gradient=gradient)
+
+        def peaks_of(job, network=network, ways=ways):
+            return peaks.along(peak, network, ways[job[0]], c.axis, job[1:])
+
+        found = in_threads(peaks_of, itertools.product(ways, c.values), c.workers)
+        for i, way in enumerate(ways):
+            some = [*itertools.chain(*found[i * len(c.values) : (i + 1) * len(c.values)])]
+            row = {"dtype": dtype, "way": way, "axis": c.axis, "values": c.values, "peaks": some}
+            if c.axis == "depth" and None not in some and len(some) > 1:
+                slope = np.polyfit(c.values, some, 1)[0] / network.elements
                 row["bytes per element and block"] = float(slope)
             rows.append(row)
             print(memory_table([row]).splitlines()[-1], flush=True)
@@ -196,15 +212,12 @@ def gradients(c: Costs, name: str) -> Rows:
 
 
 def steps(c: Costs, name: str) -> Rows:
-    """Every way, in turns."""
-    rows = []
+    """Every way, in turns; of each type of number."""
+    sized = {}
     for dtype in c.dtypes:
         network = NETWORKS[name](dtype, c.device_sized)
-        ways = c.chosen(network)
-        rows += [
-            {"dtype": dtype} | row for row in timed(c, {n: (network, w) for n, w in ways.items()})
-        ]
-    return rows
+        sized[dtype] = {n: (network, way) for n, way in c.chosen(network).items()}
+    return timed(c, sized)
 
 
 def equal(c: Costs, name: str) -> Rows:
@@ -222,39 +235,104 @@ def equal(c: Costs, name: str) -> Rows:
             continue
         if batch:
             sized[way] = dataclasses.replace(network, batch=batch), how
-    return [{"dtype": c.dtypes[0]} | row for row in timed(c, sized)]
+    return timed(c, {c.dtypes[0]: sized})
 
 
-def timed(c: Costs, sized: dict[str, tuple[Network, Way]]) -> Rows:
-    """Seconds per step, in turns, and peak memory."""
-    runs: dict[str, Callable[[], Any]] = {}
-    rows: dict[str, dict[str, Any]] = {}
-    for name, (network, way) in sized.items():
-        rows[name] = {"way": name, "batch": network.batch, "length": network.length}
+def timed(c: Costs, sized: dict[str, dict[str, tuple[Network, Way]]]) -> Rows:
+    """Seconds per step, in turns, and peak memory; by type of number and way."""
+    turn, states, rows = Turn(c.turn), {}, []
+    ready = {dtype: all_prepared(c, some, states) for dtype, some in sized.items()}
+    with turn:
+        samples = {
+            dtype: timing.in_turns({n: s for n, (_, s) in some.items() if s is not None}, c.rounds)
+            for dtype, some in ready.items()
+        }
+    for dtype, some in ready.items():
+        found = timing.summary(samples[dtype], BASES)
+        for name, (told, _) in some.items():
+            network, _ = sized[dtype][name]
+            row = {"dtype": dtype, "way": name, "batch": network.batch, "length": network.length}
+            rows.append(row | told | found.get(name, {}))
+            if name in found:
+                per_second = network.batch * network.length / found[name]["seconds"]
+                rows[-1]["per second"] = per_second
+    return rows
+
+
+Prepared = tuple[dict[str, Any], Callable[[], Any] | None]
+"""The peak of a step, and what takes one; or the error, and nothing, of a way that this device has
+not, or has no room for."""
+
+
+def all_prepared(
+    c: Costs, sized: dict[str, tuple[Network, Way]], states: dict[Any, State]
+) -> dict[str, Prepared]:
+    """Compiled, side by side, and tried, one after the other."""
+
+    def compiled(name: str) -> Prepared:
         try:
-            rows[name]["peak"] = peaks.training_step(network, way)
-            runs[name] = stepper(network, way)
+            peak, step = prepared(*sized[name], states)
         except jax.errors.JaxRuntimeError as error:
-            # A way that this device has not: there is nothing to measure.
-            rows[name]["error"] = str(error).splitlines()[0][:200]
-    for name, found in timing.summary(timing.in_turns(runs, c.rounds), BASES).items():
-        network, _ = sized[name]
-        per_second = network.batch * network.length / found["seconds"]
-        rows[name] |= found | {"per second": per_second}
-    return [*rows.values()]
+            return {"error": _first_line(error)}, None
+        return {"peak": peak}, step
+
+    found = dict(zip(sized, in_threads(compiled, sized, c.workers), strict=True))
+    for name, (told, step) in found.items():
+        try:
+            jax.block_until_ready(step and step())
+        except jax.errors.JaxRuntimeError as error:
+            found[name] = told | {"error": _first_line(error)}, None
+    return found
 
 
-def stepper(network: Network, way: Way) -> Callable[[], Any]:
-    """A function that takes a step."""
+def prepared(network: Network, way: Way, states: dict[Any, State]) -> tuple[int, Callable[[], Any]]:
+    """The peak of a step, which is compiled for it; and a function that takes a step.
+
+    Ways whose states are alike go on from each other's, in ``states``: a device has room for one.
+    """
     make, task, settings = network.prepared(way)
-    step, state = training_step(make(), task, settings)
+    programs = Programs(make(), task, settings)
+    alike, peak = jax.tree.structure(programs.abstract_state()), peaks.of_step(programs)
 
     def run():
-        nonlocal state
-        state, report = step(state)
+        # Where it was compiled for, or it would be compiled again.
+        state = states.pop(alike, None) or jax.device_put(
+            programs.first_state(make()), jax.devices()[0]
+        )
+        states[alike], report = programs.step(state)
         return report
 
-    return run
+    return peak, run
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0][:200]
+
+
+def in_use(c: Costs, name: str) -> Rows:
+    """What the device itself had in use at most: a process per way, since it counts for each."""
+    asked = [
+        dataclasses.replace(c, networks=(name,), dtypes=(dtype,), ways=(way,))
+        for dtype in c.dtypes
+        for way in c.chosen(NETWORKS[name](dtype, c.device_sized))
+    ]
+    return [*in_processes(most_in_use, asked, c.workers, fresh=True)]
+
+
+def most_in_use(c: Costs) -> dict[str, Any]:
+    """A row: of the one way that is asked for, after some steps."""
+    network = NETWORKS[c.networks[0]](c.dtypes[0], c.device_sized)
+    row: dict[str, Any] = {"dtype": c.dtypes[0], "way": c.ways[0], "batch": network.batch}
+    row["length"] = network.length
+    try:
+        row["peak"], step = prepared(network, WAYS[c.ways[0]], {})
+        for _ in range(3):
+            jax.block_until_ready(step())
+    except jax.errors.JaxRuntimeError as error:
+        return row | {"error": _first_line(error)}
+    # A CPU does not count.
+    found = jax.devices()[0].memory_stats() or {}
+    return row | {"in use": found.get("peak_bytes_in_use")}
 
 
 def besides(c: Costs, name: str) -> Rows:
@@ -288,7 +366,7 @@ def besides(c: Costs, name: str) -> Rows:
         {
             "forward, besides a block": lambda: up(n, n, x),
             "backward, besides a block": lambda: down(n_next, n, x, kept, expected, a, a, x),
-            "step, by blocks": stepper(network, how),
+            "step, by blocks": prepared(network, how, {})[1],
         },
         c.rounds,
     )
@@ -305,6 +383,7 @@ MEASURES: dict[str, Callable[[Costs, str], Rows]] = {
     "totals": totals,
     "gradients": gradients,
     "steps": steps,
+    "in-use": in_use,
     "besides": besides,
     "equal": equal,
     "plans": plans,

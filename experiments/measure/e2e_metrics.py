@@ -8,13 +8,14 @@ in lower case and without punctuation. Those need Java.
 from __future__ import annotations
 
 import collections
+import importlib.util
 import math
 import shutil
 from collections.abc import Sequence
 
 
 def score(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """All metrics, in the challenge's scales; without Java, BLEU and NIST only.
+    """All metrics, in the challenge's scales; BLEU and NIST only without Java or pycocoevalcap.
 
     Args:
       texts: what is judged.
@@ -22,22 +23,15 @@ def score(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str
 
     Raises:
       ValueError: for another number of references than of texts, a text without one, or no text.
-      ModuleNotFoundError: without the packages of the extra "metrics".
     """
     if not texts or len(texts) != len(references) or not all(references):
         raise ValueError(
             "there must be at least one text, and at least one reference for each; got "
             f"{len(texts)} texts and references for {sum(map(bool, references))}"
         )
-    try:
-        import pycocoevalcap  # noqa: F401
-        import sacrebleu  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f'the metrics need the package {error.name}: pip install "bdia_jax[metrics]"'
-        ) from error
     found = {"BLEU": bleu(texts, references), "NIST": nist(texts, references)}
-    return found | (coco(texts, references) if shutil.which("java") else {})
+    more = shutil.which("java") and importlib.util.find_spec("pycocoevalcap")
+    return found | (coco(texts, references) if more else {})
 
 
 def bleu(texts: Sequence[str], references: Sequence[Sequence[str]]) -> float:

@@ -1,7 +1,7 @@
 """Is every integer of every block reconstructed? Counted, for a covering set of settings.
 
-    python experiments/exactness.py            # 100 million integers
-    python experiments/exactness.py --quick    # the same cases, small
+    python experiments/exactness.py                          # 100 million integers
+    python experiments/exactness.py --quick --workers 16     # the same cases, small, side by side
 
 Every pair of settings (type of number, precision of products, dropout, m, signs, r, l, depth,
 block, parts as steps, update in the backward pass) meets in one of the cases; models of the library
@@ -60,6 +60,7 @@ from bdia_jax.nn import (
 from measure import records, sources
 from measure.blocks import make_block, stacked_params
 from measure.networks import KINDS
+from measure.side_by_side import in_processes
 
 FACTORS = {
     "dtype": ("float32", "bfloat16", "float16"),
@@ -93,6 +94,10 @@ class Exactness:
     """At least so many integers per case; the batch size follows from it."""
     quick: bool = False
     """The same cases with 1,000,000 integers each, and a smaller model."""
+    workers: int = 1
+    """Processes that the cases are spread over: most of the time is the compiler's."""
+    within: float | None = None
+    """Seconds after which no further case is begun; what was found until then is written."""
     seed: int = 0
     """Seed of weights, inputs, dropout and γ."""
     out: pathlib.Path | None = None
@@ -241,20 +246,20 @@ def model_case(name: str, settings: dict[str, Any], integers: int, seed: int) ->
     )
 
 
-def cases(e: Exactness) -> Iterator[Case]:
-    """All of them: blocks, then models."""
+def cases(e: Exactness) -> Iterator[Callable[[], Case]]:
+    """What makes each of them, anywhere: blocks, then models."""
     integers = 1_000_000 if e.quick else e.integers
     for row in covering(FACTORS):
-        yield block_case(row, integers, e.seed)
+        yield functools.partial(block_case, row, integers, e.seed)
     for name, dtype, parts in itertools.product(MODELS, ("float32", "bfloat16"), (False, True)):
         settings = {"dtype": dtype, "parts_as_steps": parts}
         if name == "ViT":
             size = {"width": 64, "heads": 2, "head_dim": 32, "hidden": 64} if e.quick else {}
-            yield model_case(name, settings | size, integers, e.seed)
+            yield functools.partial(model_case, name, settings | size, integers, e.seed)
         else:
             # γ as for pretrained networks.
             settings |= {"gamma": 1 / 16, "signs": "sample"}
-            yield model_case(name, settings, integers // 2, e.seed)
+            yield functools.partial(model_case, name, settings, integers // 2, e.seed)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -387,18 +392,39 @@ def totals(rows: list[dict[str, Any]]) -> dict[str, int]:
     return {name: sum(row[name] for row in rows) for name in COUNTS}
 
 
+def measured(make: Callable[[], Case], seed: int, until: float) -> dict[str, Any] | None:
+    """A row; None if it is too late to begin. A case that cannot be run here is not exact."""
+    if time.time() > until:
+        return None
+    case = make()
+    try:
+        with jax.default_matmul_precision(case.settings.get("precision", "default")):
+            row = measure(case, jax.random.key(seed))
+    except jax.errors.JaxRuntimeError as error:
+        told = {"finite": False, "error": str(error)[:2000]}
+        row = {"case": case.settings} | dict.fromkeys(COUNTS, 0) | told
+    print(table([row]).splitlines()[2], row.get("error", ""), flush=True)
+    return row
+
+
 def main(e: Exactness) -> bool:
     """Runs all cases; whether all of them are exact."""
-    rows = []
-    for case in cases(e):
-        with jax.default_matmul_precision(case.settings.get("precision", "default")):
-            rows.append(measure(case, jax.random.key(e.seed + 1)))
-        print("\n".join(table(rows[-1:]).splitlines()[0 if len(rows) == 1 else 2 : 3]), flush=True)
-    found = totals(rows)
+    until = math.inf if e.within is None else time.time() + e.within
+    run = functools.partial(measured, seed=e.seed + 1, until=until)
+    made = [*cases(e)]
+    if e.workers > 1:
+        # Models take longest, and are begun with.
+        found = [*in_processes(run, reversed(made), e.workers)][::-1]
+    else:
+        found = [*map(run, made)]
+    rows = [row for row in found if row is not None]
+    sums = totals(rows)
     exact = all(row["finite"] for row in rows) and not (
-        found["mismatched"] or found["samples mismatched in the gradient"]
+        sums["mismatched"] or sums["samples mismatched in the gradient"]
     )
-    path = records.write("exactness", rows, DEPENDS, settings=e, out=e.out)
+    left_out = len(found) - len(rows)
+    note = f"{left_out} of {len(found)} cases were left out for want of time." if left_out else None
+    path = records.write("exactness", rows, DEPENDS, settings=e, out=e.out, note=note)
     print(f"\n{table(rows)}\n\n{path}")
     if not exact:
         raise RuntimeError("not exact: see the table")

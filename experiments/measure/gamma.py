@@ -11,12 +11,15 @@ gradients      cosine with the gradient of the standard network, of BDIA with m 
 finetuning     equal budgets on the E2E data, by γ and signs; rounded checkpoints; low-rank
                updates; and what the models then say, by the challenge's metrics (an hour)
 
-Minutes on two idle cores. Writes gamma-PART-DEVICE.jsonl.
+Minutes on two idle cores. Several processes may fine-tune together. Writes gamma-PART-DEVICE.jsonl.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
+import json
 import logging
 import pathlib
 import sys
@@ -32,14 +35,15 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import command
 
-from bdia_jax import BDIA, Checkpoint, Euler, Step, gamma, interop
+from bdia_jax import BDIA, Checkpoint, Euler, Step, files, gamma, interop
 from bdia_jax.data import Tokenizer, completion, pack, read_text, split_text
 from bdia_jax.nn import Decoder, add_lora, generate, set_step
 from bdia_jax.nn.gamma import reversible_stacks
 from bdia_jax.steps import SIGNS
 from bdia_jax.train import LanguageModelling, PackedTexts, TrainSettings, choose_gamma, train
 from measure import e2e_metrics, finetune_e2e, records, sources
-from measure.runs import Run, plain, run_all
+from measure.runs import Run, claimed, plain, run_all
+from measure.side_by_side import in_processes, in_threads
 
 SOME = TrainSettings(
     steps=40,
@@ -89,10 +93,14 @@ class Gamma:
     """Tokens of a sequence."""
     seeds: int = 3
     """Of the standard network and of the γ that is chosen; others have one."""
+    validation: int = 600
+    """Texts that fine-tuned models are validated on."""
     inputs: int = 100
     """Test inputs that are answered, of which the metrics are taken."""
     new_tokens: int = 60
     """Most tokens of an answer."""
+    workers: int = 1
+    """Of what is compiled for exactness and gradients, so much at a time."""
     work: pathlib.Path = pathlib.Path("runs/gamma")
     """Folder of the runs."""
     out: pathlib.Path | None = None
@@ -152,22 +160,27 @@ def perturbation(g: Gamma) -> None:
 
 def exactness(g: Gamma) -> None:
     """Integers that differ between the two passes."""
-    rows = []
-    for dtype in ("float32", "bfloat16"):
-        for parts in (False, True):
-            model, tokenizer = smollm2(parts_as_steps=parts, dtype=dtype)
-            batch = next(batches(text_task(g, tokenizer), 2))
-            x = model.embedding[...][batch.tokens].astype(dtype)
-            angles = model.angles(jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]))
-            for step in (BDIA(1 / 2, "block"), *(BDIA(1 / 16, signs) for signs in SIGNS)):
-                set_step(model, step)
-                found = model.blocks.check_reversible(x, angles, None, key=jax.random.key(0))
-                row = {"dtype": dtype, "steps": "parts" if parts else "blocks"}
-                row |= {"gamma": step.gamma, "signs": step.signs}
-                row |= {"compared": found.compared, "mismatched": found.mismatched}
-                rows.append(row)
-                print(row, flush=True)
+    steps = (BDIA(1 / 2, "block"), *(BDIA(1 / 16, signs) for signs in SIGNS))
+    cases = [*itertools.product(("float32", "bfloat16"), (False, True), steps)]
+    count = functools.partial(compared, g)
+    rows = [*(in_processes(count, cases, g.workers) if g.workers > 1 else map(count, cases))]
     records.write("gamma-exactness", rows, DEPENDS, settings=g, out=g.out)
+
+
+def compared(g: Gamma, case: tuple[str, bool, BDIA]) -> dict[str, Any]:
+    """A row: of a type of number, of blocks or parts, and of a step."""
+    dtype, parts, step = case
+    model, tokenizer = smollm2(parts_as_steps=parts, dtype=dtype)
+    batch = next(batches(text_task(g, tokenizer), 2))
+    x = model.embedding[...][batch.tokens].astype(dtype)
+    angles = model.angles(jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2]))
+    set_step(model, step)
+    found = model.blocks.check_reversible(x, angles, None, key=jax.random.key(0))
+    row = {"dtype": dtype, "steps": "parts" if parts else "blocks"}
+    row |= {"gamma": step.gamma, "signs": step.signs}
+    row |= {"compared": found.compared, "mismatched": found.mismatched}
+    print(row, flush=True)
+    return row
 
 
 def gradients(g: Gamma) -> None:
@@ -190,11 +203,14 @@ def gradients(g: Gamma) -> None:
     ways = {f"BDIA, m = {m}": Way(BDIA(2.0**-m, "sample")) for m in (1, 2, 3, 4, 6)}
     ways |= {f"BDIA, m = {m}, a sign per block": Way(BDIA(2.0**-m)) for m in (2, 3, 4)}
     ways |= {f"checkpoints of {b} bits": Way(Euler(), Checkpoint(b)) for b in (2, 3, 4, 8)}
-    exact = gradient(Way(Euler(), Checkpoint()))
     draws = [*zip(batches(text_task(g, tokenizer), g.rows), jax.random.split(jax.random.key(1), 3))]
+
+    def compiled(way: Way):
+        return gradient(way).lower(params, *draws[0]).compile()
+
+    exact, *others = in_threads(compiled, [Way(Euler(), Checkpoint()), *ways.values()], g.workers)
     true, rows = [exact(params, *draw) for draw in draws], []
-    for name, way in ways.items():
-        of = gradient(way)
+    for name, of in zip(ways, others, strict=True):
         cosines = [cosine(of(params, *draw), t) for draw, t in zip(draws, true)]
         rows.append({"way": name, "cosines": cosines, "mean": float(np.mean(cosines))})
         print(rows[-1], flush=True)
@@ -211,9 +227,10 @@ def finetuning(g: Gamma) -> None:
     groups = finetune_e2e.grouped(test)[:: max(1, len(test) // 10 // g.inputs)][: g.inputs]
     shuffled = np.random.default_rng(0).permutation(len(pairs))[:4000]
     some = pack([completion(tokenizer, *pairs[i]) for i in shuffled], g.length)
-    task = PackedTexts("e2e", some, pack([completion(tokenizer, *p) for p in dev[:600]], g.length))
-    model, _ = smollm2()
-    chosen = choose_gamma(model, task, g.train.batch_size).step
+    task = PackedTexts(
+        "e2e", some, pack([completion(tokenizer, *p) for p in dev[: g.validation]], g.length)
+    )
+    chosen = chosen_step(g, task)
     print(f"chosen: {chosen}")
 
     ways = {"standard": Way(Euler(), Checkpoint(), answers=True)}
@@ -233,8 +250,23 @@ def finetuning(g: Gamma) -> None:
         for name, way in ways.items()
         for seed in range(g.seeds if way.answers and way.step != BDIA() else 1)
     ]
-    rows = [*run_all(runs, g.work, TRAINS, told).values()]
-    records.write("gamma-finetuning", rows, TRAINS, settings=g, out=g.out)
+
+    def write(found: dict[str, dict[str, Any]]) -> None:
+        rows, missing = [*found.values()], len(runs) - len(found)
+        note = f"{missing} of {len(runs)} runs are missing." if missing else None
+        records.write("gamma-finetuning", rows, TRAINS, settings=g, out=g.out, note=note)
+
+    write(run_all(runs, g.work, TRAINS, told, so_far=write))
+
+
+def chosen_step(g: Gamma, task: PackedTexts) -> BDIA:
+    """What the model bears, measured by the first of the processes that fine-tune together."""
+    path = g.work / f"chosen-{sources.digest(TRAINS)}.json"
+    with claimed(path.with_suffix(".lock"), wait=True):
+        if not path.exists():
+            step = choose_gamma(smollm2()[0], task, g.train.batch_size).step
+            files.write_json(path, [step.gamma, step.signs])
+    return BDIA(*json.loads(path.read_text()))
 
 
 def run_of(g: Gamma, name: str, way: Way, seed: int, task: PackedTexts, groups) -> Run:
@@ -265,7 +297,7 @@ def run_of(g: Gamma, name: str, way: Way, seed: int, task: PackedTexts, groups) 
         return record
 
     settings = plain(g) | {"way": f"{way.step} {way.adjoint} lora {way.lora}", "seed": seed}
-    for irrelevant in ("parts", "work", "out", "seeds", "rows", "text"):
+    for irrelevant in ("parts", "work", "out", "seeds", "rows", "text", "workers"):
         del settings[irrelevant]
     slug = "".join(c if c.isalnum() else "-" for c in name)
     return Run(f"{slug}-seed{seed}", settings, trained)

@@ -124,9 +124,20 @@ def main(s: SmallData) -> str:
         for seed in range(s.seeds)
         for name, config in networks(s, tokenizer.size).items()
     }
-    found = run_all(runs.values(), s.work / s.name, DEPENDS, curves.told)
-    rows = [{"network": name, "seed": seed} | found[run.name] for (name, seed), run in runs.items()]
-    path = records.write(f"small-text-{s.name}", rows, DEPENDS, settings=s, out=s.out)
+
+    def write(found: dict[str, dict[str, Any]]) -> tuple[list[dict[str, Any]], pathlib.Path]:
+        rows = [
+            {"network": name, "seed": seed} | found[run.name]
+            for (name, seed), run in runs.items()
+            if run.name in found
+        ]
+        missing = len(runs) - len(rows)
+        note = f"{missing} of {len(runs)} runs are missing." if missing else None
+        name = f"small-text-{s.name}"
+        return rows, records.write(name, rows, DEPENDS, settings=s, out=s.out, note=note)
+
+    found = run_all(runs.values(), s.work / s.name, DEPENDS, curves.told, so_far=write)
+    rows, path = write(found)
     text = curves.table(rows)
     print(f"\n{text}\n\nSee {path}")
     return text

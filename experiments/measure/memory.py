@@ -10,6 +10,7 @@ from flax import nnx
 from bdia_jax.planning import memory
 from bdia_jax.planning.ways import Way
 from bdia_jax.train import step_memory
+from bdia_jax.train.programs import Programs
 from measure.networks import Axis, Network, Stack
 
 
@@ -23,6 +24,11 @@ def training_step(network: Network, way: Way) -> int:
     """Bytes of a whole training step at its peak, weights and the optimizer's state included."""
     make, task, settings = network.prepared(way)
     return step_memory(nnx.eval_shape(make), task, settings).memory.total
+
+
+def of_step(programs: Programs) -> int:
+    """The same, of a step that is then run: it is compiled once."""
+    return memory.compiled_memory(programs.compiled_step()).total
 
 
 def along(

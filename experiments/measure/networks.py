@@ -172,9 +172,20 @@ def vit(dtype: str, large: bool) -> Network:
     return Network(ViTConfig(dtype=dtype), 128 if large else 16)
 
 
+def deep_vit(dtype: str, large: bool) -> Network:
+    """The same with 24 blocks."""
+    return vit(dtype, large).along("depth", 24)
+
+
 def gpt2(dtype: str, large: bool) -> Network:
     """GPT-2 small."""
     return _decoder(DecoderConfig, dtype, large, vocab_size=50257)
+
+
+def gpt2_medium(dtype: str, large: bool) -> Network:
+    """GPT-2 medium."""
+    size = {"width": 1024, "depth": 24, "heads": 16, "vocab_size": 50257}
+    return _decoder(DecoderConfig, dtype, large, **size)
 
 
 def of_llamas_kind(dtype: str, large: bool) -> Network:
@@ -185,7 +196,8 @@ def of_llamas_kind(dtype: str, large: bool) -> Network:
 
 def _decoder(kind, dtype: str, large: bool, **settings) -> Network:
     length = 1024 if large else 128
-    config = kind(width=768, depth=12, heads=12, max_length=length, dtype=dtype, **settings)
+    size = {"width": 768, "depth": 12, "heads": 12, "max_length": length, "dtype": dtype}
+    config = kind(**(size | settings))
     return Network(config, 8 if large else 1, length)
 
 
@@ -199,7 +211,9 @@ def translation(dtype: str, large: bool) -> Network:
 NETWORKS: dict[str, Callable[[str, bool], Network | Stack]] = {
     "stack": lambda dtype, large: Stack(dtype),
     "vit": vit,
+    "vit-24": deep_vit,
     "gpt2": gpt2,
+    "gpt2-medium": gpt2_medium,
     "llama": of_llamas_kind,
     "translation": translation,
 }

@@ -80,6 +80,7 @@ def run_all(
     tell: Callable[[dict[str, Any]], str] = str,
     *,
     train: bool = True,
+    so_far: Callable[[dict[str, dict[str, Any]]], Any] = lambda records: None,
 ) -> dict[str, dict[str, Any]]:
     """The records of some runs, by name; what another process has in hand is waited for.
 
@@ -91,32 +92,41 @@ def run_all(
       depends: patterns of the files whose code decides what comes out.
       tell: what is said of a record.
       train: whether to train what is missing, rather than leave it out.
+      so_far: is told all records that there are, by whatever process, after each run of this one:
+        they may be the last, on a machine that is lent by the hour.
     """
-    # Seeds of a network share its programs.
-    jax.config.update("jax_compilation_cache_dir", str((work / "compiled").resolve()))
+    if jax.config.jax_compilation_cache_dir is None:
+        # Seeds of a network share its programs.
+        jax.config.update("jax_compilation_cache_dir", str((work / "compiled").resolve()))
     depends, found = [*depends], {}
     code = sources.digest(depends)
     waiting = {run.name: run for run in runs}
-    count = len(waiting)
+    folders = {name: work / f"{name}-{_hash(run, code)}" for name, run in waiting.items()}
     while waiting:
         later = {}
         for run in waiting.values():
-            folder = work / f"{run.name}-{_hash(run, code)}"
+            folder = folders[run.name]
             with claimed(folder.with_suffix(".lock")) as mine:
                 if not mine:
                     later[run.name] = run
                     continue
-                if (folder / "found.json").exists():
-                    found[run.name] = json.loads((folder / "found.json").read_text())
+                if known := _known({run.name: folder}):
+                    found |= known
                     continue
                 if not train:
                     continue
                 found[run.name] = _record(run, folder, depends)
-            print(f"{len(found)}/{count} {run.name}: {tell(found[run.name])}", flush=True)
+                so_far(_known(folders))
+            print(f"{len(found)}/{len(folders)} {run.name}: {tell(found[run.name])}", flush=True)
         if len(later) == len(waiting):
             time.sleep(5)
         waiting = later
     return found
+
+
+def _known(folders: dict[str, pathlib.Path]) -> dict[str, dict[str, Any]]:
+    paths = {name: folder / "found.json" for name, folder in folders.items()}
+    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
 def _record(run: Run, folder: pathlib.Path, depends: list[str]) -> dict[str, Any]:
@@ -139,12 +149,15 @@ def _hash(run: Run, code: str) -> str:
 
 
 @contextlib.contextmanager
-def claimed(path: pathlib.Path) -> Iterator[bool]:
-    """Whether this process, and no other, may work on something; until the block is left."""
+def claimed(path: pathlib.Path, *, wait: bool = False) -> Iterator[bool]:
+    """Whether this process, and no other, may work on something; until the block is left.
+
+    With ``wait``, it may in the end.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             yield False
         else:

@@ -15,7 +15,7 @@ from bdia_jax.nn.dropout import Dropout
 from bdia_jax.nn.positions import Angles, rotate
 
 KeysValues = tuple[
-    Float[Array, "batch length kv_head dim"], Float[Array, "batch length kv_head dim"]
+    Float[Array, "batch _position kv_head dim"], Float[Array, "batch _position kv_head dim"]
 ]
 
 
