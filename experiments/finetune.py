@@ -39,6 +39,7 @@ from bdia_jax.train import (
     check_batch_size,
     check_run_folder,
     choose_gamma,
+    eval_batch_size,
     evaluate,
     plot_curves,
     restore_best,
@@ -154,7 +155,7 @@ def main(f: FineTune) -> dict[str, float]:
     model = load(f, path)
     if f.method == "bdia" and f.gamma == "auto":
         set_step(model, chosen_step(f, model, task))
-    before = evaluate(model, task, eval_batch_size=f.train.eval_batch_size)
+    before = evaluate(model, task, eval_batch_size=eval_batch_size(task, f.train))
     print(f"before: validation loss {before['loss']:.4f}")
     about = json.loads(json.dumps(dataclasses.asdict(f), default=str))
     about = {name: about[name] for name in about if name not in ("train", "resume", "out")}
@@ -162,7 +163,7 @@ def main(f: FineTune) -> dict[str, float]:
     result = train(model, task, f.train, f.out, resume=f.resume, about={"fine-tuning": about})
     plot_curves({f.method: f.out}, f.out / "loss.png", metric="loss")
     best = restore_best(f.out, model)
-    after = evaluate(model, task, eval_batch_size=f.train.eval_batch_size)
+    after = evaluate(model, task, eval_batch_size=eval_batch_size(task, f.train))
     if f.lora.rank:
         merge_lora(model)
     interop.save(model, f.out / "model", like=path)

@@ -1,8 +1,9 @@
-"""Small faults put into the core, one at a time: which tests find them, and which survive?
+"""Small faults put into the library, one at a time: which tests find them, and which survive?
 
-    python tests/mutants.py                 # all; prints a line each, and the survivors
-    python tests/mutants.py --only sign     # those whose name holds "sign"
-    python tests/mutants.py --list          # only checks that every fault can still be put in
+    python tests/mutants.py                     # all; prints a line each, and the survivors
+    python tests/mutants.py --only sign         # those whose name, or file, holds "sign"
+    python tests/mutants.py --workers 2         # several at a time
+    python tests/mutants.py --list              # only checks that every fault can still be put in
 
 A fault is a replacement of text in a copy of the package. The tests named with it are run against
 the copy until one fails. Not a test itself: all faults take an hour of one core.
@@ -11,241 +12,22 @@ the copy until one fails. Not a test itself: all faults take an hour of one core
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import os
 import pathlib
+import queue
 import shutil
 import subprocess
 import sys
 import tempfile
-from typing import NamedTuple
+
+import _core_faults
+import _outer_faults
+from _fault import Fault
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LIMIT_SECONDS = 900
-
-CORE = ("test_steps", "test_maps", "test_guard", "test_adjoints", "test_parts_core")
-ALL = (*CORE, "test_grid", "test_side_bits", "test_pinning", "test_reversible")
-
-
-class Fault(NamedTuple):
-    """One replacement, which must match exactly one place of a file."""
-
-    name: str
-    file: str
-    before: str
-    after: str
-    tests: tuple[str, ...] = ALL
-
-
-FAULTS = [
-    # The maps and the grid.
-    Fault("side bits of +n", "maps", "(-n_prev).astype(jnp.uint32)", "n_prev.astype(jnp.uint32)"),
-    Fault(
-        "step without side", "maps", "sign * ((n_prev + s) >> m) + q", "sign * (n_prev >> m) + q"
-    ),
-    Fault("inverse adds s", "maps", "(n_next - q)) << m) - s", "(n_next - q)) << m) + s"),
-    Fault("tie of the error", "maps", "(remainder < 0), half, e)", "(remainder > 0), half, e)"),
-    Fault("error off by one", "maps", "(a_known - a) + half)", "(a_known - a) + half + 1)"),
-    Fault("unfair signs", "maps", "bernoulli(key, 0.5,", "bernoulli(key, 0.6,"),
-    Fault("signs all alike", "maps", "bernoulli(key, 0.5, (batch,))", "bernoulli(key, 0.5, (1,))"),
-    Fault("no alternation", "maps", "dtype=jnp.int32) % 2))", "dtype=jnp.int32) % 1))"),
-    Fault("γ in the sum", "maps", "(x - gamma * x) + (h", "(x + gamma * x) + (h"),
-    Fault("no γ on h", "maps", "(h + gamma * h)", "(h + 0 * gamma * h)"),
-    Fault(
-        "integers round away from zero",
-        "grid",
-        "    y = lax.round(y, lax.RoundingMethod.TO_NEAREST_EVEN)\n",
-        "    y = lax.round(y, lax.RoundingMethod.AWAY_FROM_ZERO)\n",
-    ),
-    Fault(
-        "quantize rounds away from zero",
-        "grid",
-        "q = lax.round(y, lax.RoundingMethod.TO_NEAREST_EVEN)",
-        "q = lax.round(y, lax.RoundingMethod.AWAY_FROM_ZERO)",
-    ),
-    Fault("NaN becomes the limit", "grid", "jnp.isnan(y), 0, jnp", "jnp.isnan(y), LIMIT, jnp"),
-    Fault("no range", "grid", "return jnp.abs(y) < LIMIT", "return jnp.abs(y) < 2.0 * LIMIT"),
-    Fault(
-        "first order only",
-        "grid",
-        "lax.stop_gradient(value) + (carrier - lax.stop_gradient(carrier))",
-        "lax.stop_gradient(value + 0 * carrier) + lax.stop_gradient(carrier) * 0",
-    ),
-    Fault("float64 in float32", "grid", '"float64" if jnp', '"float32" if jnp'),
-    # The steps.
-    Fault("sign per sample drawn per block", "steps", "scan_key if self", "block_key if self"),
-    Fault("minus is plus", "steps", '{"minus": -1}', '{"minus": 1}'),
-    Fault("pull without γ", "steps", "pulled = a_next - gamma * a_next", "pulled = a_next"),
-    Fault("pull with a sign", "steps", "pulled, gamma * a_next", "pulled, -gamma * a_next"),
-    Fault("pull of h", "steps", "return a_next + gamma * a_next", "return a_next - gamma * a_next"),
-    Fault("pull forgets a", "steps", "pulled if a is None else a + pulled", "pulled"),
-    Fault("pull of Euler forgets a", "steps", "(a_next, a + a_next,", "(a_next, a_next,"),
-    Fault(
-        "q is not corrected", "steps", "            q -= error\n", "            q -= 0 * error\n"
-    ),
-    Fault(
-        "q is corrected twice", "steps", "            q -= error\n", "            q -= 2 * error\n"
-    ),
-    Fault(
-        "no tolerance bits kept",
-        "steps",
-        "(n_prev, self.m, self.tolerance_bits)",
-        "(n_prev, self.m)",
-    ),
-    Fault(
-        "real without γ",
-        "steps",
-        "return (gamma * x_prev + maps",
-        "return (0 * gamma * x_prev + maps",
-    ),
-    Fault("network off the grid", "steps", "return Euler(self.frac_bits)", "return Euler(None)"),
-    # Keys, parts, the first block.
-    Fault("first block has a sign", "arguments", "sign = jnp.where(k == 0, 0, sign)", "pass"),
-    Fault(
-        "every part of block 0 has none",
-        "arguments",
-        "self.start == 0 and p == 0",
-        "self.start == 0",
-    ),
-    Fault("σ = 0 in every piece", "arguments", "self.start == 0 and p == 0", "p == 0"),
-    Fault(
-        "parts share a key", "arguments", "jax.random.split(keys[p])", "jax.random.split(keys[0])"
-    ),
-    Fault("pieces share keys", "arguments", "+ start * len(functions)", "+ 0 * start"),
-    Fault(
-        "key of the signs for the part",
-        "arguments",
-        "return sign, part_key",
-        "return sign, sign_key",
-    ),
-    Fault(
-        "all is said to be read",
-        "arguments",
-        "[id(v) in read for v in",
-        "[id(v) in read or True for v in",
-    ),
-    # Up and down.
-    Fault(
-        "guard always content",
-        "online",
-        "checksum(found.n_prev) + alive == kept[p].checksum",
-        "True",
-    ),
-    Fault("guard of Euler always content", "online", "everywhere(found.q == n_next),", "True,"),
-    Fault(
-        "last states unguarded", "online", "nan_unless(checksum(n) == expected, a_next)", "a_next"
-    ),
-    Fault(
-        "guard poisons nothing",
-        "online",
-        "step.pull(nan_unless(intact, c.a_next), c.a",
-        "step.pull(c.a_next, c.a",
-    ),
-    Fault(
-        "states not exchanged",
-        "online",
-        "zip((saved.n_prev, saved.n), cotangents)",
-        "zip((saved.n, saved.n_prev), cotangents[::-1])",
-    ),
-    Fault(
-        "parts downwards in order",
-        "online",
-        "for p in reversed(range(len(scan.parts))):",
-        "for p in range(len(scan.parts)):",
-    ),
-    Fault("parts unfenced", "online", "            if p:\n", "            if False:\n"),
-    Fault("range unchecked", "online", "finite & in_range(y, n_next)", "finite"),
-    Fault(
-        "mismatches of a part are lost",
-        "online",
-        "mismatched.sum(), corrected.sum()",
-        "mismatched.max(), corrected.sum()",
-    ),
-    Fault(
-        "deviation is a sum",
-        "online",
-        "corrected.sum(), deviation.max())",
-        "corrected.sum(), deviation.sum())",
-    ),
-    Fault(
-        "residuals untouched",
-        "online",
-        "jnp.where(sign > 1, alive, jnp.uint32(0))",
-        "jnp.zeros_like(sign, jnp.uint32)",
-    ),
-    Fault("checksum without position", "states", "word += position *", "word += 0 * position *"),
-    # Direct and checkpoints.
-    Fault(
-        "direct reads x_{-1}",
-        "direct",
-        "inputs.x_prev if scan.start else jnp.zeros_like(inputs.x)",
-        "inputs.x_prev",
-    ),
-    Fault("checkpoint scale", "checkpoint", "axis=-1) / highest)", "axis=-1) / (highest + 1))"),
-    Fault("checkpoint rounds down", "checkpoint", "jnp.round(steps)", "jnp.floor(steps)"),
-    Fault(
-        "checkpoint of the first part",
-        "checkpoint",
-        "            x = kept[p]\n",
-        "            x = kept[0]\n",
-    ),
-    Fault(
-        "checkpoint signs",
-        "checkpoint",
-        "scan.draw(saved.key, key, k, p)",
-        "scan.draw(saved.key, key, k + 1, p)",
-    ),
-    Fault(
-        "checkpoint forgets a",
-        "checkpoint",
-        "if step.gamma == 0 and is_zero(cotangents[0]):",
-        "if step.gamma == 0:",
-    ),
-    # What becomes of gradients.
-    Fault(
-        "update at the wrong block",
-        "gradients",
-        "jnp.minimum(k + 1, self.blocks - 1)",
-        "jnp.minimum(k, self.blocks - 1)",
-    ),
-    Fault(
-        "first update lost",
-        "gradients",
-        "return None, *write(stacked, pending, 0)",
-        "return None, *stacked",
-    ),
-    Fault(
-        "gradients at the wrong block",
-        "gradients",
-        "return write(stacked, d_params, k)",
-        "return write(stacked, d_params, 0)",
-    ),
-    Fault(
-        "parts' gradients replace",
-        "gradients",
-        "return a + b.astype(a.dtype)",
-        "return b.astype(a.dtype)",
-    ),
-    Fault(
-        "twice in silence",
-        "gradients",
-        "return forward(once(inputs), wanted)",
-        "return forward(inputs, wanted)",
-    ),
-    Fault(
-        "x and x_prev exchanged",
-        "gradients",
-        "jnp.zeros_like(c.a_next) if c.a is None else c.a,\n        c.a_next,",
-        "c.a_next,\n        jnp.zeros_like(c.a_next) if c.a is None else c.a,",
-    ),
-    Fault("layouts for all devices", "pinning", "axis_context) > 1:", "axis_context) > 99:"),
-    Fault("layouts for none", "pinning", "axis_context) > 1:", "axis_context) > 0:"),
-    Fault(
-        "layouts on a CPU",
-        "pinning",
-        'lambda context, array: [array], platform="cpu"',
-        '_lower_by_rows, platform="cpu"',
-    ),
-]
+FAULTS = [*_core_faults.FAULTS, *_outer_faults.FAULTS]
 
 
 def text_with(fault: Fault) -> str:
@@ -259,16 +41,29 @@ def text_with(fault: Fault) -> str:
     return text.replace(fault.before, fault.after)
 
 
-def finder(tests: tuple[str, ...], copy: pathlib.Path) -> str | None:
-    """The first test file that fails on the copy; None if all pass."""
-    # A run that compiles a faulty program must not find, or leave, one of another fault.
-    env = os.environ | {"PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
-    env.pop("JAX_COMPILATION_CACHE_DIR", None)
+def made_copy(folder: pathlib.Path) -> pathlib.Path:
+    """What the tests need, in a folder of its own."""
+    for name in ("bdia_jax", "tests", "experiments"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
+
+
+def finder(tests: tuple[str, ...], copy: pathlib.Path, compiled: pathlib.Path) -> str | None:
+    """The first tests that fail on a copy; None if all pass."""
+    # Compiled programs are kept by what they compute, so faults may share them.
+    env = os.environ | {
+        "PYTHONPATH": str(copy),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.02",
+    }
     for test in tests:
+        file, _, name = test.partition("::")
         command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider"]
         try:
             run = subprocess.run(
-                [*command, str(copy / "tests" / f"{test}.py")],
+                [*command, f"{copy / 'tests' / file}.py" + f"::{name}" * bool(name)],
                 cwd=copy,
                 env=env,
                 capture_output=True,
@@ -285,33 +80,52 @@ def finder(tests: tuple[str, ...], copy: pathlib.Path) -> str | None:
     return None
 
 
+def found_by(fault: Fault, copy: pathlib.Path, compiled: pathlib.Path) -> str | None:
+    """The first tests that fail on a copy with a fault, which is then mended."""
+    path = copy / "bdia_jax" / f"{fault.file}.py"
+    right = path.read_text()
+    path.write_text(text_with(fault))
+    try:
+        return finder(fault.tests, copy, compiled)
+    finally:
+        path.write_text(right)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="faults whose name holds this")
+    parser.add_argument("--only", default="", help="faults whose name or file holds this")
+    parser.add_argument("--workers", type=int, default=1, help="faults at a time")
     parser.add_argument("--list", action="store_true", help="check the replacements, run nothing")
     given = parser.parse_args()
-    faults = [fault for fault in FAULTS if given.only in fault.name]
+    faults = [f for f in FAULTS if given.only in f.name or given.only in f.file]
     for fault in faults:
         compile(text_with(fault), fault.file, "exec")
-    print(f"{len(faults)} faults can be put in")
+    print(f"{len(faults)} faults can be put in", flush=True)
     if given.list:
         return 0
     survivors = []
     with tempfile.TemporaryDirectory() as folder:
-        copy = pathlib.Path(folder)
-        for name in ("bdia_jax", "tests"):
-            shutil.copytree(ROOT / name, copy / name)
-        shutil.copy(ROOT / "pyproject.toml", copy)
-        if failing := finder(ALL, copy):
+        compiled = pathlib.Path(folder) / "compiled"
+        copies: queue.Queue[pathlib.Path] = queue.Queue()
+        for i in range(given.workers):
+            copies.put(made_copy(pathlib.Path(folder) / f"copy-{i}"))
+
+        def found(fault: Fault | None) -> str | None:
+            copy = copies.get()
+            try:
+                if fault is not None:
+                    return found_by(fault, copy, compiled)
+                every = tuple(dict.fromkeys(test for f in faults for test in f.tests))
+                return finder(every, copy, compiled)
+            finally:
+                copies.put(copy)
+
+        if failing := found(None):
             raise RuntimeError(f"{failing} fails without any fault, and would find all of them")
-        for fault in faults:
-            path = copy / "bdia_jax" / f"{fault.file}.py"
-            right = path.read_text()
-            path.write_text(text_with(fault))
-            found = finder(fault.tests, copy)
-            path.write_text(right)
-            print(f"{fault.file}: {fault.name}: {found or 'SURVIVES'}", flush=True)
-            survivors += [] if found else [fault.name]
+        with concurrent.futures.ThreadPoolExecutor(given.workers) as workers:
+            for fault, by in zip(faults, workers.map(found, faults)):
+                print(f"{fault.file}: {fault.name}: {by or 'SURVIVES'}", flush=True)
+                survivors += [] if by else [fault.name]
     print(f"{len(survivors)} of {len(faults)} survive: {', '.join(survivors) or 'none'}")
     return bool(survivors)
 

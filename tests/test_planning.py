@@ -20,7 +20,7 @@ from bdia_jax.data.text import TextData
 from bdia_jax.nn import Decoder, DecoderConfig
 from bdia_jax.planning import memory, plan, targets
 from bdia_jax.planning.ways import WAYS
-from bdia_jax.train import LanguageModelling, TrainSettings, step_memory
+from bdia_jax.train import LanguageModelling, TrainSettings, evaluation_memory, step_memory
 
 TINY = DecoderConfig(vocab_size=50, max_length=8, width=16, depth=3, heads=2)
 
@@ -35,6 +35,8 @@ def test_a_plan_is_of_the_real_training_step(gamma):
     model = Decoder(config, rngs=nnx.Rngs(0))
     real = step_memory(model, task(), TrainSettings(batch_size=4))
     assert whole.total == real.memory.total
+    evaluation = evaluation_memory(model, task(), TrainSettings(batch_size=4))
+    assert whole.evaluation == evaluation.total + real.optimizer
     weights = sum(p.nbytes for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
     assert whole.parameters == whole.gradients == weights
     # Two moments, and counts of steps.
@@ -49,7 +51,7 @@ def test_a_plan_is_of_the_real_training_step(gamma):
 
 
 def task():
-    text = TextData("nothing", *(np.zeros(10, np.int32),) * 2, 50)
+    text = TextData("nothing", np.zeros(10, np.int32), np.zeros(33, np.int32), 50)
     return LanguageModelling(text, 8)
 
 
@@ -127,6 +129,21 @@ def test_a_plan_for_devices_that_nobody_knows(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ImportError, match=r'pip install "bdia_jax\[cuda\]"'):
         plan.plan(TINY, 4, 8, device="h100")
+
+
+@pytest.mark.usefixtures("quick_compiles")
+def test_a_large_evaluation_decides_what_fits():
+    """A batch of 64 has more logits than a step of one sequence has of everything."""
+    config = dataclasses.replace(TINY, vocab_size=5000)
+    small, large = (
+        plan.plan(config, 1, 8, ways=["BDIA"], optimizer="sgd", eval_batch=size)[0]
+        for size in (None, 64)
+    )
+    assert small.run == small.total == large.total
+    assert large.run == large.evaluation > large.total
+    limit = (large.total + large.evaluation) // 2
+    assert plan.largest_batch(config, 8, limit, "BDIA", optimizer="sgd", eval_batch=64) == 0
+    assert plan.largest_batch(config, 8, limit, "BDIA", optimizer="sgd") >= 1
 
 
 @pytest.mark.usefixtures("quick_compiles")

@@ -14,7 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bdia_jax.train import check_batch_size, check_run_folder, read_metrics, run_folder
+from bdia_jax.train import (
+    check_batch_size,
+    check_run_folder,
+    eval_batch_size,
+    read_metrics,
+    run_folder,
+)
 from bdia_jax.train.run_folder import check_room, fingerprint
 
 
@@ -136,6 +142,19 @@ def test_more_samples_per_batch_than_there_are(tmp_path):
         _toy.run(tmp_path / "run", task=task)
     assert not (tmp_path / "run").exists()
     check_batch_size(task, 5)
+
+
+def test_an_evaluation_computes_no_more_at_a_time_than_a_step():
+    task = _toy.Regression()
+    assert (task.eval_batch_size, task.eval_samples) == (32, 64)
+    for changes, expected in [
+        ({"batch_size": 16}, 16),
+        ({"batch_size": 16, "accumulate": 4}, 4),
+        ({"batch_size": 64}, 32),
+        ({"batch_size": 1, "eval_batch_size": 50}, 50),
+        ({"batch_size": 1, "eval_batch_size": 99}, 64),
+    ]:
+        assert eval_batch_size(task, _toy.settings(**changes)) == expected
 
 
 def test_a_warmup_bends():

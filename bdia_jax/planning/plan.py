@@ -37,7 +37,7 @@ from bdia_jax.nn.settings import DTYPES
 from bdia_jax.planning import memory, targets
 from bdia_jax.planning.ways import WAYS, check_ways
 from bdia_jax.steps import Signs
-from bdia_jax.train import LanguageModelling, TrainSettings, step_memory
+from bdia_jax.train import LanguageModelling, TrainSettings, evaluation_memory, step_memory
 from bdia_jax.train.figures import COLOURS, figure
 from bdia_jax.train.optimizers import Optimizer
 
@@ -87,7 +87,7 @@ def fitting(ways: Iterable[str], lora: int) -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """Bytes of a training step, per device."""
+    """Bytes of a training step and of an evaluation, per device."""
 
     way: str
     parameters: int
@@ -102,9 +102,16 @@ class Need:
     """Side information, m + r bits per element and step, and checksums; some of the temporaries.
     0 where nothing is taken back."""
     temporaries: int
-    """All that lies beside weights and optimizer state at the peak."""
+    """All that lies beside weights and optimizer state at the peak of a step."""
     total: int
-    """The peak."""
+    """The peak of a step."""
+    evaluation: int
+    """The peak of an evaluation batch, with the optimizer's state, which waits meanwhile."""
+
+    @property
+    def run(self) -> int:
+        """The peak of a run."""
+        return max(self.total, self.evaluation)
 
 
 def plan(
@@ -115,13 +122,14 @@ def plan(
     lora: int = 0,
     optimizer: Optimizer = "adamw",
     mesh: str | None = None,
+    eval_batch: int | None = None,
     ways: Iterable[str] | None = None,
     here: bool = True,
     device: str | None = None,
 ) -> list[Need]:
-    """What a training step of a decoder needs, in each way to train, without running anything.
+    """What training a decoder needs, in each way to train, without running anything.
 
-    The step is the training loop's own: the totals are what ``memory_analysis()`` says of it.
+    Step and evaluation are the training loop's own: the totals are what ``memory_analysis()`` says.
 
     Args:
       config: of the network; what a way sets is set here.
@@ -129,6 +137,7 @@ def plan(
       length: tokens per sequence.
       lora: rank of low-rank updates of q and v, with everything else frozen; 0 trains all.
       optimizer, mesh: as in :class:`bdia_jax.train.TrainSettings`.
+      eval_batch: sequences per evaluation batch; None for as many as in a step.
       ways: names of :data:`.ways.WAYS`; None for the customary ones that fit ``lora``.
       here: for this device; False for a better estimate of an accelerator, from a CPU.
       device: to compile for, as in :func:`targets.devices`; None for what is there.
@@ -143,10 +152,13 @@ def plan(
             f"length must lie in [1, {config.max_length}], the model's max_length, and batch be at "
             f"least 1; got {length} and {batch}"
         )
-    nothing = np.zeros(length + 2, np.int32)
-    text = TextData("nothing", nothing, nothing, config.vocab_size)
+    eval_batch = batch if eval_batch is None else eval_batch
+    nothing = np.zeros(length + 2, np.int32), np.zeros(length * eval_batch + 1, np.int32)
+    text = TextData("nothing", *nothing, config.vocab_size)
     task = LanguageModelling(text, length)
-    settings = TrainSettings(batch_size=batch, optimizer=optimizer, mesh=mesh)
+    settings = TrainSettings(
+        batch_size=batch, eval_batch_size=eval_batch, optimizer=optimizer, mesh=mesh
+    )
     compiler: dict[str, Any] = {"devices": None if device is None else targets.devices(device)}
     if device is None and not here and jax.default_backend() == "cpu":
         compiler["compiler_options"] = LIKE_AN_ACCELERATOR
@@ -174,6 +186,7 @@ def _need(name, config: DecoderConfig, task, settings: TrainSettings, lora, comp
 
     model = nnx.eval_shape(make)
     found = step_memory(model, task, way.train(settings), **compiler)
+    evaluation = evaluation_memory(model, task, way.train(settings), **compiler)
     return Need(
         name,
         found.parameters,
@@ -184,6 +197,7 @@ def _need(name, config: DecoderConfig, task, settings: TrainSettings, lora, comp
         // found.batch_shards,
         found.memory.results + found.memory.temporaries,
         found.memory.total,
+        evaluation.total + found.optimizer,
     )
 
 
@@ -198,10 +212,10 @@ def side_information(stack: ReversibleStack, batch: int, length: int, width: int
 
 
 def largest_batch(config: DecoderConfig, length: int, limit: int, way: str, **options) -> int:
-    """The most sequences whose training step stays within ``limit`` bytes; 0 if none does."""
+    """The most sequences with which a run stays within ``limit`` bytes; 0 if there are none."""
 
     def fits(batch: int) -> bool:
-        return plan(config, batch, length, ways=[way], **options)[0].total <= limit
+        return plan(config, batch, length, ways=[way], **options)[0].run <= limit
 
     return memory.largest(fits)
 
@@ -258,6 +272,8 @@ class Plan:
     """Sequences per step."""
     length: int = 1024
     """Tokens per sequence."""
+    eval_batch: int | None = None
+    """Sequences per evaluation batch; by default as many as in a step."""
     lora: tuple[int, ...] = (0, 8)
     """Ranks of low-rank updates of q and v; 0 trains all weights."""
     optimizer: str = "adamw"
@@ -320,6 +336,7 @@ def main(p: Plan) -> list[Need]:
             "lora": rank,
             "optimizer": p.optimizer,
             "mesh": p.mesh,
+            "eval_batch": p.eval_batch,
             "here": p.here,
             "device": p.device,
         }

@@ -28,6 +28,7 @@ from bdia_jax.train.loop import Result, evaluate, train, training_step
 from bdia_jax.train.memory import StepMemory, evaluation_memory, step_memory
 from bdia_jax.train.metrics import read_metrics
 from bdia_jax.train.optimizers import make_optimizer
+from bdia_jax.train.programs import eval_batch_size
 from bdia_jax.train.run_folder import check_run_folder
 from bdia_jax.train.settings import TrainSettings
 from bdia_jax.train.signals import EXIT_TERMINATED
@@ -60,6 +61,7 @@ __all__ = [
     "check_batch_size",
     "check_run_folder",
     "choose_gamma",
+    "eval_batch_size",
     "evaluate",
     "evaluation_memory",
     "make_optimizer",

@@ -144,6 +144,7 @@ def train(
                 checkpoints.wait()
             best_step = checkpoints.best_step()
             checkpoints.close()
+            run.tell_if_the_best_is_lost(best_step)
         except BaseException as error:
             # After a second Ctrl-C, nothing is waited for.
             if not isinstance(error, KeyboardInterrupt):
@@ -345,5 +346,34 @@ class Run:
     def best(self) -> float:
         metric = self.programs.task.best
         name = metric.removeprefix("-")
-        records = [r for r in self.history if r["split"] == "eval"]
-        return max(records, key=lambda r: score(metric, r))[name] if records else float("nan")
+        return max(self._evaluations(), key=lambda r: score(metric, r), default={name: np.nan})[
+            name
+        ]
+
+    def tell_if_the_best_is_lost(self, saved: int | None) -> None:
+        """Warns if the best evaluation was at a step without a checkpoint.
+
+        Args:
+          saved: the step of the best checkpoint; None if there is none that was evaluated.
+        """
+        metric = self.programs.task.best
+        name = metric.removeprefix("-")
+        values = {r["step"]: r[name] for r in self._evaluations()}
+        best = max(values, key=lambda step: score(metric, {name: values[step]}), default=None)
+        if best is None or (saved is not None and values[saved] == values[best]):
+            return
+        log.warning(
+            "the best evaluation, %s %.4g at step %d, is of a step without a checkpoint; %s. To "
+            "keep the best, save wherever you evaluate: eval_every = %d, checkpoint_every = %d",
+            name,
+            values[best],
+            best,
+            "no evaluated step has one"
+            if saved is None
+            else f"the best that was saved is {values[saved]:.4g} at step {saved}",
+            self.settings.eval_every,
+            self.settings.checkpoint_every,
+        )
+
+    def _evaluations(self) -> list[dict[str, Any]]:
+        return [record for record in self.history if record["split"] == "eval"]

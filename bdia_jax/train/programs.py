@@ -58,7 +58,7 @@ class Programs:
         # What is not trained may be most of the model: an argument is not copied into a program.
         self._rest = self._place(rest, None if mesh is None else meshes.state_shardings(mesh, rest))
         self._arrays = self._place(task.arrays())
-        self._eval_size = min(settings.eval_batch_size or task.eval_batch_size, task.eval_samples)
+        self._eval_size = eval_batch_size(task, settings)
 
         step = functools.partial(train_step, self.recipe)
         if self._stacks:
@@ -185,6 +185,16 @@ class Programs:
 
 
 _INDEX = jax.ShapeDtypeStruct((), jnp.int32)
+
+
+def eval_batch_size(task: Task, settings: TrainSettings) -> int:
+    """Samples per evaluation batch: by default no more than a step computes at a time.
+
+    What a step needs for its gradients, an evaluation batch of as many samples does without.
+    """
+    at_a_time = settings.batch_size // settings.accumulate
+    size = settings.eval_batch_size or min(task.eval_batch_size, at_a_time)
+    return min(size, task.eval_samples)
 
 
 def means(batches: Iterable[Sums]) -> dict[str, float]:

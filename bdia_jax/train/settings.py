@@ -68,8 +68,9 @@ class TrainSettings:
     eval_every: int = 500
     """Steps between evaluations; there is one at the end in any case."""
     eval_batch_size: int | None = None
-    """Samples per evaluation batch; None for what the task says. A large evaluation batch can need
-    more memory than a training step."""
+    """Samples per evaluation batch; None for what the task says, but no more than a training step
+    computes at a time (batch_size / accumulate), so that evaluation does not need the most
+    memory."""
     checkpoint_every: int = 500
     """Steps between checkpoints; there is one at the end in any case."""
     keep_last: int = 2
