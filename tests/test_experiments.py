@@ -13,6 +13,7 @@ import threading
 from xml.etree import ElementTree
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -308,7 +309,7 @@ def loss_and_gradient(network, way):
     model = make()
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     key = jax.random.key(0)
-    batch = task.batch(task.arrays(), key, 0, network.batch)
+    batch = task.batch(jax.device_put(task.arrays()), key, jnp.int32(0), network.batch)
 
     @jax.jit
     @jax.value_and_grad

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -73,7 +74,7 @@ def test_parity(family, tmp_path):
     with torch.no_grad():
         expected = model(torch.tensor(tokens)).logits.numpy()
         generated = model.generate(torch.tensor(tokens), max_new_tokens=30, do_sample=False)
-    logits = np.asarray(ours(tokens))
+    logits = np.asarray(ours(jnp.asarray(tokens)))
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=1e-4)
     assert generate(ours, tokens.tolist(), 30) == generated[:, 20:].tolist()

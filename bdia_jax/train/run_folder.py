@@ -78,7 +78,11 @@ def check_room(folder: pathlib.Path, state: PyTree, keep_last: int) -> None:
     """
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) / 1e9
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free, most = shutil.disk_usage(there).free / 1e9, keep_last + 2
+    disk, most = shutil.disk_usage(there), keep_last + 2
+    if not disk.total:
+        # No disk, such as /proc: what is wrong with it is told by the first attempt to write.
+        return
+    free = disk.free / 1e9
     told = f"a checkpoint takes up to {size:.1f} GB, and {there} has {free:.1f} GB free"
     if free < size:
         raise ValueError(f"{told}: make room, or give a folder on another disk")
