@@ -1,5 +1,6 @@
 """Settings shared by all tests: compiled programs, virtual devices, checked types, fixed seeds."""
 
+import functools
 import os
 import shutil
 import tempfile
@@ -14,6 +15,7 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+from jax._src import compiler  # noqa: E402
 
 # Annotated arrays are checked wherever a test calls the library.
 jaxtyping.install_import_hook("bdia_jax", "_shapes.checked")
@@ -37,14 +39,60 @@ def pytest_runtest_setup(item):
     jaxtyping.config.update("jaxtyping_disable", marked or item.module.__name__ in UNCHECKED)
 
 
-@pytest.fixture
-def quick_compiles(monkeypatch):
-    """For tests of something else than arithmetic: LLVM does not optimize, here and in children."""
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
+# ---------------------------------------------------------------------------------------------
+# How programs are compiled: quickly, unless a test is marked ``optimized``
+# ---------------------------------------------------------------------------------------------
+
+LESS = "JAX_DISABLE_MOST_OPTIMIZATIONS"
+QUICK = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
+"""Options of XLA: with these and the above, small programs take a quarter of the time."""
+FLAGS = os.environ.get("XLA_FLAGS", "")
+
+
+def with_quick_options(options_of):
+    """What JAX makes options for the compiler by, with :data:`QUICK` where few optimizations are.
+
+    JAX takes such options for one program at a time, or for a whole process, but not for a test.
+    """
+
+    @functools.wraps(options_of)
+    def options(*args, **kwargs):
+        found = options_of(*args, **kwargs)
+        if jax.config.read(LESS.lower()):
+            found.env_option_overrides = [*found.env_option_overrides, *QUICK.items()]
+        return found
+
+    return options
+
+
+try:
+    jax.jit(lambda x: x).lower(0).compile(compiler_options=QUICK)
+    compiler.get_compile_options = with_quick_options(compiler.get_compile_options)
+except (AttributeError, RuntimeError):
+    # Another release of JAX: the tests then take longer.
+    QUICK = {}
+
+
+def compile_quickly(quickly: bool) -> None:
+    """In this process, and in those that it starts from now on."""
+    jax.config.update(LESS.lower(), quickly)
+    os.environ[LESS] = str(int(quickly))
+    quick = " ".join(f"--{name}={value}".lower() for name, value in QUICK.items())
+    os.environ["XLA_FLAGS"] = f"{FLAGS} {quick}".strip() if quickly else FLAGS
+
+
+compile_quickly(True)
+
+
+@pytest.fixture(autouse=True)
+def compiled_as_for_users(request):
+    """Where a test is marked ``optimized``."""
+    if request.node.get_closest_marker("optimized") is None:
+        yield
+        return
+    compile_quickly(False)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    compile_quickly(True)
 
 
 def pytest_unconfigure():

@@ -152,7 +152,6 @@ def test_forward_mode_is_an_error(adjoint):
 
 
 @once
-@pytest.mark.usefixtures("quick_compiles")
 def test_a_backward_pass_is_linear_in_the_cotangent(adjoint):
     """By which, alone, it may be differentiated: two transposes are forward mode."""
     params, x, v = jnp.asarray(draw(3, 4, 4)), jnp.asarray(draw(2, 4)), jnp.asarray(draw(2, 4))
@@ -183,7 +182,6 @@ def test_quantizing_twice_in_a_scan():
     assert jax.grad(jax.grad(jax.grad(function)))(1.0) == 24
 
 
-@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize(
     ("step", "parts"),
     [
@@ -308,7 +306,6 @@ def loss(params, x, shift, step, adjoint, parts=2):
     return jnp.sum(jnp.sin(reversible_scan(block, params, x, **settings)))
 
 
-@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize(("way", "parts"), [*((way, 2) for way in WAYS), ("online-bdia", 1)])
 def test_an_update_is_the_ordinary_gradient_and_then_the_function(way, parts):
     step, adjoint = WAYS[way]
@@ -344,7 +341,6 @@ def test_an_update_is_the_ordinary_gradient_and_then_the_function(way, parts):
 
 
 @once
-@pytest.mark.usefixtures("quick_compiles")
 def test_every_block_gets_its_own_state_and_gradient(adjoint):
     """The function is called with what belongs together, and its results go where they belong."""
     for blocks in (1, 2, 5):
@@ -377,6 +373,7 @@ def temporaries(function, *shapes, donate=()):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("way", ["online-bdia", "checkpoint-bdia", "checkpoint-euler"])
 def test_no_gradient_of_all_blocks_and_no_copy_of_them(way):
     """Temporaries grow with the number of blocks by what is kept, and not by the parameters."""
@@ -487,7 +484,6 @@ def test_rounded_checkpoints_of_what_is_not_finite_are_not_finite():
     assert np.isnan(restored(rounded(x, 4), 4, 64, jnp.float32)).any()
 
 
-@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("parts", [1, 2])
 def test_the_gradient_is_that_at_the_rounded_inputs(parts):
     """The forward pass is exact; every block is differentiated at what its checkpoint holds."""
@@ -527,6 +523,7 @@ def test_the_gradient_is_that_at_the_rounded_inputs(parts):
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("step", "adjoint", "bits"),
     [
@@ -560,7 +557,6 @@ def test_what_is_kept_per_element_and_block(step, adjoint, bits):
 
 
 @once
-@pytest.mark.usefixtures("quick_compiles")
 def test_report_of_the_backward_pass(adjoint):
     """Zeros where all is well; and for checkpoints, of which none is taken back."""
     params, x = jnp.asarray(draw(4, 3, 3)), jnp.asarray(draw(2, 3))
@@ -578,6 +574,7 @@ def test_report_of_the_backward_pass(adjoint):
         chex.assert_trees_all_equal(report, BackwardReport.zeros(4))
 
 
+@pytest.mark.optimized
 def test_a_thousand_blocks():
     """One bit per element and block; no integer is wrong, and the program does not grow."""
 

@@ -192,6 +192,7 @@ def test_augmented_images_are_windows_and_characters_are_not_mirrored(name, mirr
     assert {*rows} == {*columns} == {0, 1, 2, 3, 4}
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 def test_on_a_mesh_batches_are_the_same_and_nothing_travels(axis_type):
     def batch(key, pictures):

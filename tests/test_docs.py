@@ -134,7 +134,6 @@ def test_the_site_is_built_without_a_warning(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compiles")
 def test_the_tutorial_runs():
     notebook = nbformat.read(TUTORIAL, as_version=4)
     nbclient.NotebookClient(notebook, timeout=600).execute()

@@ -48,7 +48,6 @@ def mean_loss(model, batch, **options):
     return sums.loss / sums.weight
 
 
-@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("separate", [False, True])
 def test_online_gradients_are_those_of_the_forward_pass(separate):
     """Of all parameters, the encoder's included, in float64; one embedding, or two and a head."""
@@ -83,6 +82,7 @@ def test_online_gradients_are_those_of_the_forward_pass(separate):
         assert np.abs(d[...] - expected[...]).max() <= 1e-10 * scale, path
 
 
+@pytest.mark.optimized
 def test_both_stacks_are_reversible_in_bfloat16():
     config = dataclasses.replace(
         SMALL, dtype="bfloat16", width=64, encoder_depth=6, decoder_depth=6
@@ -111,7 +111,6 @@ def test_both_stacks_are_reversible_in_bfloat16():
         assert not found[stack]["probe"].get_value().mismatched.any()
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_pairs_in_a_row_do_not_see_each_other():
     """What a pair gives is the same alone and packed: no text, and no source, but its own."""
     model = EncoderDecoder(dataclasses.replace(SMALL, method="standard"), rngs=nnx.Rngs(0))
@@ -142,7 +141,6 @@ def sharp() -> EncoderDecoder:
     return model
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_generation_with_caches_is_that_without():
     model = sharp()
     sources, prompts = [[1, 2, 3], [9], [4, 7, 8, 15, 16]], [[END], [END, 3], [END]]
@@ -168,7 +166,6 @@ def test_generation_with_caches_is_that_without():
     assert len({token for text in found for token in text}) > 3
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_beams_find_what_is_at_least_as_probable():
     model = sharp()
     sources, prompts = [[1, 2, 3], [9, 4]], [[END], [END]]
@@ -181,7 +178,6 @@ def test_beams_find_what_is_at_least_as_probable():
     assert alone[0] == wide[0][0]
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_memory_falls():
     """Of a training step: below that of checkpointed blocks, and far below the standard one's."""
     batch = pack_pairs([([1] * 60, [2] * 59)] * 8, 64, end=END)
@@ -190,7 +186,13 @@ def test_memory_falls():
     found = {}
     for method in ("standard", "standard-checkpoint", "bdia"):
         config = dataclasses.replace(
-            SMALL, method=method, width=64, max_length=64, encoder_depth=8, decoder_depth=8
+            SMALL,
+            method=method,
+            width=64,
+            max_length=64,
+            encoder_depth=8,
+            decoder_depth=8,
+            dropout=0.0,
         )
         model = nnx.eval_shape(lambda c=config: EncoderDecoder(c, rngs=nnx.Rngs(0)))
         found[method] = step_memory(model, task, settings).memory.temporaries

@@ -13,6 +13,8 @@ from _blocks import BATCH, case, covering, names
 
 from bdia_jax import BDIA, BackwardReport, Online, Update, check_reversible, reversible_scan
 
+pytestmark = pytest.mark.optimized
+
 
 def supported(row):
     """JAX's own attention does not run in float16 on a CPU; one written with einsum does."""
@@ -32,6 +34,7 @@ ROWS = covering(
     m=[1, 0, 2, 3, 4],
     signs=["block", "sample", "minus", "plus"],
     r=[0, 1],
+    dropout=[0.1, 0.0],
     parts=[1, 3],
     update=[False, True],
 )
@@ -97,7 +100,7 @@ def test_nothing_is_mismatched(row):
             row["kind"],
             depth,
             parts=row["parts"],
-            dropout=0.1,
+            dropout=row["dropout"],
             dtype=row["dtype"],
             param_dtype=row["param_dtype"],
         )

@@ -50,8 +50,6 @@ from bdia_jax.nn import DecoderConfig, ViTConfig, llama
 from bdia_jax.planning import ways
 from bdia_jax.train import TrainSettings
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 SMALL = ViTConfig(
     image_size=8,
     channels=1,

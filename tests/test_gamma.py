@@ -17,8 +17,6 @@ from bdia_jax.data.text import TextData
 from bdia_jax.gamma import FAIR, GAMMAS
 from bdia_jax.steps import SIGNS
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 DEPTH, WIDTH = 6, 8
 
 

@@ -58,7 +58,6 @@ def lines(folder, model, caplog, **changes):
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_it_is_that_of_the_network_handed_back(accumulate):
     model = decoder(depth=3)
@@ -102,7 +101,6 @@ def test_a_model_of_ones_own_network(tmp_path):
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize(
     ("changes", "warned"),
     [
@@ -128,7 +126,6 @@ def test_pretrained_weights(changes, warned, pretrained, tmp_path, caplog):
         assert second["loss"] > second["network_loss"]
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_it_is_not_said_again_when_the_run_is_resumed(pretrained, tmp_path, caplog):
     for resume in (False, True):
         caplog.clear()
@@ -140,7 +137,6 @@ def test_it_is_not_said_again_when_the_run_is_resumed(pretrained, tmp_path, capl
         assert (WARNING in caplog.text) == (not resume)
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_fresh_weights_are_not_warned_of(tmp_path):
     """With γ = 1/2, dropout and small batches, over seeds of weights, batches and signs."""
     model = decoder(dropout=0.2, depth=6)

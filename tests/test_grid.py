@@ -12,6 +12,8 @@ from hypothesis.extra import numpy as hnp
 import bdia_jax
 from bdia_jax import grid
 
+pytestmark = pytest.mark.optimized
+
 FLOATS = hnp.arrays(np.float32, 16, elements=st.floats(-1000, 1000, width=32))
 FRAC_BITS = st.integers(grid.MIN_FRAC_BITS, grid.MAX_FRAC_BITS)
 HALVES = {"float16": 11, "bfloat16": 8, "float32": 24}

@@ -14,6 +14,8 @@ from _blocks import BATCH
 from bdia_jax import BDIA, BackwardReport, Online, online, states
 from bdia_jax.arguments import Inputs, Scan, prepare
 
+pytestmark = pytest.mark.optimized
+
 BLOCKS, WIDTH = 5, 11
 
 

@@ -11,6 +11,8 @@ from hypothesis.extra import numpy as hnp
 import bdia_jax
 from bdia_jax import grid, maps
 
+pytestmark = pytest.mark.optimized
+
 INTS = hnp.arrays(np.int32, 32, elements=st.integers(-(2**31), 2**31 - 1))
 SIGNS = hnp.arrays(np.int32, 32, elements=st.sampled_from([-1, 1]))
 

@@ -143,7 +143,9 @@ def test_evaluation_is_the_standard_network():
     np.testing.assert_allclose(stack(X), x, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.optimized)]
+)
 def test_all_methods_share_parameters_and_reverse_exactly(dtype):
     images = jax.random.normal(KEY, (4, 8, 8, 1))
     trained = ViT(dataclasses.replace(SMALL, dtype=dtype), rngs=nnx.Rngs(0))
@@ -271,6 +273,7 @@ def test_dropout_by_key_and_without_randomness():
         keep_mask(jax.random.key(0), 1.0, x)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_dropout_is_drawn_where_the_elements_are(kind):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind,) * 2)

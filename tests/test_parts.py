@@ -16,7 +16,6 @@ from bdia_jax.nn import Probe, ReversibleStack, TransformerBlock
 PARTED = ("vit", "llama", "encoder-decoder")
 """One of each kind of block."""
 KEY = jax.random.key(1)
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def loss_and_gradients(config, train=True):
@@ -110,9 +109,13 @@ def test_gradients_are_those_of_the_forward_pass(name):
         assert all(not leaf.any() for leaf in jax.tree.leaves(online[2]))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", PARTED)
 def test_every_part_is_reversible_in_bfloat16(name):
     config = dataclasses.replace(CONFIGS[name], parts_as_steps=True, dtype="bfloat16", gamma=1 / 8)
+    if name != "llama":
+        # To compile dropout takes long.
+        config = dataclasses.replace(config, dropout=0.0)
     model = build(config, nnx.Rngs(0))
     stack = model.decoder if name == "encoder-decoder" else model.blocks
     x = jax.random.normal(KEY, (3, 12, 16), jnp.bfloat16)

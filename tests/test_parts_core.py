@@ -27,7 +27,6 @@ every_adjoint = pytest.mark.parametrize("adjoint", ADJOINTS.values(), ids=ADJOIN
 DEPTH = 3
 
 
-@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("signs", ["block", "sample"])
 @every_adjoint
 def test_three_parts_are_three_times_as_many_blocks(adjoint, signs):
@@ -99,7 +98,6 @@ def test_what_a_part_reads_is_known():
     chex.assert_trees_all_equal(inputs.consts[1], [[], [], [], [other]])
 
 
-@pytest.mark.usefixtures("quick_compiles")
 @every_adjoint
 def test_gradients_of_what_no_part_reads_are_zero(adjoint):
     """Of a parameter, and of a constant; and what each part closes over gets its own."""
@@ -170,7 +168,7 @@ def test_every_part_draws_with_a_key_of_its_own():
     assert len(set(numbers)) == 2 * DEPTH
 
 
-@pytest.mark.usefixtures("quick_compiles")
+@pytest.mark.optimized
 def test_the_audit_and_the_report_count_every_part():
     parts, params, x, consts = case("mlp", DEPTH, parts=3)
     found = check_reversible(parts, params, x, key=KEY, consts=consts)
@@ -219,6 +217,7 @@ def whole(p, x, key):
     return a + feed_forward(p, x + a, key)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("step", "adjoint"),
     [(BDIA(), Online()), (BDIA(), Checkpoint()), (Euler(), Checkpoint())],

@@ -41,6 +41,7 @@ def arguments(batch=4):
     return jnp.ones((3, 8, 8)) / 8, jnp.ones((batch, 8))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("platform", PLATFORMS)
 def test_a_fence_lays_arrays_out_by_rows_on_a_single_accelerator(platform):
     """Those that have two axes and more: other arrays, and keys, can be laid out in one way."""
@@ -56,6 +57,7 @@ def test_a_fence_lays_arrays_out_by_rows_on_a_single_accelerator(platform):
     assert text.count(BARRIER) == 1
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("platform", ["cpu", "cuda"])
 def test_both_passes_are_fenced(platform):
     """As many constraints around the block in one as in the other; only around pinned blocks."""
@@ -71,6 +73,7 @@ def test_both_passes_are_fenced(platform):
     assert BARRIER not in free
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("around", ["vmap", "scan", "checkpoint", "jit"])
 def test_fences_stay_inside_other_transformations(around):
     params, x = arguments()
@@ -84,6 +87,7 @@ def test_fences_stay_inside_other_transformations(around):
     assert CONSTRAINT not in lowered(function, params, x[None], platform="cpu")
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("devices", [1, 2])
 def test_no_partitioner_meets_a_constraint(devices, kind):
@@ -98,6 +102,7 @@ def test_no_partitioner_meets_a_constraint(devices, kind):
     assert BARRIER in text
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("devices", [1, 2])
 def test_nor_does_shard_map(devices):
     mesh = jax.make_mesh(
@@ -110,6 +115,7 @@ def test_nor_does_shard_map(devices):
     assert (CONSTRAINT in text) == (devices == 1)
 
 
+@pytest.mark.optimized
 def test_devices_are_those_of_the_program():
     """Eight are here; a program for one of them has constraints, however many there are."""
     assert jax.device_count() > 1
@@ -121,6 +127,7 @@ def test_devices_are_those_of_the_program():
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     "dtype",
     [
@@ -146,6 +153,7 @@ def test_a_residual_of_any_type_is_read(dtype):
         assert BARRIER not in str(jax.make_jaxpr(touch)(x))
 
 
+@pytest.mark.optimized
 def test_keys_empty_arrays_and_scalars_are_read():
     assert touch(jax.random.key(3)) == 3 or touch(jax.random.key(3)) == 0
     assert touch(jnp.zeros((0, 3))) == 0
@@ -167,7 +175,6 @@ EXPORTED = {
 }
 
 
-@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("name", EXPORTED)
 def test_a_scan_is_exported_with_a_symbolic_batch(name):
     """Values and gradients; also when written to bytes and read again, which needs flatbuffers."""

@@ -85,6 +85,7 @@ def made(config, way):
     return model
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("device", "needs"), [("v5e:2x2", "libtpu"), ("rtx-4090:4", "jax_cuda13_plugin")]
 )
@@ -131,7 +132,6 @@ def test_a_plan_for_devices_that_nobody_knows(monkeypatch):
         plan.plan(TINY, 4, 8, device="h100")
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_a_large_evaluation_decides_what_fits():
     """A batch of 64 has more logits than a step of one sequence has of everything."""
     config = dataclasses.replace(TINY, vocab_size=5000)
@@ -143,10 +143,8 @@ def test_a_large_evaluation_decides_what_fits():
     assert large.run == large.evaluation > large.total
     limit = (large.total + large.evaluation) // 2
     assert plan.largest_batch(config, 8, limit, "BDIA", optimizer="sgd", eval_batch=64) == 0
-    assert plan.largest_batch(config, 8, limit, "BDIA", optimizer="sgd") >= 1
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_the_command_plans(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(plan.EXAMPLES, "tiny", TINY)
     given = plan.Plan(

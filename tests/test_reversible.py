@@ -128,7 +128,6 @@ def test_the_settings_cover_all_pairs():
                 assert len(pair) == 1 or any(holds(row, pair) for row in ROWS), pair
 
 
-@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("row", ROWS, ids=IDS)
 def test_gradients_are_those_of_the_forward_pass_that_was_run(row):
     """Every adjoint gives the output and the gradients of the paper's equations, in float64."""
@@ -167,7 +166,6 @@ def six_tenths(x_prev, x, h, sign):
     return 0.6 * sign * x_prev + (1 - 0.6 * sign) * x + (1 + 0.6 * sign) * h
 
 
-@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize(
     ("step", "advance"),
@@ -265,7 +263,6 @@ def assert_alike(function, *arguments, tolerance=1e-5, adjoints=ADJOINTS, **sett
     return direct
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_value_and_grad_has_aux():
     block, params, x, target = simple(3)
 
@@ -289,14 +286,12 @@ def test_without_jit():
     chex.assert_trees_all_close(eager, jitted, rtol=1e-5)
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_jacobian():
     """vmap over cotangents: the backward pass is mapped, and the forward pass is not."""
     block, params, x, _ = simple(3)
     assert_alike(lambda scan: jax.jacrev(lambda p: scan((block, block), p, x)), params)
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_a_block_with_control_flow():
     """A scan, a branch, a checkpoint, and a derivative rule of its own."""
     _, params, x, _ = simple(3)
@@ -319,7 +314,6 @@ def test_a_block_with_control_flow():
     assert_alike(function, params, x, adjoints=ONLINE)
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_a_block_with_complex_values():
     """A Fourier transform, whose residuals are complex."""
     _, params, x, _ = simple(3)
@@ -334,7 +328,6 @@ def test_a_block_with_complex_values():
     assert_alike(function, params, x, adjoints=ONLINE)
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_inside_scan_cond_and_checkpoint_with_integers_and_keys():
     """All of them at once, differentiated from outside."""
     _, params, x, _ = simple(3)
@@ -383,7 +376,6 @@ def test_vmap_over_inputs_and_keys(signs, adjoint):
     chex.assert_trees_all_close(mapped, jax.tree.map(lambda *g: jnp.stack(g), *looped), rtol=1e-5)
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_vmap_over_parameters():
     """An ensemble: the same input through several networks."""
     block, params, x, _ = simple(3)
@@ -419,7 +411,6 @@ def test_gradient_accumulation_in_a_scan(adjoint):
     assert relative(jax.jit(accumulated)(params), expected) < 1e-5
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_inside_checkpoint():
     block, params, x, _ = simple(3)
 
@@ -433,7 +424,6 @@ def test_inside_checkpoint():
     assert_alike(function, params, x)
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_two_stacks_of_different_width_in_a_row():
     block, narrow, x, _ = simple(2)
     wide, between = simple(3, width=8)[1], jnp.asarray(np.eye(5, 8), jnp.float32)
@@ -448,7 +438,6 @@ def test_two_stacks_of_different_width_in_a_row():
     assert_alike(function, narrow, between, wide, x, adjoints=ONLINE)
 
 
-@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("inner", ADJOINTS)
 def test_a_stack_inside_a_block_of_another(inner):
     _, params, x, _ = simple(2)
@@ -464,7 +453,6 @@ def test_a_stack_inside_a_block_of_another(inner):
     assert_alike(function, nested, x, adjoints=ADJOINTS if inner == "online" else ONLINE)
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_closed_over_values():
     """Constants, values traced by jit, and values that a gradient is asked for; floats and ints."""
     _, params, x, shift = simple(3)
@@ -493,7 +481,6 @@ def test_closed_over_values():
     assert relative(given, closed) < 1e-5
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_integer_and_key_leaves():
     """In the parameters and in the consts: given to the block, and without a gradient."""
     _, params, x, shift = simple(3)
@@ -530,7 +517,6 @@ def test_integer_and_key_leaves():
     np.testing.assert_allclose(gradient[0]["w"], d_w, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_frozen_parameters_and_mixed_types():
     """Some parameters get no gradient; each of the others one of its own dtype."""
     _, params, x, shift = simple(3)
@@ -562,7 +548,6 @@ def test_frozen_parameters_and_mixed_types():
     }
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_no_gradient_by_the_parameters_is_asked_for():
     block, params, x, _ = simple(3)
     assert_alike(lambda scan: jax.grad(lambda x: jnp.sum(scan(block, params, x) ** 2)), x)
@@ -587,6 +572,7 @@ def cut(block, params, state, at, *, start=0, key=KEY, **settings):
     return state
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("signs", "parts", "adjoint", "dtype", "generator"),
     [
@@ -626,7 +612,6 @@ def test_a_stack_cut_into_pieces_is_the_same_to_the_bit(signs, parts, adjoint, d
 @pytest.mark.parametrize("step", [BDIA(), Euler(), Euler(9)], ids=str)
 @pytest.mark.parametrize("start", [0, 2])
 @pytest.mark.parametrize("read", ["both", "x_prev", "x"])
-@pytest.mark.usefixtures("quick_compiles")
 def test_gradients_by_both_states(step, start, read):
     """Of both, and of each alone: the cotangent of the other is then known to be zero."""
     block, params, x, other = simple(2)
@@ -650,7 +635,6 @@ def test_gradients_by_both_states(step, start, read):
     assert np.any(direct[2])
 
 
-@pytest.mark.usefixtures("quick_compiles")
 @every_adjoint
 def test_block_zero_ignores_the_state_before_it(adjoint):
     block, params, x, other = simple(2)
@@ -672,7 +656,6 @@ def test_block_zero_ignores_the_state_before_it(adjoint):
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("quick_compiles")
 @every_adjoint
 def test_what_is_not_finite_or_out_of_range_becomes_nan_for_that_sample(adjoint):
     """And for no other: the rest of the batch is trained as if it were alone."""

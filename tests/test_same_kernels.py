@@ -12,6 +12,8 @@ from measure import same_kernels
 
 from bdia_jax.planning import targets
 
+pytestmark = pytest.mark.optimized
+
 TEXT = """HloModule jit_f
 
 %square (p: f32[4,8]) -> f32[4,8] {

@@ -286,6 +286,7 @@ SEQUENCE = dataclasses.replace(
 )
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("layout", "explicit", "dtype", "tolerance_bits"),
     [
@@ -352,6 +353,7 @@ def test_steps_and_adjoints(name, record_property):
         agrees(program(params, x, probe, target, key), reference, record_property)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("name", ["a sign per sample", "checkpoints"])
 def test_steps_and_adjoints_under_shard_map(name):
     """Every device, with a key of its own, sees its samples as if there were no others."""
@@ -404,6 +406,7 @@ def test_check_reversible(layout, explicit, dtype, record_property):
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize(
     ("split", "check_vma", "tolerance_bits"),
     [
@@ -532,6 +535,7 @@ def test_flax_stack(explicit, fully_sharded, record_property):
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
 def test_temporaries_per_device(explicit, record_property):
     """Peak temporaries per device fall as 1/devices, but for the gradients of the parameters.

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 import bdia_jax
 
+pytestmark = pytest.mark.optimized
+
 BITS = [1, 2, 3, 4, 5, 8, 12, 16, 32]
 
 

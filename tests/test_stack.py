@@ -16,7 +16,6 @@ from bdia_jax.nn.settings import COUPLED, MEANINGS, CoupledMethod
 
 KEY = jax.random.key(0)
 X = jax.random.normal(jax.random.key(5), (4, 6))
-pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 # ---------------------------------------------------------------------------------------------

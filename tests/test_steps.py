@@ -125,7 +125,6 @@ def signs_of_a_scan(step, key):
     return jnp.stack(signs)[..., 0]
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_a_sample_has_a_sign_per_block_or_one_for_all():
     per_block, per_sample = (
         signs_of_a_scan(BDIA(0.5, kind, frac_bits=None), KEY) for kind in ("block", "sample")
@@ -231,7 +230,6 @@ class Damped(BDIA):
         return d_h / 2, d_x, d_prev
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_a_subclass_is_a_step():
     params, x = jnp.asarray(draw(3, 5, 5), jnp.float32), jnp.asarray(draw(4, 5), jnp.float32)
 

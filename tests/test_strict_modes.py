@@ -81,7 +81,6 @@ WAYS = {
 }
 
 
-@pytest.mark.usefixtures("quick_compiles")
 @pytest.mark.parametrize("way", WAYS)
 def test_scans(mode, way):
     """Gradients of a scan of two parts, with a report and an update where there can be one."""
@@ -107,7 +106,6 @@ def test_scans(mode, way):
         gradients.lower(*given)
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_an_audit_and_a_cut_stack(mode):
     params, x, shift = arguments("bfloat16")
     settings = {"key": jax.random.key(1), "consts": (shift,)}

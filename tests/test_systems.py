@@ -159,6 +159,7 @@ def test_midpoint_is_its_equation_on_the_grid(adjoint):
     np.testing.assert_array_equal(found, now)
 
 
+@pytest.mark.optimized
 def test_midpoint_is_reversible_without_a_key_or_side_bits():
     w = jax.random.normal(KEY, (5, 4, 4))
     x = jax.random.normal(jax.random.key(1), (3, 4), jnp.bfloat16)
@@ -218,7 +219,6 @@ def test_linear_vit_is_reversible_and_all_of_it_is_trained():
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_resnet_trains_alike_by_every_method():
     images = jax.random.normal(KEY, (3, 8, 8, 1))
     found = {}

@@ -22,8 +22,6 @@ from bdia_jax import data, interop
 from bdia_jax.nn import Decoder, DecoderConfig
 from bdia_jax.train import TrainSettings
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 E2E = pathlib.Path(__file__).resolve().parents[2] / "shared/data/e2e-dataset.zip"
 TINY = DecoderConfig(max_length=64, width=16, depth=2, heads=2)
 FEW = TrainSettings(

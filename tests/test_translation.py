@@ -119,7 +119,6 @@ def test_a_translation_set(tmp_path):
         tfds_pairs("sentence", "en", "fr", tmp_path)
 
 
-@pytest.mark.usefixtures("quick_compiles")
 def test_translate(tmp_path, capsys):
     """Trains, scores, compares with copying; and a saved network translates the same."""
     settings = translate.Translate(

@@ -49,6 +49,7 @@ TABLES: dict[str, Callable[[Rows], str]] = cost_tables.TABLES | {
     "e2e": finetune_e2e.table,
     "gamma-perturbation": lambda rows: pivot(rows, ("steps", "gamma"), "signs", rise),
     "gamma-exactness": lambda rows: pivot(rows, ("dtype", "steps", "gamma"), "signs", mismatches),
+    "gamma-gradients": lambda rows: cosines(rows),
     "gamma-finetuning": lambda rows: means(rows, "way"),
 }
 """By the beginning of a result's name; of any other, rows are shown as they are."""
@@ -81,6 +82,14 @@ VIEWS: dict[str, View] = {
         "gamma-finetuning",
         {"way": ("standard", "BDIA, γ chosen", "BDIA, γ = 1/2, block")},
         ("loss", "BLEU", "METEOR"),
+    ),
+    "gamma-finetuning": View("gamma-finetuning", columns=("loss", "accuracy", "training loss")),
+    "gamma-answers": View(
+        "gamma-finetuning",
+        {
+            "way": ("standard", "BDIA, γ chosen", "BDIA, γ = 1/2, block"),
+        },
+        ("BLEU", "NIST", "METEOR", "ROUGE-L", "CIDEr"),
     ),
     "gamma-from-scratch": View("small-text-python-0.1"),
     **{
@@ -148,6 +157,12 @@ def rise(row: dict[str, Any]) -> str:
 def mismatches(row: dict[str, Any]) -> str:
     """Of how many integers."""
     return f"{row['mismatched']:,} of {row['compared']:,}"
+
+
+def cosines(rows: Rows) -> str:
+    """Means over batches, and their standard deviations."""
+    lines = [[row["way"], records.spread(row["cosines"], 4)] for row in rows]
+    return records.markdown(["way", "cosine"], lines)
 
 
 def means(rows: Rows, by: str) -> str:
