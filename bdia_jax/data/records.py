@@ -22,6 +22,18 @@ class Record(NamedTuple):
     values: tuple[str, ...]
 
 
+class Conversation(NamedTuple):
+    """What a record says of a conversation, and where in the file it is."""
+
+    where: str
+    messages: Any
+    """As it is in the file; :func:`bdia_jax.data.conversation` checks it."""
+
+
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+"""Suffixes of tables, and what separates their columns."""
+
+
 def read_records(path: str | os.PathLike, fields: Sequence[str]) -> list[Record]:
     """Records of a file. What its suffix, in any case, says is how it is read.
 
@@ -49,19 +61,72 @@ def parse_records(raw: bytes, name: str, fields: Sequence[str]) -> list[Record]:
     if suffix not in RECORDS:
         raise ValueError(f"{name}: the suffix must be one of {', '.join(RECORDS)}; got {suffix!r}")
     text, fields = decode(raw, name), tuple(fields)
-    if suffix in (".csv", ".tsv"):
-        found = _table(text, name, fields, "," if suffix == ".csv" else "\t")
-    elif suffix == ".json":
-        found = _json(text, name, fields)
+    if suffix in SEPARATORS:
+        records = [*_table(text, name, fields, SEPARATORS[suffix])]
     else:
-        found = _json_lines(text, name, fields)
-    records = list(found)
+        shape = _shape(fields)
+        records = [
+            Record(where, _from_object(value, name, where, shape, fields))
+            for where, value in _objects(text, name, suffix, shape)
+        ]
     if not records:
         raise ValueError(f"{name} has no records")
     return records
 
 
-def _json_lines(text: str, name: str, fields: tuple[str, ...]) -> Iterator[Record]:
+def read_conversations(path: str | os.PathLike) -> list[Conversation]:
+    """Conversations of a file of JSON objects that have ``messages``; others fields are left out.
+
+    Args:
+      path: ``.jsonl``, ``.ndjson`` or ``.json``, as in :func:`read_records`.
+
+    Raises:
+      FileNotFoundError, IsADirectoryError, PermissionError: if it cannot be opened.
+      ValueError: for another suffix, a record without messages, one that is damaged or cut off, or
+        a file without records.
+    """
+    path = pathlib.Path(path).expanduser()
+    name, suffix = str(path), path.suffix.lower()
+    if suffix not in RECORDS or suffix in SEPARATORS:
+        raise ValueError(
+            f"{name}: conversations must be in .jsonl, .ndjson or .json; got {suffix!r}"
+        )
+    shape = '{"messages": [{"role": "...", "content": "..."}, ...]}'
+    found = []
+    for where, value in _objects(decode(read_bytes(path), name), name, suffix, shape):
+        if not isinstance(value, dict) or "messages" not in value:
+            raise _unlike(name, where, shape, f"got {repr(value)[:80]}")
+        found.append(Conversation(where, value["messages"]))
+    if not found:
+        raise ValueError(f"{name} has no records")
+    return found
+
+
+def fields_of_first(path: str | os.PathLike) -> tuple[str, ...]:
+    """The fields of a file's first record, by which its kind is known; none if it has no such.
+
+    Raises:
+      FileNotFoundError, IsADirectoryError, PermissionError: if it cannot be opened.
+      ValueError: for no text.
+    """
+    path = pathlib.Path(path).expanduser()
+    text, suffix = decode(read_bytes(path), str(path)), path.suffix.lower()
+    if suffix in SEPARATORS:
+        first = next(csv.reader(io.StringIO(text, newline=""), delimiter=SEPARATORS[suffix]), [])
+        return tuple(column.strip() for column in first)
+    try:
+        _, value = next(_objects(text, str(path), suffix, ""), ("", None))
+    except ValueError:
+        return ()
+    return tuple(value) if isinstance(value, dict) else ()
+
+
+def _objects(text: str, name: str, suffix: str, shape: str) -> Iterator[tuple[str, Any]]:
+    """Values in JSON, and where they are, such as ``"line 3"``."""
+    return _json(text, name, shape) if suffix == ".json" else _json_lines(text, name, shape)
+
+
+def _json_lines(text: str, name: str, shape: str) -> Iterator[tuple[str, Any]]:
     # Only "\n" ends a line: str.splitlines() would also split at characters that JSON allows in
     # texts, such as U+2028.
     lines = text.split("\n")
@@ -75,13 +140,11 @@ def _json_lines(text: str, name: str, fields: tuple[str, ...]) -> Iterator[Recor
             value = json.loads(line)
         except (ValueError, RecursionError) as error:
             cut = "; the file ends in this line: is it cut off?" if number == len(lines) else ""
-            raise _unlike(
-                name, where, "line", fields, f"{_reason(error)}{cut}; got {line[:80]!r}"
-            ) from None
-        yield Record(where, _from_object(value, name, where, "line", fields))
+            raise _unlike(name, where, shape, f"{_reason(error)}{cut}; got {line[:80]!r}") from None
+        yield where, value
 
 
-def _json(text: str, name: str, fields: tuple[str, ...]) -> Iterator[Record]:
+def _json(text: str, name: str, shape: str) -> Iterator[tuple[str, Any]]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -90,25 +153,24 @@ def _json(text: str, name: str, fields: tuple[str, ...]) -> Iterator[Record]:
                 f"{name} must be a list of objects in JSON, or an object per line; "
                 f"{_reason(error, lines=True)}"
             ) from None
-        yield from _json_lines(text, name, fields)
+        yield from _json_lines(text, name, shape)
         return
     for number, each in enumerate(value if isinstance(value, list) else [value], 1):
-        where = f"record {number}"
-        yield Record(where, _from_object(each, name, where, "record", fields))
+        yield f"record {number}", each
 
 
 def _from_object(
-    value: Any, name: str, where: str, unit: str, fields: tuple[str, ...]
+    value: Any, name: str, where: str, shape: str, fields: tuple[str, ...]
 ) -> tuple[str, ...]:
     got = repr(value)[:80]
     if not isinstance(value, dict):
-        raise _unlike(name, where, unit, fields, f"got {got}")
+        raise _unlike(name, where, shape, f"got {got}")
     if missing := [field for field in fields if field not in value]:
-        raise _unlike(name, where, unit, fields, f"{' and '.join(missing)} is missing; got {got}")
+        raise _unlike(name, where, shape, f"{' and '.join(missing)} is missing; got {got}")
     values = tuple(value[field] for field in fields)
     for field, each in zip(fields, values):
         if not isinstance(each, str):
-            raise _unlike(name, where, unit, fields, f"{field} is no text; got {repr(each)[:80]}")
+            raise _unlike(name, where, shape, f"{field} is no text; got {repr(each)[:80]}")
         try:
             each.encode()
         except UnicodeEncodeError as error:
@@ -162,9 +224,13 @@ def _any_length() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def _unlike(name: str, where: str, unit: str, fields: tuple[str, ...], why: str) -> ValueError:
-    shape = ", ".join(f'"{field}": "..."' for field in fields)
-    return ValueError(f"{name}, {where}: each {unit} must be {{{shape}}}; {why}")
+def _shape(fields: tuple[str, ...]) -> str:
+    return "{" + ", ".join(f'"{field}": "..."' for field in fields) + "}"
+
+
+def _unlike(name: str, where: str, shape: str, why: str) -> ValueError:
+    unit = where.partition(" ")[0]
+    return ValueError(f"{name}, {where}: each {unit} must be {shape}; {why}")
 
 
 def _reason(error: Exception, lines: bool = False) -> str:

@@ -49,6 +49,12 @@ class Tokenizer:
         added = zip(encoded.ids, encoded.special_tokens_mask)
         return tuple(token for token, _ in itertools.takewhile(lambda pair: pair[1], added))
 
+    @functools.cached_property
+    def special(self) -> frozenset[int]:
+        """Tokens that stand for no text, such as ends of texts or of messages."""
+        added = self.inner.get_added_tokens_decoder()
+        return frozenset(number for number, token in added.items() if token.special)
+
     def encode(self, text: str) -> list[int]:
         """The tokens of a text, and no others."""
         return self.inner.encode(text, add_special_tokens=False).ids

@@ -5,6 +5,7 @@
 - GGUF files of llama.cpp: :func:`load` and :func:`read_config`, too; their tokenizer:
   :func:`bdia_jax.interop.gguf.load_tokenizer`. A pretrained model in one, as a package:
   :func:`packaged_model`.
+- The chat template of either: :func:`load_chat_template`.
 
 Another family of networks is a class in ``families``, and a line in its table.
 """
@@ -12,13 +13,14 @@ Another family of networks is a class in ``families``, and a line in its table.
 from bdia_jax.interop import gguf
 from bdia_jax.interop.checkpoint import FolderError
 from bdia_jax.interop.hub import packaged_model, resolve
-from bdia_jax.interop.models import load, read_config
+from bdia_jax.interop.models import load, load_chat_template, read_config
 from bdia_jax.interop.saving import save
 
 __all__ = [
     "FolderError",
     "gguf",
     "load",
+    "load_chat_template",
     "packaged_model",
     "read_config",
     "resolve",

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from bdia_jax.data.chats import ChatTemplate, read_chat_template
 from bdia_jax.interop import arrays, families
 from bdia_jax.interop.checkpoint import Checkpoint, FolderError
 from bdia_jax.interop.folder import Folder
@@ -72,6 +73,20 @@ def load(path: str | os.PathLike, **settings: Any) -> Decoder:
                 f"{checkpoint.where}: tensors that no parameter is made from: {', '.join(unused)}"
             )
     return nnx.merge(graph, nnx.from_flat_state(state), rest)
+
+
+def load_chat_template(path: str | os.PathLike) -> ChatTemplate | None:
+    """The chat template of a folder of ``transformers``, or of a GGUF file; None without one.
+
+    Raises:
+      FileNotFoundError: for a folder that does not exist.
+      ValueError: for one that is no template.
+    """
+    with open_checkpoint(path) as checkpoint:
+        try:
+            return read_chat_template(checkpoint.beside())
+        except ValueError as error:
+            raise FolderError(f"{checkpoint.where}: {error}") from error
 
 
 def describe(theirs: DecoderConfig, ours: DecoderConfig) -> str:

@@ -1,0 +1,256 @@
+"""Conversations, through a model's own chat template.
+
+A template is a program in Jinja that a model's folder brings. It makes one text of messages, with
+the marks that the model knows. It may come from anywhere: it runs in Jinja's sandbox, as in
+``transformers``, and sees nothing but the messages and the names of special tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import functools
+import itertools
+import json
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.sandbox
+
+from bdia_jax.data.examples import Example
+from bdia_jax.data.tokenizers import Tokenizer
+
+Message = Mapping[str, Any]
+"""With ``role`` and ``content``, both texts; a template may know more fields."""
+Span = tuple[int, int]
+"""First character, and the one behind the last."""
+
+GENERATED = "assistant"
+"""The role whose messages a model writes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ChatTemplate:
+    """How messages become one text.
+
+    Raises:
+      ValueError: for a source that is no template.
+    """
+
+    source: str
+    """In Jinja."""
+    tokens: tuple[tuple[str, str], ...] = ()
+    """Special tokens by the names that a template calls them, such as ``("bos_token", "<s>")``."""
+
+    def __post_init__(self):
+        _ = self._compiled
+
+    def text(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
+        """The text of messages, without marks for training.
+
+        Args:
+          messages: of a conversation, from its first one.
+          prompt: whether the model is to answer: the beginning of its message is added.
+
+        Raises:
+          ValueError: for messages that the template refuses.
+        """
+        return self._rendered(messages, prompt)[0]
+
+    def generated(self, messages: Sequence[Message]) -> list[tuple[str, list[Span]]]:
+        """Texts of a conversation, and what of them the model writes.
+
+        Either one text, in which every answer stands as the model will write it; or, where the
+        template writes an answer otherwise once there is another (without its thoughts, say), a
+        text per answer, which ends with it.
+
+        Raises:
+          ValueError: for messages that the template refuses, or a template whose prompt is not how
+            its answers begin.
+        """
+        whole, marked = self._rendered(messages, False)
+        if marked:
+            return [(whole, marked)]
+        turns, spans, consistent = [], [], True
+        for i, message in enumerate(messages):
+            if message["role"] != GENERATED:
+                continue
+            before = self.text(messages[:i], prompt=True)
+            until = self.text(messages[: i + 1])
+            if not until.startswith(before):
+                raise ValueError(
+                    "the chat template does not begin an answer as it asks for one, so it is not "
+                    "known which part of a text the model writes: use a template with "
+                    "{% generation %}"
+                )
+            span = len(before), len(until)
+            turns.append((until, [span]))
+            spans.append(span)
+            consistent &= whole.startswith(until)
+        return [(whole, spans)] if consistent and spans else turns
+
+    @functools.cached_property
+    def _compiled(self) -> jinja2.Template:
+        try:
+            return _environment().from_string(self.source)
+        except jinja2.TemplateError as error:
+            raise ValueError(f"the chat template is no template in Jinja: {error}") from error
+
+    def _rendered(self, messages: Sequence[Message], prompt: bool) -> tuple[str, list[Span]]:
+        mark = secrets.token_hex(16)
+        try:
+            # Copies: a template may change neither the messages nor what they hold.
+            text = self._compiled.render(
+                **dict(self.tokens),
+                messages=json.loads(json.dumps(messages)),
+                add_generation_prompt=prompt,
+                tools=None,
+                documents=None,
+                _mark=mark,
+            )
+        except (jinja2.TemplateError, TypeError, ArithmeticError, LookupError) as error:
+            raise ValueError(f"the chat template refuses the messages: {error}") from error
+        pieces = text.split(mark)
+        ends = list(itertools.accumulate(map(len, pieces)))
+        # Marks stand in pairs, around what is generated.
+        return "".join(pieces), list(zip(ends[:-1:2], ends[1::2]))
+
+
+def read_chat_template(files: Mapping[str, bytes]) -> ChatTemplate | None:
+    """The template among the files of a model's folder; None if there is none.
+
+    Args:
+      files: contents by name; ``chat_template.jinja``, or else ``chat_template`` in
+        ``tokenizer_config.json``: a text, or several by name, of which ``default`` is taken.
+
+    Raises:
+      ValueError: for files that are damaged.
+    """
+    try:
+        config = json.loads(files.get("tokenizer_config.json", b"{}").decode("utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"tokenizer_config.json cannot be read: {error}") from error
+    source = config.get("chat_template") if isinstance(config, dict) else None
+    if isinstance(source, list):
+        named = {each.get("name"): each.get("template") for each in source}
+        source = named.get("default")
+    if (file := files.get("chat_template.jinja")) is not None:
+        source = file.decode()
+    if not source:
+        return None
+    if not isinstance(source, str):
+        raise ValueError(f"chat_template must be a text; got {repr(source)[:80]}")
+    tokens = []
+    for name, token in config.items():
+        text = token.get("content") if isinstance(token, dict) else token
+        if name.endswith("_token") and isinstance(text, str):
+            tokens.append((name, text))
+    return ChatTemplate(source, tuple(tokens))
+
+
+def conversation(
+    tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Message]
+) -> list[Example]:
+    """A conversation as it is learned: the assistant's messages, up to the token that ends them.
+
+    What is before an answer are the tokens that a model is given to answer.
+
+    Args:
+      tokenizer: of the model.
+      template: of the model.
+      messages: of the whole conversation.
+
+    Returns:
+      One example; or one per answer, as :meth:`ChatTemplate.generated` says.
+
+    Raises:
+      ValueError: for messages that are none, that have no answer, or that the template refuses.
+    """
+    _check(messages)
+    return [_example(tokenizer, *each) for each in template.generated(messages)]
+
+
+def _example(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) -> Example:
+    cuts = [0, *itertools.chain.from_iterable(spans), len(text)]
+    tokens: list[int] = []
+    learned: list[bool] = []
+    for number, (start, stop) in enumerate(itertools.pairwise(cuts)):
+        encode = tokenizer.continuation if number else tokenizer.encode
+        piece = encode(text[start:stop])
+        # Every second piece is an answer. What is behind the token that ends it, such as a line
+        # end, a model never writes.
+        ends = [i for i, token in enumerate(piece) if token in tokenizer.special]
+        until = (ends[-1] + 1 if ends else len(piece)) if number % 2 else 0
+        tokens += piece
+        learned += [i < until for i in range(len(piece))]
+    return Example(tokens, learned)
+
+
+def _check(messages: Any) -> None:
+    shape = '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise ValueError(f"messages must be a list such as {shape}; got {repr(messages)[:80]}")
+    for number, message in enumerate(messages, 1):
+        fields = message if isinstance(message, Mapping) else {}
+        for field in ("role", "content"):
+            if not isinstance(text := fields.get(field), str):
+                raise ValueError(
+                    f"message {number} must have {field}, a text, as in {shape}; got "
+                    f"{repr(message)[:80]}"
+                )
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise ValueError(
+                    f"message {number}: {field} has a lone surrogate, half of a character"
+                ) from None
+    if all(message["role"] != GENERATED for message in messages):
+        raise ValueError(
+            f"messages must have an answer, of the role {GENERATED}; got the roles "
+            f"{', '.join(sorted({message['role'] for message in messages}))}"
+        )
+
+
+class _Generation(jinja2.ext.Extension):
+    """``{% generation %}`` and ``{% endgeneration %}`` stand around what a model writes."""
+
+    tags = {"generation"}  # noqa: RUF012  (as Jinja wants it)
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        mark = jinja2.nodes.Name("_mark", "load")
+        call = self.call_method("_marked", [mark])
+        return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
+
+    def _marked(self, mark, caller):
+        return f"{mark}{caller()}{mark}"
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    """What templates may use: the same as in ``transformers``."""
+    made = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+
+    def to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(
+            value,
+            ensure_ascii=ensure_ascii,
+            indent=indent,
+            separators=separators,
+            sort_keys=sort_keys,
+        )
+
+    def refuse(message):
+        raise jinja2.TemplateError(message)
+
+    made.filters["tojson"] = to_json
+    made.globals["raise_exception"] = refuse
+    made.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    return made
