@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import io
+import itertools
 import json
 import logging
 import pathlib
@@ -64,6 +65,12 @@ class OddFiles:
     """Folder of the table; by default runs/results."""
 
 
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}<think></think>{% endif %}"
+    "{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
 class Case(NamedTuple):
     """Something that a user brings."""
 
@@ -86,6 +93,24 @@ def records_of(name: str, raw: bytes) -> Callable[[pathlib.Path], str]:
     def use(folder: pathlib.Path) -> str:
         (folder / name).write_bytes(raw)
         found = data.read_examples(folder / name, data.byte_tokenizer(), 64)
+        return f"{len(found)} texts, {sum(sum(e.learned) for e in found)} tokens to learn"
+
+    return use
+
+
+def chats_of(template: str | None, *contents: Any) -> Callable[[pathlib.Path], str]:
+    """A file with a conversation of user and assistant, each message's content given."""
+    roles = itertools.cycle(("user", "assistant"))
+    messages = [{"role": role, "content": content} for role, content in zip(roles, contents)]
+
+    def use(folder: pathlib.Path) -> str:
+        (folder / "a.jsonl").write_text(json.dumps({"messages": messages}))
+        found = data.read_examples(
+            folder / "a.jsonl",
+            data.byte_tokenizer(),
+            64,
+            template=None if template is None else data.ChatTemplate(template),
+        )
         return f"{len(found)} texts, {sum(sum(e.learned) for e in found)} tokens to learn"
 
     return use
@@ -189,6 +214,16 @@ DATA = (
     Case("records", "nothing but line ends", False, records_of("a.jsonl", b"\n\r\n\n")),
     Case("records", "compressed", False, records_of("a.jsonl.gz", gzip.compress(LINES))),
     Case("records", "a pointer of Git LFS", False, records_of("a.jsonl", POINTER)),
+    Case("chats", "an answer, in a template with thoughts", True, chats_of(CHAT, "a?", "b")),
+    Case("chats", "for a model without a template", False, chats_of(None, "a?", "b")),
+    Case("chats", "no answer", False, chats_of(CHAT, "a?")),
+    Case("chats", "a picture among the messages", False, chats_of(CHAT, [{"type": "image"}], "b")),
+    Case(
+        "chats",
+        "a template that looks for Python's classes",
+        False,
+        chats_of("{{ ''.__class__.__base__.__subclasses__() }}", "a?", "b"),
+    ),
     Case("text", "a byte-order mark", True, text_of("a.txt", "\ufeffToday.\n".encode())),
     Case("text", "UTF-16", False, text_of("a.txt", "Today.".encode("utf-16"))),
     Case("text", "Windows' Latin letters", False, text_of("a.txt", "Garçon".encode("cp1252"))),
