@@ -162,4 +162,30 @@ def test_micro_batches_without_weight(parts):
     expected = (0.25 * x[2] + 0.5 * x[3]) / 0.75
     np.testing.assert_allclose(gradient_of(x, weights, parts), expected, rtol=1e-6)
     # Nothing to learn at all: nothing is learned, and nothing is wrong.
-    assert np.array_equal(gradient_of(x, np.zeros(4, np.float32), parts), np.zeros(3))
+    settings = dataclasses.replace(SETTINGS, batch_size=4, accumulate=parts)
+    nothing = Linear(x, np.zeros(4, np.float32))
+    found, report = after_a_step(Dot(jnp.float32), nothing, settings)
+    assert np.array_equal(found[("w",)].get_value(), np.zeros(3))
+    assert report.grad_norm == report.sums.weight == 0
+
+
+class Drawing(Linear):
+    """Reports what it draws by its key."""
+
+    def loss(self, model, batch, key):
+        sums = super().loss(model, batch, key)
+        draw = jax.random.uniform(key)
+        return sums._replace(metrics={"mean": sums.weight * draw, "square": sums.weight * draw**2})
+
+
+def test_every_micro_batch_of_every_step_has_a_key_of_its_own():
+    settings = dataclasses.replace(SETTINGS, steps=3, batch_size=4, accumulate=4)
+    task = Drawing(np.ones((4, 3), np.float32), np.ones(4, np.float32))
+    programs = Programs(Dot(jnp.float32), task, settings, optax.sgd(1.0))
+    state, means = programs.first_state(Dot(jnp.float32)), []
+    for _ in range(3):
+        state, report = programs.step(state)
+        found = jax.device_get(report.sums.means())
+        assert found["square"] - found["mean"] ** 2 > 1e-3, "all micro-batches drew the same"
+        means.append(float(found["mean"]))
+    assert len(set(means)) == 3, "all steps drew the same"

@@ -48,6 +48,14 @@ def theirs(family):
         ),
         "qwen2": lambda: transformers.Qwen2Config(tie_word_embeddings=True, **LLAMA, **COMMON),
         "qwen3": lambda: transformers.Qwen3Config(head_dim=16, **LLAMA, **COMMON),
+        "mistral": lambda: transformers.MistralConfig(
+            head_dim=16, sliding_window=None, **LLAMA, **COMMON
+        ),
+        "seed_oss": lambda: transformers.SeedOssConfig(
+            head_dim=16, attention_bias=True, attention_out_bias=False, **LLAMA, **COMMON
+        ),
+        # Of which grouped queries make parts of unequal size.
+        "phi3": lambda: transformers.Phi3Config(tie_word_embeddings=False, **LLAMA, **COMMON),
     }[family]()
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -79,7 +87,8 @@ def test_parity(family, tmp_path):
     np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=1e-4)
     assert generate(ours, tokens.tolist(), 30) == generated[:, 20:].tolist()
 
-    interop.save(ours, tmp_path / "ours")
+    # By themselves, Phi-3's networks are taken for Llama's, which they are.
+    interop.save(ours, tmp_path / "ours", like=tmp_path / "theirs" if family == "phi3" else None)
     transformers = pytest.importorskip("transformers")
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     state = back.state_dict()
@@ -88,7 +97,38 @@ def test_parity(family, tmp_path):
         assert torch.equal(state[name], tensor), name
 
 
-@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "phi3"])
+def test_windows(family, tmp_path):
+    """Sequences may be as long as the window of attention, within which it changes nothing."""
+    torch = pytest.importorskip("torch", reason="parity with transformers needs torch")
+    transformers = pytest.importorskip("transformers", reason="parity needs transformers")
+    name = {"mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "phi3": "Phi3"}[family]
+    used = {"use_sliding_window": True, "max_window_layers": 1} if "qwen" in family else {}
+    config = getattr(transformers, f"{name}Config")(sliding_window=12, **used, **LLAMA, **COMMON)
+    config._attn_implementation = "eager"
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    model.save_pretrained(tmp_path / "theirs")
+    ours = interop.load(tmp_path / "theirs", method="standard")
+    ours.eval()
+    assert ours.config.max_length == 12
+    tokens = np.random.default_rng(0).integers(0, 61, (2, 20))
+    with torch.no_grad():
+        expected = model(torch.tensor(tokens)).logits.numpy()
+    logits = np.asarray(ours(jnp.asarray(tokens[:, :12])))
+    np.testing.assert_allclose(logits, expected[:, :12], atol=1e-4, rtol=1e-4)
+    # Otherwise it does.
+    longer = interop.load(tmp_path / "theirs", method="standard", max_length=64)
+    longer.eval()
+    others = np.asarray(longer(jnp.asarray(tokens)))
+    assert np.abs(others[:, 13:] - expected[:, 13:]).max() > 1e-2
+    interop.save(ours, tmp_path / "ours", like=tmp_path / "theirs")
+    back = transformers.AutoConfig.from_pretrained(tmp_path / "ours")
+    assert (back.model_type, back.sliding_window) == (family, 12)
+    assert interop.load(tmp_path / "ours").config.max_length == 12
+
+
+@pytest.mark.parametrize("family", ["gpt2", "qwen3", "phi3"])
 def test_bfloat16_there_and_back(family, tmp_path):
     torch, model = theirs(family)
     model.to(torch.bfloat16).save_pretrained(tmp_path / "theirs", max_shard_size="20KB")

@@ -26,10 +26,8 @@ def parameter(
         tensor = tensors.get(theirs)
         if source.transposed:
             tensor = tensor.T
-        if source.part is not None:
-            which, count = source.part
-            size = tensor.shape[-1] // count
-            tensor = tensor[..., which * size : (which + 1) * size]
+        if source.span is not None:
+            tensor = tensor[..., slice(*source.span)]
         if tensor.shape != shape:
             raise FolderError(
                 f"{tensors.where}: the tensor {theirs}, for {name}, should give an array of shape "
@@ -53,12 +51,12 @@ def tensors(
     for ours, source in layout.items():
         by_name.setdefault(source.name, []).append((source, parameters[ours]))
     for name, parts in by_name.items():
-        parts.sort(key=lambda part: part[0].part or (0, 1))
+        parts.sort(key=lambda part: part[0].span or (0, 0))
 
         def whole(pick: Callable[[jax.Array], jax.Array], parts=parts) -> np.ndarray:
             arrays = [np.asarray(pick(array).astype(dtype)) for _, array in parts]
-            arrays = [a.T if source.transposed else a for a, (source, _) in zip(arrays, parts)]
-            return np.ascontiguousarray(np.concatenate(arrays, axis=-1))
+            together = np.concatenate(arrays, axis=-1)
+            return np.ascontiguousarray(together.T if parts[0][0].transposed else together)
 
         if "{}" not in name:
             yield name, whole(lambda array: array)

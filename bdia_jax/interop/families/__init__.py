@@ -7,10 +7,12 @@ from typing import Any
 from bdia_jax.interop.checkpoint import FolderError
 from bdia_jax.interop.families.family import Config, Family, Names, Source, agree
 from bdia_jax.interop.families.gpt2 import GPT2
-from bdia_jax.interop.families.llama import Llama, Qwen2, Qwen3
+from bdia_jax.interop.families.llama import Llama, Mistral, Phi3, Qwen2, Qwen3, SeedOss
 from bdia_jax.nn import DecoderConfig
 
-FAMILIES: dict[str, Family] = {f.name: f for f in (GPT2(), Llama(), Qwen2(), Qwen3())}
+FAMILIES: dict[str, Family] = {
+    f.name: f for f in (GPT2(), Llama(), Qwen2(), Qwen3(), Mistral(), SeedOss(), Phi3())
+}
 
 __all__ = [
     "FAMILIES",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import itertools
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -24,8 +25,8 @@ class Source(NamedTuple):
     """Of the tensor; with ``{}`` for the number of the block."""
     transposed: bool = False
     """Whether it is stored as ``[outputs, inputs]``; ours are ``[inputs, outputs]``."""
-    part: tuple[int, int] | None = None
-    """Which share of the last axis, of how many equal ones; None for all of it."""
+    span: tuple[int, int] | None = None
+    """First entry of our last axis, and the one behind the last; None for all of it."""
 
 
 @runtime_checkable
@@ -95,6 +96,12 @@ class Family(abc.ABC):
           c: contents of a config.json.
         """
         return tensor
+
+
+def spans(*sizes: int) -> list[tuple[int, int]]:
+    """Where parts of some sizes lie, one behind the other."""
+    ends = list(itertools.accumulate(sizes))
+    return list(zip([0, *ends], ends))
 
 
 def expect(c: Config, name: str, allowed: tuple, default: Any) -> None:

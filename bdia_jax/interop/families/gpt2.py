@@ -16,6 +16,7 @@ from bdia_jax.interop.families.family import (
     Source,
     agree,
     expect,
+    spans,
 )
 from bdia_jax.nn import DecoderConfig
 
@@ -99,9 +100,9 @@ class GPT2(Family):
         for kind, theirs in (("kernel", "weight"), ("bias", "bias")):
             for ours, linear in _LINEAR.items():
                 layout[f"{BLOCKS}{ours}.{kind}"] = Source(f"{block}{linear}.{theirs}")
-            for i, ours in enumerate("qkv"):
+            for ours, span in zip("qkv", spans(*[config.width] * 3)):
                 layout[f"{BLOCKS}attention.{ours}.{kind}"] = Source(
-                    f"{block}attn.c_attn.{theirs}", part=(i, 3)
+                    f"{block}attn.c_attn.{theirs}", span=span
                 )
         return layout
 

@@ -1,4 +1,4 @@
-"""Llama, and two that differ from it by biases and norms: Qwen 2 and Qwen 3."""
+"""Llama, and those that differ from it by biases, norms, names, or a window of attention."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from bdia_jax.interop.checkpoint import Checkpoint, FolderError
-from bdia_jax.interop.families.family import BLOCKS, Config, Family, Names, Source, expect
+from bdia_jax.interop.families.family import BLOCKS, Config, Family, Names, Source, expect, spans
 from bdia_jax.interop.families.rotary import read_gguf_rope, read_rope, write_rope
 from bdia_jax.nn import DecoderConfig, llama
 
@@ -21,6 +21,7 @@ _LINEAR = {
     "ffn.up": ("mlp.up_proj", "ffn_bias"),
     "ffn.down": ("mlp.down_proj", "ffn_bias"),
 }
+_QKV = ("attention.q", "attention.k", "attention.v")
 _NORMS = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
@@ -49,6 +50,10 @@ class Llama(Family):
         """Features of a head."""
         return c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
 
+    def window(self, c: Config) -> int | None:
+        """Before how many tokens back attention ends; None if nowhere."""
+        return None
+
     def has(self, config: DecoderConfig) -> bool:
         kind = (config.norm, config.positions, config.feed_forward)
         read_back = self.details(self.write_details(config))
@@ -58,16 +63,19 @@ class Llama(Family):
 
     def read(self, c: Config) -> DecoderConfig:
         expect(c, "hidden_act", ("silu", "swish"), "silu")
-        expect(c, "use_sliding_window", (False, None), False)
         expect(c, "pretraining_tp", (1, None), 1)
-        if other := set(c.get("layer_types") or ()) - {"full_attention"}:
+        window, length = self.window(c), c["max_position_embeddings"]
+        kinds = {"full_attention"} if window is None else {"full_attention", "sliding_attention"}
+        if other := set(c.get("layer_types") or ()) - kinds:
             raise FolderError(
-                f"config.json: layer_types must be full_attention; got {', '.join(sorted(other))}"
+                f"config.json: layer_types must be {' or '.join(sorted(kinds))}; got "
+                f"{', '.join(sorted(other))}"
             )
         theta, scaling = read_rope(c)
         return llama(
             vocab_size=c["vocab_size"],
-            max_length=c["max_position_embeddings"],
+            # In a sequence that is no longer than the window, all tokens before one are in it.
+            max_length=length if window is None else min(length, window),
             width=c["hidden_size"],
             depth=c["num_hidden_layers"],
             heads=c["num_attention_heads"],
@@ -156,6 +164,26 @@ class Llama(Family):
         return pairs.swapaxes(1, 2).reshape(tensor.shape)
 
 
+class Mistral(Llama):
+    """Jiang et al., "Mistral 7B", 2023: some attend within a window.
+
+    Sequences may be as long as the window, so that this makes no difference.
+    """
+
+    name = "mistral"
+    architecture = "MistralForCausalLM"
+
+    def details(self, c: Config) -> dict[str, bool]:
+        return {"qkv_bias": False, "out_bias": False, "ffn_bias": False, "qk_norm": False}
+
+    def write_details(self, config: DecoderConfig) -> dict[str, Any]:
+        return {"sliding_window": None}
+
+    def window(self, c: Config) -> int | None:
+        # What transformers takes where the setting is missing.
+        return c.get("sliding_window", 4096)
+
+
 class Qwen2(Llama):
     """Yang et al., "Qwen2 Technical Report", 2024: queries, keys and values have biases."""
 
@@ -168,6 +196,9 @@ class Qwen2(Llama):
 
     def write_details(self, config: DecoderConfig) -> dict[str, bool]:
         return {}
+
+    def window(self, c: Config) -> int | None:
+        return c.get("sliding_window", 4096) if c.get("use_sliding_window") else None
 
 
 class Qwen3(Llama):
@@ -186,3 +217,80 @@ class Qwen3(Llama):
 
     def head_dim(self, c: Config) -> int:
         return c.get("head_dim") or 128
+
+    def window(self, c: Config) -> int | None:
+        return c.get("sliding_window", 4096) if c.get("use_sliding_window") else None
+
+
+class SeedOss(Llama):
+    """ByteDance's Seed-OSS, 2025: queries, keys and values have biases, the way back has none."""
+
+    name = "seed_oss"
+    architecture = "SeedOssForCausalLM"
+
+    def details(self, c: Config) -> dict[str, bool]:
+        return {
+            "qkv_bias": c.get("attention_bias", True),
+            "out_bias": c.get("attention_out_bias", False),
+            "ffn_bias": c.get("mlp_bias", False),
+            "qk_norm": False,
+        }
+
+    def write_details(self, config: DecoderConfig) -> dict[str, bool]:
+        return {
+            "attention_bias": config.qkv_bias,
+            "attention_out_bias": config.out_bias,
+            "mlp_bias": config.ffn_bias,
+        }
+
+    def head_dim(self, c: Config) -> int:
+        return c.get("head_dim") or 128
+
+    def read_gguf(self, metadata: Mapping[str, Any], tensors: Checkpoint) -> dict[str, Any]:
+        raise FolderError("GGUF files of Seed-OSS are not read; give a folder of transformers")
+
+
+class Phi3(Llama):
+    """Abdin et al., "Phi-3 Technical Report", 2024: matrices that are used together are one."""
+
+    name = "phi3"
+    architecture = "Phi3ForCausalLM"
+
+    def details(self, c: Config) -> dict[str, bool]:
+        return {"qkv_bias": False, "out_bias": False, "ffn_bias": False, "qk_norm": False}
+
+    def write_details(self, config: DecoderConfig) -> dict[str, Any]:
+        return {"sliding_window": None}
+
+    def window(self, c: Config) -> int | None:
+        return c.get("sliding_window")
+
+    def head_dim(self, c: Config) -> int:
+        return c["hidden_size"] // c["num_attention_heads"]
+
+    def has(self, config: DecoderConfig) -> bool:
+        return super().has(config) and config.heads * config.size_of_head == config.width
+
+    def write(self, config: DecoderConfig) -> dict[str, Any]:
+        written = super().write(config)
+        del written["head_dim"]
+        return written
+
+    def layout(self, config: DecoderConfig, names: Names | None) -> dict[str, Source]:
+        layout, block = super().layout(config, names), "model.layers.{}."
+        queries, keys = (
+            heads * config.size_of_head for heads in (config.heads, config.num_kv_heads)
+        )
+        hidden = config.hidden or 4 * config.width
+        for theirs, sizes in (
+            ("self_attn.qkv_proj", dict(zip(_QKV, (queries, keys, keys)))),
+            ("mlp.gate_up_proj", {"ffn.gate": hidden, "ffn.up": hidden}),
+        ):
+            for name, span in zip(sizes, spans(*sizes.values())):
+                layout[f"{BLOCKS}{name}.kernel"] = Source(
+                    f"{block}{theirs}.weight", transposed=True, span=span
+                )
+        return layout
+
+    def read_gguf(self, metadata: Mapping[str, Any], tensors: Checkpoint) -> dict[str, Any]:
+        raise FolderError("GGUF files of Phi-3 are not read; give a folder of transformers")
