@@ -1,4 +1,4 @@
-"""Fine-tunes a pretrained decoder (GPT-2, Llama, Qwen 2 or 3) reversibly, on a text of yours.
+"""Fine-tunes a pretrained decoder (GPT-2, Llama, Qwen …) reversibly, on a text of yours.
 
     python experiments/finetune.py --model gpt2-medium --data mine.jsonl --out runs/mine
     python experiments/finetune.py --model ./Llama-3.2-1B --data mine.txt --out mine --lora.rank 8

@@ -66,13 +66,8 @@ FAULTS = [
         "new",
         (*TRAIN, *WEIGHTS),
     ),
-    Fault(
-        "an inexact inverse is no error",
-        "train/step",
-        "fine &= ~jnp.any(stack.mismatched != 0)",
-        "fine &= True",
-        (*TRAIN, *WEIGHTS),
-    ),
+    # Not here: a step that takes an inexact inverse for a right one. By then, the guard has made
+    # its gradient NaN, so that nothing changes.
     Fault(
         "warmup does not bend",
         "train/settings",
@@ -409,11 +404,25 @@ FAULTS = [
         GGUF,
     ),
     Fault(
-        "Qwen 3 by width",
+        "windows are ignored",
         "interop/families/llama",
-        'c.get("head_dim") or 128',
-        'c.get("head_dim") or 64',
-        ("test_hugging_face", "test_model_folders"),
+        "length if window is None else min(length, window)",
+        "length",
+        ("test_hugging_face",),
+    ),
+    Fault(
+        "the gate is the second half",
+        "interop/families/llama",
+        '{"ffn.gate": hidden, "ffn.up": hidden}',
+        '{"ffn.up": hidden, "ffn.gate": hidden}',
+        ("test_hugging_face",),
+    ),
+    Fault(
+        "heads as wide as the network",
+        "interop/families/llama",
+        "or self.usual_head_dim or",
+        "or",
+        ("test_hugging_face",),
     ),
     # Plans.
     Fault(

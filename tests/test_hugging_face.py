@@ -97,6 +97,15 @@ def test_parity(family, tmp_path):
         assert torch.equal(state[name], tensor), name
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "seed_oss", "phi3"])
+def test_size_of_heads_that_is_not_given(family):
+    transformers = pytest.importorskip("transformers", reason="parity needs transformers")
+    given = LLAMA | COMMON | {"model_type": family}
+    config = transformers.AutoConfig.for_model(**given)
+    expected = getattr(config, "head_dim", None) or 32 // 4
+    assert FAMILIES[family].read(given).size_of_head == expected
+
+
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "phi3"])
 def test_windows(family, tmp_path):
     """Sequences may be as long as the window of attention, within which it changes nothing."""

@@ -35,6 +35,8 @@ class Llama(Family):
     architecture = "LlamaForCausalLM"
     turns_neighbors: ClassVar[bool] = True
     """Whether llama.cpp rotates features 2i and 2i + 1, and reorders queries and keys for that."""
+    usual_head_dim: ClassVar[int | None] = None
+    """Where a configuration does not say; None for a share of the width."""
 
     def details(self, c: Config) -> dict[str, bool]:
         """Which linear layers have biases, and whether queries and keys are normalized."""
@@ -48,7 +50,8 @@ class Llama(Family):
 
     def head_dim(self, c: Config) -> int:
         """Features of a head."""
-        return c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+        width = c["hidden_size"] // c["num_attention_heads"]
+        return c.get("head_dim") or self.usual_head_dim or width
 
     def window(self, c: Config) -> int | None:
         """Before how many tokens back attention ends; None if nowhere."""
@@ -206,6 +209,7 @@ class Qwen3(Llama):
 
     name = "qwen3"
     architecture = "Qwen3ForCausalLM"
+    usual_head_dim = 128
     turns_neighbors = False
 
     def details(self, c: Config) -> dict[str, bool]:
@@ -214,9 +218,6 @@ class Qwen3(Llama):
 
     def write_details(self, config: DecoderConfig) -> dict[str, bool]:
         return {"attention_bias": config.qkv_bias}
-
-    def head_dim(self, c: Config) -> int:
-        return c.get("head_dim") or 128
 
     def window(self, c: Config) -> int | None:
         return c.get("sliding_window", 4096) if c.get("use_sliding_window") else None
@@ -227,6 +228,7 @@ class SeedOss(Llama):
 
     name = "seed_oss"
     architecture = "SeedOssForCausalLM"
+    usual_head_dim = 128
 
     def details(self, c: Config) -> dict[str, bool]:
         return {
@@ -242,9 +244,6 @@ class SeedOss(Llama):
             "attention_out_bias": config.out_bias,
             "mlp_bias": config.ffn_bias,
         }
-
-    def head_dim(self, c: Config) -> int:
-        return c.get("head_dim") or 128
 
     def read_gguf(self, metadata: Mapping[str, Any], tensors: Checkpoint) -> dict[str, Any]:
         raise FolderError("GGUF files of Seed-OSS are not read; give a folder of transformers")
