@@ -178,6 +178,17 @@ def test_training_is_the_same_to_the_bit(optimizer, config):
     assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))
 
 
+@pytest.mark.parametrize("method", ["bdia", "standard-checkpoint"])
+def test_a_gradient_that_is_not_finite_changes_nothing(method):
+    model = _toy.Toy(method=method, dropout=0.0)
+    settings = dataclasses.replace(FEW, update_in_backward=True)
+    step, state = training_step(model, _toy.Regression(poison=0), settings)
+    before = jax.device_get(state)
+    state, report = step(state)
+    assert not np.isfinite(report.grad_norm)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before)
+
+
 @pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
 def test_every_optimizer(optimizer):
     expected, found = (

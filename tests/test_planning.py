@@ -8,6 +8,8 @@ import subprocess
 import sys
 import unittest.mock
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -164,7 +166,7 @@ def test_the_command_plans(tmp_path, capsys, monkeypatch):
     assert need.side == 3 * (2 * 8 * 16 * 4 // 8 + 2 * 4)
     assert 0 < need.parameters < need.frozen
     out = capsys.readouterr().out
-    assert "BDIA, LoRA 2: no sequences of 8 tokens fit in 0.001MB" in out
+    assert "BDIA, LoRA 2: no sequences of 8 tokens fit in 0.001MB; one sequence of 0 tokens" in out
     assert "| BDIA, LoRA 2 |" in out
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
@@ -175,6 +177,29 @@ def test_bisection():
         assert memory.largest(fits) == most
         assert fits.call_count <= 2 * most.bit_length() + 2
     assert memory.largest(lambda n: True, limit=100) == 100
+
+
+@hypothesis.given(st.integers(1, 500), st.floats(0, 50), st.integers(0, 99), st.floats(0, 3000))
+def test_largest_by_line(most, slope, seed, limit):
+    """Of sizes that grow, by whatever steps; of a line, by few trials."""
+    steps = np.random.default_rng(seed).exponential(size=500) ** 3
+    sizes = [slope * i + s for i, s in enumerate(np.cumsum(steps))]
+    expected = sum(size <= limit for size in sizes[:most])
+    assert memory.largest_by_line(lambda n: sizes[n - 1], limit, most) == expected
+    line = unittest.mock.Mock(side_effect=lambda n: 7 + 2.5 * n)
+    found = memory.largest_by_line(line, 7 + 2.5 * (expected + 0.5), most)
+    assert found == expected
+    assert line.call_count <= 5
+
+
+def test_the_longest_sequence_that_fits():
+    config = dataclasses.replace(TINY, max_length=40)
+
+    def size(length):
+        return plan.plan(config, 1, length, ways=["BDIA"], optimizer="sgd")[0].run
+
+    limit = (size(24) + size(25)) // 2
+    assert plan.longest(config, limit, "BDIA", optimizer="sgd") == 24
 
 
 def test_plans_that_cannot_be(tmp_path):

@@ -70,3 +70,32 @@ def largest(fits: Callable[[int], bool], limit: int = 2**20) -> int:
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
+
+
+def largest_by_line(size: Callable[[int], float], limit: float, most: int) -> int:
+    """The largest count in [1, most] whose size is at most ``limit``; 0 if there is none.
+
+    Sizes are almost linear in the count, so that few of them are asked for: each guess is where the
+    line through two known ones meets the limit. Whatever they are, the answer is a count that fits,
+    of which the next one does not.
+
+    Args:
+      size: of a count; it may be expensive.
+      limit: for sizes.
+      most: the largest count that is of interest.
+    """
+    known = {1: size(1)}
+    if known[1] > limit:
+        return 0
+    fits, fails, guess = 1, most + 1, min(8, most)
+    while fails - fits > 1:
+        guess = min(max(guess, fits + 1), fails - 1)
+        known[guess] = size(guess)
+        if known[guess] <= limit:
+            fits = guess
+        else:
+            fails = guess
+        other = fails if fails in known else max(n for n in known if n < fits)
+        slope = (known[other] - known[fits]) / (other - fits)
+        guess = fits + int((limit - known[fits]) / slope) if slope > 0 else fails - 1
+    return fits

@@ -17,6 +17,7 @@ compiler does are left out; ``--here`` counts them, for training on that CPU.)
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 import re
 import sys
@@ -73,6 +74,9 @@ LIKE_AN_ACCELERATOR = {
     "xla_disable_hlo_passes": "while-loop-invariant-code-motion",
 }
 """Of a CPU's compiler, without what only a CPU does."""
+
+LENGTHS = 128
+"""Long sequences are tried in steps of so many tokens."""
 
 CUSTOMARY = tuple(
     name for name, way in WAYS.items() if not {"gamma", "tolerance_bits"} & {*way.settings}
@@ -213,11 +217,32 @@ def side_information(stack: ReversibleStack, batch: int, length: int, width: int
 
 def largest_batch(config: DecoderConfig, length: int, limit: int, way: str, **options) -> int:
     """The most sequences with which a run stays within ``limit`` bytes; 0 if there are none."""
+    # A mesh splits batches.
+    devices = _devices(options.get("mesh"))
 
-    def fits(batch: int) -> bool:
-        return plan(config, batch, length, ways=[way], **options)[0].run <= limit
+    def size(count: int) -> int:
+        return plan(config, count * devices, length, ways=[way], **options)[0].run
 
-    return memory.largest(fits)
+    return devices * memory.largest_by_line(size, limit, 2**20)
+
+
+def longest(config: DecoderConfig, limit: int, way: str, **options) -> int:
+    """The most tokens of a sequence, one per batch and device, with which a run stays within bytes.
+
+    A multiple of :data:`LENGTHS`, or of any number up to ``max_length`` where that is small; 0 if
+    not even the shortest fits.
+    """
+    unit = LENGTHS if config.max_length > 8 * LENGTHS else 1
+    batch = _devices(options.get("mesh"))
+
+    def size(count: int) -> int:
+        return plan(config, batch, unit * count, ways=[way], **options)[0].run
+
+    return unit * memory.largest_by_line(size, limit, config.max_length // unit)
+
+
+def _devices(mesh: str | None) -> int:
+    return math.prod(int(n) for n in re.findall(r"=(\d+)", mesh or ""))
 
 
 def parse_size(text: str) -> int:
@@ -299,7 +324,8 @@ class Plan:
     (or h100:8), with jax[cuda]; v5e:2x2, for instance, with libtpu. With a mesh it is of all of
     them, otherwise one is used."""
     fit: str | None = None
-    """A memory, such as 24GiB: the largest batch that fits in it is searched for."""
+    """A memory, such as 24GiB, per device: the largest batch and the longest sequence that fit in
+    it are searched for, each by a few more compilations."""
     figure: pathlib.Path | None = None
     """A PNG with a bar per way."""
 
@@ -327,9 +353,8 @@ def main(p: Plan) -> list[Need]:
     """Prints the plan."""
     limit = None if p.fit is None else parse_size(p.fit)
     if p.mesh and not p.device:
-        devices = np.prod([int(n) for n in re.findall(r"=(\d+)", p.mesh)], dtype=int)
         # Before the first use of a device; where there are accelerators, it changes nothing.
-        jax.config.update("jax_num_cpu_devices", max(1, int(devices)))
+        jax.config.update("jax_num_cpu_devices", _devices(p.mesh))
     config, needs = p.config(), []
     for rank in p.lora:
         options = {
@@ -346,8 +371,12 @@ def main(p: Plan) -> list[Need]:
             needs.append(dataclasses.replace(need, way=name))
             if limit is not None:
                 batch = largest_batch(config, p.length, limit, need.way, **options)
-                line = f"{name}: {batch or 'no'} sequences of {p.length} tokens fit in {p.fit}"
-                print(line, flush=True)
+                tokens = longest(config, limit, need.way, **options)
+                print(
+                    f"{name}: {batch or 'no'} sequences of {p.length} tokens fit in {p.fit}; one "
+                    f"sequence of {tokens:,} tokens" + " per device" * bool(p.mesh),
+                    flush=True,
+                )
     title = f"{p.model}, {p.batch} × {p.length} tokens, {p.dtype}"
     kind = (targets.devices(p.device) if p.device else jax.devices())[0].device_kind
     print(f"\n{title}; compiled for {kind}\n\n{table(needs)}")
