@@ -677,6 +677,12 @@ def test_low_rank_updates(family):
     updated = model(tokens)
     assert jnp.abs(updated - before).max() > 1e-3
 
+    # The equation: alpha / rank is 4.
+    q = model.blocks.stacked.attention.q
+    x, a, b = jax.random.normal(jax.random.key(2), (5, 16)), q.a[...], q.b[...]
+    one = nnx.merge(nnx.graphdef(q), jax.tree.map(lambda p: p[0], nnx.state(q)))
+    np.testing.assert_allclose(one(x), one.base(x) + 4 * (x @ a[0] @ b[0]), rtol=1e-5, atol=1e-5)
+
     merge_lora(model)
     np.testing.assert_allclose(model(tokens), updated, rtol=1e-4, atol=1e-5)
     merged = nnx.state(model, nnx.Param)
