@@ -72,6 +72,8 @@ class LowRank:
     """Updates are scaled by alpha / rank; None for alpha = rank."""
     targets: tuple[str, ...] = ("q", "v")
     """Linear layers of a block that get one: q, k, v, out, up, down, gate."""
+    adapter: pathlib.Path | None = None
+    """Go on from the updates in this folder, in peft's format, of its rank, alpha and targets."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +170,8 @@ def main(f: FineTune) -> dict[str, float]:
     plot_curves({f.method: f.out}, f.out / "loss.png", metric="loss")
     best = restore_best(f.out, model)
     after = evaluate(model, task, eval_batch_size=eval_batch_size(task, f.train))
-    if f.lora.rank:
+    if is_low_rank(f):
+        save_adapter(model, f.out / "adapter", path)
         merge_lora(model)
     interop.save(model, f.out / "model", like=path)
     if f.tokenizer is not None:
@@ -185,7 +188,7 @@ def main(f: FineTune) -> dict[str, float]:
 def load(f: FineTune, path: pathlib.Path) -> Decoder:
     """The model, with what is trained of it."""
     frozen = "float32"
-    if f.lora.rank and path.is_dir():
+    if is_low_rank(f) and path.is_dir():
         written = json.loads((path / "config.json").read_text())
         stored = written.get("dtype", written.get("torch_dtype"))
         frozen = "bfloat16" if stored == "bfloat16" else frozen
@@ -203,7 +206,10 @@ def load(f: FineTune, path: pathlib.Path) -> Decoder:
         param_dtype=f.param_dtype or frozen,
         dropout=f.dropout,
     )
-    if f.lora.rank:
+    if f.lora.adapter is not None:
+        paths = interop.load_adapter(model, f.lora.adapter)
+        print(f"low-rank updates of {', '.join(paths)}, from {f.lora.adapter}")
+    elif f.lora.rank:
         paths = add_lora(
             model, f.lora.rank, f.lora.alpha, f.lora.targets, rngs=nnx.Rngs(f.train.seed)
         )
@@ -211,6 +217,20 @@ def load(f: FineTune, path: pathlib.Path) -> Decoder:
     elif f.freeze_embedding:
         freeze(model, "^(embedding|positions|head)$")
     return model
+
+
+def is_low_rank(f: FineTune) -> bool:
+    """Whether low-rank updates are trained."""
+    return bool(f.lora.rank) or f.lora.adapter is not None
+
+
+def save_adapter(model: Decoder, folder: pathlib.Path, like: pathlib.Path) -> None:
+    """Keeps the updates beside the merged model, where peft has such updates."""
+    try:
+        interop.save_adapter(model, folder, like=like)
+        print(f"the low-rank updates alone are in {folder}")
+    except ValueError as error:
+        print(f"no adapter was written: {error}")
 
 
 def tokenizer_of(path: pathlib.Path) -> Tokenizer:

@@ -34,7 +34,8 @@ def code_of(page):
 
 def test_the_readme_is_a_page():
     text = re.sub(r"<!--.*?-->", "", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert len(text.split()) <= 600
+    # What draws a table is no word.
+    assert len([word for word in text.split() if re.search(r"\w", word)]) <= 600
 
 
 def test_the_readme_s_example_gives_finite_gradients():

@@ -12,8 +12,7 @@ from bdia_jax import interop
 from bdia_jax.interop import saving
 from bdia_jax.interop.families import FAMILIES
 from bdia_jax.interop.families.llama import Llama
-from bdia_jax.nn import Decoder, add_lora, generate, llama, merge_lora
-from bdia_jax.nn.lora import LowRankLinear
+from bdia_jax.nn import Decoder, generate, llama
 
 COMMON = {"vocab_size": 61, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 LLAMA = {
@@ -266,47 +265,3 @@ def test_another_family(tmp_path, monkeypatch):
     assert isinstance(back, transformers.MistralForCausalLM)
     for name, tensor in model.state_dict().items():
         assert torch.equal(back.state_dict()[name], tensor), name
-
-
-# ---------------------------------------------------------------------------------------------
-# Low-rank updates
-# ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("alpha", [None, 2.0, 7.0])
-def test_low_rank_updates_are_those_of_peft(alpha, tmp_path):
-    """The same matrices and the same alpha give the same logits, merged or not."""
-    torch, model = theirs("llama")
-    peft = pytest.importorskip("peft", reason="parity of low-rank updates needs peft")
-    model.save_pretrained(tmp_path / "theirs")
-    names = {"q": "q_proj", "v": "v_proj", "down": "down_proj"}
-    ours = interop.load(tmp_path / "theirs", method="standard")
-    add_lora(ours, 4, alpha, tuple(names), rngs=nnx.Rngs(0))
-    settings = peft.LoraConfig(
-        r=4, lora_alpha=4 if alpha is None else alpha, target_modules=[*names.values()]
-    )
-    adapted = peft.get_peft_model(model, settings).eval()
-    rng = np.random.default_rng(0)
-    linear = {
-        path[-1]: module
-        for path, module in nnx.iter_modules(ours)
-        if isinstance(module, LowRankLinear)
-    }
-    with torch.no_grad():
-        for name, module in linear.items():
-            for matrix, other in (("a", "lora_A"), ("b", "lora_B")):
-                values = rng.normal(size=getattr(module, matrix).shape).astype(np.float32) / 4
-                getattr(module, matrix)[...] = jnp.asarray(values)
-                for block, value in enumerate(values):
-                    layer = adapted.base_model.model.model.layers[block]
-                    part = layer.mlp if name == "down" else layer.self_attn
-                    weight = getattr(getattr(part, names[name]), other)["default"].weight
-                    weight.copy_(torch.tensor(value.T))
-        tokens = rng.integers(0, 61, (2, 20))
-        expected = adapted.double()(torch.tensor(tokens)).logits.numpy()
-    ours.eval()
-    found = np.asarray(ours(jnp.asarray(tokens)))
-    np.testing.assert_allclose(found, expected, atol=3e-4, rtol=3e-4)
-    merge_lora(ours)
-    merged = np.asarray(ours(jnp.asarray(tokens)))
-    np.testing.assert_allclose(merged, expected, atol=3e-4, rtol=3e-4)

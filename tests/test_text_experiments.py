@@ -19,7 +19,7 @@ import translate
 from measure import curves, e2e_metrics, finetune_e2e, gpt2_small_data, pages, records
 
 from bdia_jax import data, interop
-from bdia_jax.nn import Decoder, DecoderConfig
+from bdia_jax.nn import Decoder, DecoderConfig, llama
 from bdia_jax.train import TrainSettings
 
 E2E = pathlib.Path(__file__).resolve().parents[2] / "shared/data/e2e-dataset.zip"
@@ -115,6 +115,8 @@ def test_finetune(folder, tmp_path, rank, capsys):
     assert found["loss"] < found["loss before"]
     out = capsys.readouterr().out
     assert "36 texts in" in out
+    # GPT-2's queries are a part of a matrix.
+    assert ("no adapter was written" in out) == bool(rank)
     # The prompt of the first text for evaluation, as it was asked.
     assert ("'user: 9 + 1 =\\nassistant:'" if rank else "'9 + 1 ='") in out
     assert is_png(tmp_path / "run/loss.png")
@@ -134,6 +136,32 @@ def test_finetune(folder, tmp_path, rank, capsys):
     assert tokenizer.chat_template == (CHAT if rank else None)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
     assert model.config.n_embd == 16
+
+
+@pytest.mark.slow
+def test_finetune_goes_on_from_an_adapter(tmp_path, capsys):
+    tokenizer, texts = data.byte_tokenizer(), tmp_path / "texts.jsonl"
+    config = llama(vocab_size=tokenizer.size, width=16, depth=2, heads=2, hidden=24, max_length=64)
+    interop.save(Decoder(config, rngs=nnx.Rngs(0)), tmp_path / "base")
+    tokenizer.save(tmp_path / "base")
+    texts.write_text("".join(json.dumps({"text": f"{i} + {i}"}) + "\n" for i in range(40)))
+    given = finetune.FineTune(
+        model=str(tmp_path / "base"),
+        data=texts,
+        out=tmp_path / "first",
+        length=32,
+        gamma=1 / 8,
+        train=FEW,
+        lora=finetune.LowRank(rank=2, alpha=6.0, targets=("q", "down")),
+    )
+    first = finetune.main(given)
+    lora = finetune.LowRank(adapter=tmp_path / "first/adapter")
+    second = finetune.main(dataclasses.replace(given, out=tmp_path / "second", lora=lora))
+    assert second["loss before"] == pytest.approx(first["loss"], rel=1e-5)
+    assert second["loss"] < second["loss before"]
+    written = json.loads((tmp_path / "second/adapter/adapter_config.json").read_text())
+    assert (written["r"], written["lora_alpha"]) == (2, 6.0)
+    assert "low-rank updates of attention.q, ffn.down, from" in capsys.readouterr().out
 
 
 def test_finetune_with_what_does_not_fit(folder, tmp_path):

@@ -6,11 +6,13 @@
   :func:`bdia_jax.interop.gguf.load_tokenizer`. A pretrained model in one, as a package:
   :func:`packaged_model`.
 - The chat template of either: :func:`load_chat_template`.
+- Low-rank updates in the format of ``peft``: :func:`load_adapter`, :func:`save_adapter`.
 
 Another family of networks is a class in ``families``, and a line in its table.
 """
 
 from bdia_jax.interop import gguf
+from bdia_jax.interop.adapters import load_adapter, save_adapter
 from bdia_jax.interop.checkpoint import FolderError
 from bdia_jax.interop.hub import packaged_model, resolve
 from bdia_jax.interop.models import load, load_chat_template, read_config
@@ -20,9 +22,11 @@ __all__ = [
     "FolderError",
     "gguf",
     "load",
+    "load_adapter",
     "load_chat_template",
     "packaged_model",
     "read_config",
     "resolve",
     "save",
+    "save_adapter",
 ]
