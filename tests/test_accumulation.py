@@ -78,6 +78,7 @@ def in_float64(case):
         return *flat, jax.device_get(means)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [text_case, translation_case])
 def test_unequal_micro_batches(case):
     expected, wrong, means = in_float64(case)

@@ -70,6 +70,7 @@ def with_updates(model, alpha=2.0, targets=("q", "v", "down")):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", [{}, {"lora_alpha": 2.5}, {"use_rslora": True}])
 def test_adapters_of_peft(scale, base, tmp_path):
     """The same matrices and the same alpha give the same logits, merged or not."""
@@ -175,6 +176,7 @@ def of_another_width(config, tensors):
         tensors[key] = np.ascontiguousarray(tensors[key][:, :7])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -108,6 +108,7 @@ AROUND = {
 }
 
 
+@pytest.mark.slow
 @once
 @pytest.mark.parametrize("around", AROUND)
 @pytest.mark.parametrize("derivative", SECOND)
@@ -182,6 +183,7 @@ def test_quantizing_twice_in_a_scan():
     assert jax.grad(jax.grad(jax.grad(function)))(1.0) == 24
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "parts"),
     [
@@ -306,6 +308,7 @@ def loss(params, x, shift, step, adjoint, parts=2):
     return jnp.sum(jnp.sin(reversible_scan(block, params, x, **settings)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "parts"), [*((way, 2) for way in WAYS), ("online-bdia", 1)])
 def test_an_update_is_the_ordinary_gradient_and_then_the_function(way, parts):
     step, adjoint = WAYS[way]
@@ -340,6 +343,7 @@ def test_an_update_is_the_ordinary_gradient_and_then_the_function(way, parts):
     assert all(np.any(found[0][name] != params[name]) for name in TRAINED)
 
 
+@pytest.mark.slow
 @once
 def test_every_block_gets_its_own_state_and_gradient(adjoint):
     """The function is called with what belongs together, and its results go where they belong."""
@@ -373,6 +377,7 @@ def temporaries(function, *shapes, donate=()):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 @pytest.mark.parametrize("way", ["online-bdia", "checkpoint-bdia", "checkpoint-euler"])
 def test_no_gradient_of_all_blocks_and_no_copy_of_them(way):
@@ -456,6 +461,7 @@ def test_updates_that_cannot_be(adjoint, change, error, says):
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("features", [1, 64, 100])
 def test_rounded_checkpoints(bits, features):
@@ -523,6 +529,7 @@ def test_the_gradient_is_that_at_the_rounded_inputs(parts):
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 @pytest.mark.parametrize(
     ("step", "adjoint", "bits"),
@@ -574,6 +581,7 @@ def test_report_of_the_backward_pass(adjoint):
         chex.assert_trees_all_equal(report, BackwardReport.zeros(4))
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 def test_a_thousand_blocks():
     """One bit per element and block; no integer is wrong, and the program does not grow."""

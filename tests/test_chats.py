@@ -109,6 +109,7 @@ def theirs(folder):
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("messages", CHATS)
 def test_texts_are_those_of_transformers(folder, theirs, messages):
     template = interop.load_chat_template(folder)

@@ -13,6 +13,8 @@ from bdia_jax.data import PackedPairs, pack_pairs
 from bdia_jax.nn import EncoderDecoder, EncoderDecoderConfig, Probe, beam_search, generate
 from bdia_jax.train import TrainSettings, Translation, step_memory
 
+pytestmark = pytest.mark.slow
+
 SMALL = EncoderDecoderConfig(
     source_vocab=23,
     max_length=32,

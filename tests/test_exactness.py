@@ -13,7 +13,7 @@ from _blocks import BATCH, case, covering, names
 
 from bdia_jax import BDIA, BackwardReport, Online, Update, check_reversible, reversible_scan
 
-pytestmark = pytest.mark.optimized
+pytestmark = [pytest.mark.optimized, pytest.mark.slow]
 
 
 def supported(row):

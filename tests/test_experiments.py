@@ -165,6 +165,7 @@ def test_commands_for_an_accelerator_have_these_options(size):
             tyro.cli(ACCELERATOR[line.split()[0]], args=words)
 
 
+@pytest.mark.slow
 def test_jobs_run_side_by_side_until_the_limit(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(accelerator, "HERE", tmp_path)
     (tmp_path / "tool.py").write_text(
@@ -270,6 +271,7 @@ def test_reliability_counts_cases_and_what_was_skipped_or_failed():
     assert found["recorded"] == {"test_a::many": {"mode": "x"}}
 
 
+@pytest.mark.slow
 def test_reliability_audits(tmp_path, monkeypatch, capsys):
     settings = reliability.Reliability(
         only=("precision",), depth=2, width=32, length=4, batch=2, out=tmp_path

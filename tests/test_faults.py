@@ -45,6 +45,7 @@ def undisturbed(tmp_path_factory):
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_stopped_in_one_process_and_resumed_in_another(undisturbed, tmp_path):
     folder = tmp_path / "run"
     subprocess.run(command(folder, stop_at=20), check=True, timeout=300)
@@ -53,6 +54,7 @@ def test_stopped_in_one_process_and_resumed_in_another(undisturbed, tmp_path):
     assert told(folder) == undisturbed
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(undisturbed, tmp_path, record_property):
     folder = tmp_path / "run"
     kills = kill_repeatedly(command(folder), folder, kills=KILLS)
@@ -62,6 +64,7 @@ def test_killed_at_random_moments(undisturbed, tmp_path, record_property):
     assert told(folder) == undisturbed
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_leaves(undisturbed, tmp_path):
     folder = tmp_path / "run"
     # Without checkpoints on the way: what is found later was saved because of the signal.
@@ -122,6 +125,7 @@ def data_file(checkpoint):
     return max((checkpoint / "state" / "d").iterdir(), key=lambda p: p.stat().st_size)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [truncate, flip_a_bit, pathlib.Path.unlink])
 def test_a_damaged_checkpoint_is_put_aside(damage, whole, tmp_path, caplog):
     folder = copy(whole, tmp_path)
@@ -139,6 +143,7 @@ def test_a_damaged_checkpoint_is_put_aside(damage, whole, tmp_path, caplog):
     assert (folder / "checkpoints" / "8").is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["_METADATA", "manifest.ocdbt", "metadata"])
 def test_other_files_cut_short(name, whole, tmp_path):
     folder = copy(whole, tmp_path)
@@ -187,6 +192,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("room", [100_000, 0])
 def test_a_full_disk(room, small_disk, tmp_path, monkeypatch):
     changes = {"about": {"width": 96}}
@@ -221,6 +227,7 @@ def test_metrics_that_cannot_be_written(tmp_path):
     writer.close()
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_is_told_with_the_next_one_or_at_the_end(tmp_path, monkeypatch):
     """As the test before it, where nothing can be mounted: a write that fails."""
     from orbax.checkpoint._src.serialization import type_handlers
@@ -263,6 +270,7 @@ def begun(folder, **changes):
     return process
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_and_leaves(tmp_path):
     folder = tmp_path / "run"
     process = begun(folder)
@@ -281,6 +289,7 @@ def test_ctrl_c_saves_and_leaves(tmp_path):
     assert _toy.digest(resumed) == _toy.digest(whole)
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_leaves_at_once(tmp_path):
     folder = tmp_path / "run"
     process = begun(folder, slow_save=60)

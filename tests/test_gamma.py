@@ -17,6 +17,8 @@ from bdia_jax.data.text import TextData
 from bdia_jax.gamma import FAIR, GAMMAS
 from bdia_jax.steps import SIGNS
 
+pytestmark = pytest.mark.slow
+
 DEPTH, WIDTH = 6, 8
 
 

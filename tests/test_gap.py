@@ -16,6 +16,8 @@ from bdia_jax.nn import Decoder, DecoderConfig
 from bdia_jax.train import LanguageModelling, TrainSettings, gap, train, training_step
 from bdia_jax.train.programs import Programs
 
+pytestmark = pytest.mark.slow
+
 PERIOD = np.random.default_rng(0).permutation(40)
 TEXT = np.tile(PERIOD, 20).astype(np.int32)
 TASK = LanguageModelling(TextData("a period", TEXT, TEXT[:100], 40), 16)

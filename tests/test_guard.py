@@ -147,6 +147,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_flipped_bit_is_caught_or_changes_nothing(name, record_property):
     """200 random bits for each of five settings, 1,000 in all."""
@@ -301,6 +302,7 @@ def bound(tolerance_bits):
     return {0: 0.0, 1: 0.5}.get(tolerance_bits, 2.0 ** (tolerance_bits - 1) - 0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("m", [0, 2])
 @pytest.mark.parametrize("tolerance_bits", [0, 1, 2, 3])
 def test_noise_under_the_bound_is_put_right_and_over_it_is_caught(m, tolerance_bits):

@@ -106,6 +106,7 @@ def test_size_of_heads_that_is_not_given(family):
     assert FAMILIES[family].read(given).size_of_head == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "phi3"])
 def test_windows(family, tmp_path):
     """Sequences may be as long as the window of attention, within which it changes nothing."""

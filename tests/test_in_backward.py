@@ -18,6 +18,8 @@ from bdia_jax.train import LanguageModelling, Sums, TrainSettings, step_memory, 
 from bdia_jax.train.optimizers import OPTIMIZERS
 from bdia_jax.train.programs import Programs
 
+pytestmark = pytest.mark.slow
+
 KEY = jax.random.key(0)
 TOKENS = np.random.default_rng(0).integers(0, 50, 600).astype(np.int32)
 TASK = LanguageModelling(TextData("random", TOKENS, TOKENS[:100], 50), 8)

@@ -61,6 +61,7 @@ def theirs(folder):
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [model, gpt2])
 def test_a_head_that_is_not_tied_after_all(make, tmp_path):
     """Where tie_word_embeddings and the weights disagree, transformers 5 believes the weights."""
@@ -228,6 +229,7 @@ def test_one_tensor_in_two_files(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     ["../outside.safetensors", "sub/outside.safetensors", "/outside.safetensors", "..", "a\\b", ""],
@@ -482,6 +484,7 @@ def clean_weights(folder):
     return [path for path in folder.iterdir() if path.name.startswith("model")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("several", [(False, True), (True, False), (True, True)])
 def test_transformers_reads_what_was_saved_last(several, tmp_path):
     for seed, parts in enumerate(several):

@@ -10,6 +10,8 @@ import pytest
 from _models import CONFIGS, build, inputs, loss_of
 from flax import nnx
 
+pytestmark = pytest.mark.slow
+
 KEY = jax.random.key(1)
 MODES = {
     "jax_numpy_dtype_promotion": "strict",

@@ -67,6 +67,7 @@ def assert_close(a, b, tolerance):
 X = jax.random.normal(jax.random.key(5), (4, 6))
 
 
+@pytest.mark.slow
 def test_online_and_direct_stacks_agree_and_dropout_follows_the_key():
     outputs = {}
     for method in ("bdia", "bdia-direct"):
@@ -117,6 +118,7 @@ def test_a_whole_residual_block_gives_the_same_network():
     np.testing.assert_allclose(ours[0], whole[0], atol=4 * 2.0**-9)
 
 
+@pytest.mark.slow
 def test_constants_reach_every_block_and_get_a_gradient():
     stack = ReversibleStack(Block, 3, rngs=nnx.Rngs(0))
     direct = ReversibleStack(Block, 3, adjoint=Direct(), rngs=nnx.Rngs(0))
@@ -143,6 +145,7 @@ def test_evaluation_is_the_standard_network():
     np.testing.assert_allclose(stack(X), x, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.optimized)]
 )
@@ -171,6 +174,7 @@ def test_all_methods_share_parameters_and_reverse_exactly(dtype):
     assert all(jax.tree.leaves(finite))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{"pool": "mean", "shifted_patches": False}, {"attention": "full"}]
 )
@@ -200,6 +204,7 @@ def test_patches_and_shifts_are_what_loops_say():
     assert not down[:, 0].any()
 
 
+@pytest.mark.slow
 def test_local_attention_does_not_attend_to_itself():
     from bdia_jax.nn import SelfAttention
 
@@ -273,6 +278,7 @@ def test_dropout_by_key_and_without_randomness():
         keep_mask(jax.random.key(0), 1.0, x)
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_dropout_is_drawn_where_the_elements_are(kind):

@@ -13,6 +13,8 @@ from flax import nnx
 from bdia_jax import BDIA, Direct, Euler, check_reversible
 from bdia_jax.nn import Probe, ReversibleStack, TransformerBlock
 
+pytestmark = pytest.mark.slow
+
 PARTED = ("vit", "llama", "encoder-decoder")
 """One of each kind of block."""
 KEY = jax.random.key(1)

@@ -27,6 +27,7 @@ every_adjoint = pytest.mark.parametrize("adjoint", ADJOINTS.values(), ids=ADJOIN
 DEPTH = 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signs", ["block", "sample"])
 @every_adjoint
 def test_three_parts_are_three_times_as_many_blocks(adjoint, signs):
@@ -98,6 +99,7 @@ def test_what_a_part_reads_is_known():
     chex.assert_trees_all_equal(inputs.consts[1], [[], [], [], [other]])
 
 
+@pytest.mark.slow
 @every_adjoint
 def test_gradients_of_what_no_part_reads_are_zero(adjoint):
     """Of a parameter, and of a constant; and what each part closes over gets its own."""
@@ -168,6 +170,7 @@ def test_every_part_draws_with_a_key_of_its_own():
     assert len(set(numbers)) == 2 * DEPTH
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 def test_the_audit_and_the_report_count_every_part():
     parts, params, x, consts = case("mlp", DEPTH, parts=3)
@@ -217,6 +220,7 @@ def whole(p, x, key):
     return a + feed_forward(p, x + a, key)
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 @pytest.mark.parametrize(
     ("step", "adjoint"),

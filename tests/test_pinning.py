@@ -175,6 +175,7 @@ EXPORTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXPORTED)
 def test_a_scan_is_exported_with_a_symbolic_batch(name):
     """Values and gradients; also when written to bytes and read again, which needs flatbuffers."""

@@ -134,6 +134,7 @@ def test_a_plan_for_devices_that_nobody_knows(monkeypatch):
         plan.plan(TINY, 4, 8, device="h100")
 
 
+@pytest.mark.slow
 def test_a_large_evaluation_decides_what_fits():
     """A batch of 64 has more logits than a step of one sequence has of everything."""
     config = dataclasses.replace(TINY, vocab_size=5000)
@@ -147,6 +148,7 @@ def test_a_large_evaluation_decides_what_fits():
     assert plan.largest_batch(config, 8, limit, "BDIA", optimizer="sgd", eval_batch=64) == 0
 
 
+@pytest.mark.slow
 def test_the_command_plans(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(plan.EXAMPLES, "tiny", TINY)
     given = plan.Plan(
@@ -192,14 +194,24 @@ def test_largest_by_line(most, slope, seed, limit):
     assert line.call_count <= 5
 
 
-def test_the_longest_sequence_that_fits():
-    config = dataclasses.replace(TINY, max_length=40)
+@pytest.mark.slow
+def test_the_longest_sequence_and_the_largest_batch(monkeypatch):
+    """In steps of 128 tokens where sequences may be long; with a mesh, of all its devices."""
 
-    def size(length):
-        return plan.plan(config, 1, length, ways=["BDIA"], optimizer="sgd")[0].run
+    def planned(config, batch, length, *, ways, mesh=None):
+        assert ways == ["BDIA"]
+        per_device = batch // (4 if mesh else 1)
+        return [unittest.mock.Mock(run=1000 + 10 * per_device * length)]
 
-    limit = (size(24) + size(25)) // 2
-    assert plan.longest(config, limit, "BDIA", optimizer="sgd") == 24
+    monkeypatch.setattr(plan, "plan", planned)
+    short, long = (dataclasses.replace(TINY, max_length=n) for n in (40, 5000))
+    assert plan.longest(short, 1245, "BDIA") == 24
+    assert plan.longest(short, 10**6, "BDIA") == 40
+    assert plan.longest(short, 1000, "BDIA") == 0
+    assert plan.longest(long, 1000 + 10 * 400, "BDIA") == 3 * 128
+    assert plan.longest(long, 1000 + 10 * 400, "BDIA", mesh="data=2,fsdp=2") == 3 * 128
+    assert plan.largest_batch(short, 8, 1000 + 10 * 8 * 5, "BDIA") == 5
+    assert plan.largest_batch(short, 8, 1000 + 10 * 8 * 5, "BDIA", mesh="data=2,fsdp=2") == 20
 
 
 def test_plans_that_cannot_be(tmp_path):

@@ -128,6 +128,7 @@ def test_the_settings_cover_all_pairs():
                 assert len(pair) == 1 or any(holds(row, pair) for row in ROWS), pair
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS, ids=IDS)
 def test_gradients_are_those_of_the_forward_pass_that_was_run(row):
     """Every adjoint gives the output and the gradients of the paper's equations, in float64."""
@@ -166,6 +167,7 @@ def six_tenths(x_prev, x, h, sign):
     return 0.6 * sign * x_prev + (1 - 0.6 * sign) * x + (1 + 0.6 * sign) * h
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize(
     ("step", "advance"),
@@ -277,6 +279,7 @@ def test_value_and_grad_has_aux():
     np.testing.assert_allclose(value, np.mean((y - target) ** 2), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_without_jit():
     block, params, x, _ = simple(2)
     eager, jitted = (
@@ -328,6 +331,7 @@ def test_a_block_with_complex_values():
     assert_alike(function, params, x, adjoints=ONLINE)
 
 
+@pytest.mark.slow
 def test_inside_scan_cond_and_checkpoint_with_integers_and_keys():
     """All of them at once, differentiated from outside."""
     _, params, x, _ = simple(3)
@@ -354,6 +358,7 @@ def test_inside_scan_cond_and_checkpoint_with_integers_and_keys():
     assert_alike(function, params, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("signs", "adjoint"), [("block", Online()), ("sample", Online()), ("sample", Checkpoint())]
 )
@@ -387,6 +392,7 @@ def test_vmap_over_parameters():
     assert_alike(function, ensemble, adjoints=ONLINE, step=BDIA(signs="sample"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adjoint", [Online(), Checkpoint()], ids=["online", "checkpoint"])
 def test_gradient_accumulation_in_a_scan(adjoint):
     block, params, x, _ = simple(3)
@@ -411,6 +417,7 @@ def test_gradient_accumulation_in_a_scan(adjoint):
     assert relative(jax.jit(accumulated)(params), expected) < 1e-5
 
 
+@pytest.mark.slow
 def test_inside_checkpoint():
     block, params, x, _ = simple(3)
 
@@ -438,6 +445,7 @@ def test_two_stacks_of_different_width_in_a_row():
     assert_alike(function, narrow, between, wide, x, adjoints=ONLINE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", ADJOINTS)
 def test_a_stack_inside_a_block_of_another(inner):
     _, params, x, _ = simple(2)
@@ -481,6 +489,7 @@ def test_closed_over_values():
     assert relative(given, closed) < 1e-5
 
 
+@pytest.mark.slow
 def test_integer_and_key_leaves():
     """In the parameters and in the consts: given to the block, and without a gradient."""
     _, params, x, shift = simple(3)
@@ -572,6 +581,7 @@ def cut(block, params, state, at, *, start=0, key=KEY, **settings):
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 @pytest.mark.parametrize(
     ("signs", "parts", "adjoint", "dtype", "generator"),
@@ -609,6 +619,7 @@ def test_a_stack_cut_into_pieces_is_the_same_to_the_bit(signs, parts, adjoint, d
     chex.assert_trees_all_equal(whole, pieces)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [BDIA(), Euler(), Euler(9)], ids=str)
 @pytest.mark.parametrize("start", [0, 2])
 @pytest.mark.parametrize("read", ["both", "x_prev", "x"])

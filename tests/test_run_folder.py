@@ -96,6 +96,7 @@ class Edited(_toy.Regression):
         return arrays
 
 
+@pytest.mark.slow
 def test_other_data_under_the_same_name(tmp_path):
     folder = tmp_path / "run"
     _toy.run(folder, steps=2, stop_at=1)
@@ -164,6 +165,7 @@ def test_a_warmup_bends():
     np.testing.assert_allclose([schedule(i) for i in range(4)], [0, 1, 0.5, 0], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_bent_warmup_belongs_to_the_run(tmp_path):
     """Otherwise more steps of a constant schedule would have had another warmup."""
     changes = {"schedule": "constant", "warmup_steps": 6}
@@ -183,6 +185,7 @@ def test_a_bent_warmup_belongs_to_the_run(tmp_path):
 EXACT = "reversible blocks: 3; in the first step 0 states mismatched, 0 roundings corrected"
 
 
+@pytest.mark.slow
 def test_the_log(tmp_path):
     folder = tmp_path / "run"
     logger = logging.getLogger("bdia_jax")
@@ -202,6 +205,7 @@ def test_the_log_has_the_warning_that_ended_a_run(tmp_path):
     assert read_metrics(tmp_path / "run") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("level", "told"), [("INFO", True), ("WARNING", False)])
 def test_a_command_tells_it_on_the_terminal(level, told, tmp_path):
     """In a process of its own: what imports install at the root logger is part of the test."""

@@ -24,6 +24,8 @@ from jax.sharding import PartitionSpec as P
 import bdia_jax
 from bdia_jax.nn import Probe, ReversibleStack, SelfAttention, TransformerBlock
 
+pytestmark = pytest.mark.slow
+
 BLOCKS, BATCH, LENGTH, WIDTH, HEADS, HEAD_DIM, HIDDEN = 4, 16, 8, 32, 4, 8, 64
 FRAC_BITS = 18
 QUICK = {"xla_backend_optimization_level": 0}

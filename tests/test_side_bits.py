@@ -15,6 +15,7 @@ BITS = [1, 2, 3, 4, 5, 8, 12, 16, 32]
 
 
 # Every shape is compiled anew.
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(
     bits=st.sampled_from(BITS),

@@ -112,6 +112,7 @@ def test_streams_need_a_key_for_dropout_only():
         stack(X)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit", "resnet", "gpt2", "llama", "encoder-decoder"])
 def test_models_ask_for_a_key_for_dropout_only(name):
     config = dataclasses.replace(CONFIGS[name], method="standard")
@@ -228,6 +229,7 @@ def updated(graph, params, rest, call=lambda stack: stack(X, key=KEY)):
     return run((params["stacked"], count))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [None, ("attend", "feed_forward")])
 @pytest.mark.parametrize("adjoint", [Online(), Checkpoint()])
 def test_an_update_is_the_ordinary_one(adjoint, parts):

@@ -23,6 +23,8 @@ from bdia_jax import (
     reversible_scan_pair,
 )
 
+pytestmark = pytest.mark.slow
+
 MODES = {
     "dtype promotion": {"jax_numpy_dtype_promotion": "strict"},
     "rank promotion": {"jax_numpy_rank_promotion": "raise"},

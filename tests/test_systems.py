@@ -94,6 +94,7 @@ def test_coupled_streams_are_taken_back_with_errors_that_grow():
     assert errors[0] < 1e-3
 
 
+@pytest.mark.slow
 def test_coupled_vit():
     """Online and direct agree, as far as a float inverse does; the streams are the equations'."""
     images = jax.random.normal(KEY, (2, 8, 8, 1))
@@ -172,6 +173,7 @@ def test_midpoint_is_reversible_without_a_key_or_side_bits():
         reversible_scan(tanh_block, w, x, step=BDIA(gamma=1.0))
 
 
+@pytest.mark.slow
 def test_midpoint_vit_is_the_same_network_in_evaluation():
     images = jax.random.normal(KEY, (2, 8, 8, 1))
     found = {}
@@ -203,6 +205,7 @@ def test_linear_attention_with_positions_for_mixtures_is_attention():
     np.testing.assert_allclose(attention(x), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_linear_vit_is_reversible_and_all_of_it_is_trained():
     config = dataclasses.replace(VIT, attention="linear", projection=3, dtype="bfloat16")
     model = ViT(config, rngs=nnx.Rngs(0))
@@ -219,6 +222,7 @@ def test_linear_vit_is_reversible_and_all_of_it_is_trained():
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_resnet_trains_alike_by_every_method():
     images = jax.random.normal(KEY, (3, 8, 8, 1))
     found = {}
@@ -292,6 +296,7 @@ def test_set_adam_follows_its_equations():
     np.testing.assert_allclose(by_hand(gradients[:1], 1.0), [-f for f in first], rtol=1e-9)
 
 
+@pytest.mark.slow
 def test_set_adam_takes_each_block_of_a_stack_for_a_tensor():
     model = ReversibleStack(lambda rngs: nnx.Linear(2, 2, rngs=rngs), 3, rngs=nnx.Rngs(0))
     params = nnx.state(model, nnx.Param)

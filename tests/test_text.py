@@ -203,6 +203,7 @@ def test_texts_too_short_for_a_window():
         PackedTexts("none", nothing, nothing)
 
 
+@pytest.mark.slow
 def test_packed_texts_are_learned_one_by_one(tmp_path):
     """Loss of a packed batch is that of its texts alone; training is exact and lowers it."""
     tokenizer = data.byte_tokenizer()

@@ -269,6 +269,7 @@ def test_nist_by_hand():
     assert e2e_metrics.nist(texts, references) == pytest.approx(by_hand)
 
 
+@pytest.mark.slow
 def test_metrics_of_a_perfect_text():
     pytest.importorskip("pycocoevalcap", reason="COCO's metrics need pycocoevalcap")
     pytest.importorskip("sacrebleu", reason="BLEU needs sacrebleu")

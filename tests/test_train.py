@@ -82,6 +82,7 @@ def test_result_and_files(whole):
         result.last("eval", "perplexity")
 
 
+@pytest.mark.slow
 def test_it_learns(tmp_path):
     result, _ = _toy.run(tmp_path / "run", steps=60, eval_every=60, learning_rate=3e-2)
     first = next(r["loss"] for r in result.history if r["split"] == "train")
@@ -116,6 +117,7 @@ def test_clipping_bounds_the_step():
     np.testing.assert_allclose(jnp.linalg.norm(updates), 1e-3, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_optimizer_of_ones_own(tmp_path):
     result, _ = _toy.run(tmp_path / "run", own_optimizer=optax.lion(1e-3))
     assert "learning_rate" not in result.history[0]
@@ -143,6 +145,7 @@ def test_a_line_cut_short_is_passed_over(tmp_path):
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_is_the_same_run(whole, tmp_path):
     folder, result, model, _ = whole
     half, _ = _toy.run(tmp_path / "run", stop_at=4)
@@ -154,6 +157,7 @@ def test_stopped_and_resumed_is_the_same_run(whole, tmp_path):
     assert (resumed.step, resumed.best) == (8, result.best)
 
 
+@pytest.mark.slow
 def test_lines_after_the_checkpoint_are_written_again(whole, tmp_path):
     folder = tmp_path / "run"
     _toy.run(folder, stop_at=4)
@@ -177,6 +181,7 @@ def test_resume_in_an_empty_folder_begins(tmp_path):
     assert _toy.run(tmp_path / "run", resume=True, steps=1)[0].step == 1
 
 
+@pytest.mark.slow
 def test_the_best_is_kept_over_a_resumption(tmp_path):
     # The rate is such that the loss rises: the first checkpoint stays the best.
     changes = {
@@ -198,6 +203,7 @@ def test_the_best_is_kept_over_a_resumption(tmp_path):
     assert best <= 3, "this test wants a best before the resumption"
 
 
+@pytest.mark.slow
 def test_checkpoints_between_evaluations_are_not_the_best(tmp_path):
     folder = tmp_path / "run"
     result, _ = _toy.run(folder, steps=6, eval_every=2, checkpoint_every=1, keep_last=1)
@@ -205,6 +211,7 @@ def test_checkpoints_between_evaluations_are_not_the_best(tmp_path):
     assert steps_in(folder) == sorted({min(evals, key=evals.get), 6})
 
 
+@pytest.mark.slow
 def test_harmless_settings_may_change(tmp_path):
     folder = tmp_path / "run"
     _toy.run(folder, schedule="constant", steps=2)
@@ -282,6 +289,7 @@ def test_bad_meshes(mesh, message, tmp_path, no_compiling):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_run_is_never_overwritten(whole, no_compiling):
     with pytest.raises(FileExistsError, match=r"there is a run in .*resume"):
         _toy.run(whole[0])
@@ -344,6 +352,7 @@ def test_settings_that_cannot_be_read(tmp_path, no_compiling):
         _toy.run(tmp_path, resume=True)
 
 
+@pytest.mark.slow
 def test_a_run_from_before_there_was_a_setting_continues(tmp_path):
     _toy.run(tmp_path / "run", stop_at=2)
     path = tmp_path / "run" / "settings.json"
@@ -376,6 +385,7 @@ def test_image_tasks_refuse():
         ImageClassification(dataclasses.replace(data, eval_labels=labels[:0]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [2, 5, 8])
 def test_image_evaluation_weighs_every_sample_once(size):
     images = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 1), np.uint8)
@@ -399,6 +409,7 @@ def test_image_evaluation_weighs_every_sample_once(size):
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_nan_loss_stops_the_run(tmp_path):
     # Three steps are taken before it, and what follows in the same interval changes nothing.
     model, task = _toy.Toy(), _toy.Regression(poison=3)
@@ -468,6 +479,7 @@ def test_an_inverse_that_is_not_exact_stops_the_run(tmp_path):
         np.testing.assert_array_equal(value, before[name])
 
 
+@pytest.mark.slow
 def test_the_first_step_says_whether_blocks_are_reversible(tmp_path, caplog):
     with caplog.at_level(logging.INFO, "bdia_jax"):
         _toy.run(tmp_path / "run", steps=1)
@@ -479,6 +491,7 @@ def test_the_first_step_says_whether_blocks_are_reversible(tmp_path, caplog):
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["fsdp=8", "data=4,fsdp=2"])
 def test_a_mesh_gives_the_losses_of_one_device(mesh, whole, tmp_path):
     result, model = _toy.run(tmp_path / "run", mesh=mesh)
@@ -492,6 +505,7 @@ def test_a_mesh_gives_the_losses_of_one_device(mesh, whole, tmp_path):
     assert kernel.addressable_shards[0].data.shape in {(3, 16 // shards, 16), (3, 16, 16 // shards)}
 
 
+@pytest.mark.slow
 def test_a_mesh_resumes_what_another_wrote(whole, tmp_path):
     _toy.run(tmp_path / "run", mesh="data=4,fsdp=2", stop_at=4)
     _, model = _toy.run(tmp_path / "run", mesh="fsdp=8", resume=True, stop_at=6)

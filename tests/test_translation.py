@@ -119,6 +119,7 @@ def test_a_translation_set(tmp_path):
         tfds_pairs("sentence", "en", "fr", tmp_path)
 
 
+@pytest.mark.slow
 def test_translate(tmp_path, capsys):
     """Trains, scores, compares with copying; and a saved network translates the same."""
     settings = translate.Translate(

@@ -67,6 +67,7 @@ class Wide(_toy.Block):
 MATRIX = 4 * 3 * 16 * 24
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resume", [False, True])
 def test_every_weight_is_held_once(resume, tmp_path, at_a_step):
     # While a checkpoint is written, there is a copy of it on the host, which here is the device.
@@ -83,6 +84,7 @@ def test_every_weight_is_held_once(resume, tmp_path, at_a_step):
     assert all(np.isfinite(value).all() for value in _toy.parameters(model).values())
 
 
+@pytest.mark.slow
 def test_on_a_mesh_every_shard_is_held_once(tmp_path, at_a_step):
     _toy.run(tmp_path / "run", model=_toy.Toy(block=Wide), mesh="fsdp=8", steps=3)
     for alive in at_a_step:
@@ -90,6 +92,7 @@ def test_on_a_mesh_every_shard_is_held_once(tmp_path, at_a_step):
         assert alive[(3, 16, 3), "float32"] == 3 * MATRIX
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [None, "fsdp=8"])
 def test_frozen_weights_are_held_once(mesh, tmp_path, at_a_step):
     model = _toy.Toy(block=Wide)
@@ -131,6 +134,7 @@ def test_an_optimizer_that_keeps_the_first_weights():
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resume", [False, True])
 def test_an_error_on_the_way_leaves_the_weights_of_the_last_step(resume, tmp_path, monkeypatch):
     changes = {"eval_every": 8, "checkpoint_every": 8, "log_every": 1}
@@ -172,6 +176,7 @@ def in_dtype(dtype):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_trained_weights_of_few_bits(dtype, tmp_path):
     message = (
@@ -224,6 +229,7 @@ RISING = {
 }
 
 
+@pytest.mark.slow
 def test_the_best_is_restored(tmp_path):
     result, model = _toy.run(tmp_path / "run", **RISING)
     evals = {r["step"]: r["loss"] for r in result.history if r["split"] == "eval"}
@@ -237,6 +243,7 @@ def test_the_best_is_restored(tmp_path):
     assert (again.step, again.best_step) == (8, best)
 
 
+@pytest.mark.slow
 def test_the_best_goes_where_the_model_is(tmp_path):
     _, model = _toy.run(tmp_path / "run", mesh="fsdp=8", steps=4)
     expected = _toy.digest(model)
@@ -273,6 +280,7 @@ def test_a_best_that_was_never_saved(tmp_path):
     assert math.isfinite(result.best)
 
 
+@pytest.mark.slow
 def test_a_best_without_a_checkpoint_is_told(tmp_path, caplog):
     seldom = RISING | {"checkpoint_every": 7}
     result, _ = _toy.run(tmp_path / "run", **seldom)
