@@ -17,6 +17,7 @@ from bdia_jax import (
     Euler,
     Online,
     check_reversible,
+    online,
     reversible_scan,
 )
 from bdia_jax.arguments import prepare
@@ -198,6 +199,11 @@ def test_the_audit_and_the_report_count_every_part():
     corrected = report((parts[0], random, random), BDIA(tolerance_bits=2, frac_bits=0))
     assert corrected.corrected.sum() > 0
     assert corrected.deviation.max() >= 1
+
+
+def test_the_report_of_a_block_counts_its_parts_and_has_the_largest_deviation():
+    some = [BackwardReport(*map(jnp.int32, values)) for values in ((1, 2, 3), (4, 0, 2), (0, 5, 1))]
+    assert online.of_parts(some) == (5, 7, 3)
 
 
 # ---------------------------------------------------------------------------------------------
