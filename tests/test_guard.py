@@ -238,6 +238,20 @@ def test_a_change_of_one_element_always_shows_in_the_checksum():
     assert len(np.unique(states.checksum(n))) == len(integers)
 
 
+def test_integers_that_change_places_show_in_the_checksum():
+    """Along any axis: a state whose samples, rows or columns are exchanged is another one."""
+    n = np.random.default_rng(0).integers(-(2**20), 2**20, (1, 4, 5, 6)).astype(np.int32)
+    others = [n]
+    for axis in (1, 2, 3):
+        others += [np.flip(n, axis), np.roll(n, 1, axis)]
+        one = np.moveaxis(n.copy(), axis, 0)
+        one[[0, 1]] = one[[1, 0]]
+        others.append(np.moveaxis(one, 0, axis))
+    others.append(n.swapaxes(1, 2).reshape(n.shape))
+    found = states.checksum(jnp.asarray(np.concatenate(others)))
+    assert len(np.unique(found)) == len(others)
+
+
 @pytest.mark.parametrize("signs", ["block", "sample"])
 def test_other_keys_are_caught(signs):
     """Signs that are not those of the forward pass."""
