@@ -102,6 +102,20 @@ def test_a_plan_for_devices_that_are_not_there(device, needs):
         plan.plan(TINY, 4, 8, device=device, mesh="fsdp=2")
 
 
+@pytest.mark.slow
+@pytest.mark.optimized
+def test_parts_are_not_alive_at_once_on_a_gpu_that_is_not_there():
+    """A CPU's compiler takes one part after the other by itself; a GPU's only if it is made to."""
+    pytest.importorskip("jax_cuda13_plugin", reason="to compile for a GPU needs jax[cuda]")
+    config = DecoderConfig(
+        vocab_size=1000, max_length=512, width=256, depth=6, heads=4, dtype="bfloat16"
+    )
+    whole, parts = plan.plan(config, 8, 512, ways=["BDIA", "BDIA, parts"], device="h100")
+    # The hidden layer of the feed-forward network is not there beside what attention keeps.
+    hidden = 8 * 512 * (4 * 256) * 2
+    assert whole.temporaries - parts.temporaries > hidden
+
+
 def test_gpus_that_are_not_there_need_no_setting():
     """Where there is no GPU, JAX leaves its CUDA packages aside once it has looked for one."""
     pytest.importorskip("jax_cuda13_plugin", reason="to compile for a GPU needs jax[cuda]")
