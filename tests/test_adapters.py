@@ -1,6 +1,7 @@
 """Low-rank updates: the same in peft, and in its files."""
 
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -171,6 +172,16 @@ def without_a_matrix(config, tensors):
         del tensors[key]
 
 
+def of_a_wider_block(config, tensors):
+    (key,) = [key for key in tensors if ".1." in key and "q_proj.lora_A" in key]
+    tensors[key] = np.zeros((4, 17), np.float32)
+
+
+def without_the_last_block(config, tensors):
+    for key in [key for key in tensors if ".1." in key]:
+        del tensors[key]
+
+
 def of_another_width(config, tensors):
     for key in [key for key in tensors if "q_proj.lora_A" in key]:
         tensors[key] = np.ascontiguousarray(tensors[key][:, :7])
@@ -185,7 +196,8 @@ def of_another_width(config, tensors):
         (changed("bias", "all"), "bias must be none; got 'all'"),
         (changed("modules_to_save", ["lm_head"]), "modules_to_save must be None"),
         (changed("alpha_pattern", {"q_proj": 3}), "alpha_pattern must be None"),
-        (changed("r", 3), r"the rank of blocks.stacked.* must be r = 3; got 4"),
+        (changed("init_lora_weights", "pissa"), "init_lora_weights must be True; got 'pissa'"),
+        (changed("r", 3), r"with r = 3, lora_A of blocks.stacked.* must have the shape \(3, "),
         (changed("lora_alpha", None), "must have r and lora_alpha; got 4, None"),
         (
             another_layer,
@@ -194,6 +206,8 @@ def of_another_width(config, tensors):
         (without_a_block, r"ffn.down must have both matrices in every block|must have both"),
         (without_a_matrix, "ffn.down must have both matrices in every block, from 0 to 1"),
         (of_another_width, r"lora_A of .*attention.q must have the shape \(4, 16\).*got \(4, 7\)"),
+        (of_a_wider_block, r"must have one shape in all blocks; got \(4, 16\), \(4, 17\)"),
+        (without_the_last_block, r"in each of 2 blocks; got \(.*\) in 1"),
     ],
 )
 def test_adapters_that_do_not_fit(change, message, saved, tmp_path):
@@ -202,8 +216,24 @@ def test_adapters_that_do_not_fit(change, message, saved, tmp_path):
     change(config, tensors)
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     safetensors.numpy.save_file(tensors, tmp_path / "adapter_model.safetensors")
+    model = load(saved / "base")
     with pytest.raises(interop.FolderError, match=message):
-        interop.load_adapter(load(saved / "base"), tmp_path)
+        interop.load_adapter(model, tmp_path)
+    assert not updates(model), "nothing has changed"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_adapters_of_fewer_bits(dtype, saved, tmp_path):
+    shutil.copy(saved / "adapter/adapter_config.json", tmp_path)
+    tensors = safetensors.numpy.load_file(saved / "adapter/adapter_model.safetensors")
+    rounded = {name: t.astype(jnp.dtype(dtype)) for name, t in tensors.items()}
+    safetensors.numpy.save_file(rounded, tmp_path / "adapter_model.safetensors")
+    model = load(saved / "base")
+    interop.load_adapter(model, tmp_path)
+    expected = rounded["base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"]
+    found = updates(model)["q"].a[1]
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, np.float32(expected).T)
 
 
 def test_folders_without_an_adapter(saved, tmp_path):

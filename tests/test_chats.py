@@ -254,6 +254,24 @@ def test_files_of_conversations(inner, tmp_path):
         data.read_examples(path, tokenizer, 500, template=template)
 
 
+def test_an_answer_that_begins_within_a_token_is_told(inner, tmp_path, caplog):
+    """Of a template without special tokens around its messages."""
+    tokenizer = data.Tokenizer(inner, inner.token_to_id("</s>"))
+    plain = ChatTemplate(
+        "{% for m in messages %}{{ m.role + ' ' + m.content + eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant ' }}{% endif %}",
+        (("eos_token", "</s>"),),
+    )
+    path = written(tmp_path / "chats.jsonl", [{"messages": chat("the", "cat")}])
+    (example,) = data.read_examples(path, tokenizer, 500, template=plain)
+    asked = tokenizer.encode("user the</s>assistant ")
+    assert example.tokens[: len(asked)] == asked
+    assert "1 text is learned with a token of the prompt" in caplog.text
+    caplog.clear()
+    data.read_examples(path, tokenizer, 500, template=ChatTemplate(CHATML))
+    assert not caplog.text
+
+
 def test_files_of_texts(inner, tmp_path):
     tokenizer = data.Tokenizer(inner, inner.token_to_id("</s>"))
     path = written(tmp_path / "texts.jsonl", [{"text": "the cat"}, {"text": "sat", "id": 3}])

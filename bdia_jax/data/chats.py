@@ -170,8 +170,22 @@ def conversation(
     Raises:
       ValueError: for messages that are none, that have no answer, or that the template refuses.
     """
+    return [example for example, _ in conversed(tokenizer, template, messages)]
+
+
+def conversed(
+    tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Message]
+) -> list[tuple[Example, bool]]:
+    """As :func:`conversation`; and whether a token of the whole is across where an answer begins.
+
+    (Or ends: a template without special tokens around its messages may make one.)
+    """
     _check(messages)
-    return [_example(tokenizer, *each) for each in template.generated(messages)]
+    found = []
+    for text, spans in template.generated(messages):
+        example = _example(tokenizer, text, spans)
+        found.append((example, example.tokens != tokenizer.encode(text)))
+    return found
 
 
 def _example(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) -> Example:

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Literal, NamedTuple, get_args
 
-from bdia_jax.data.chats import ChatTemplate, conversation
+from bdia_jax.data.chats import ChatTemplate, conversed
 from bdia_jax.data.examples import Example, completed, cut_up
 from bdia_jax.data.reading import holds_records, read_text
 from bdia_jax.data.records import fields_of_first, read_conversations, read_records
@@ -112,10 +112,10 @@ def _conversations(
         )
     for where, messages in read_conversations(path):
         try:
-            examples = conversation(tokenizer, template, messages)
+            examples = conversed(tokenizer, template, messages)
         except ValueError as error:
             raise ValueError(f"{path}, {where}: {error}") from None
-        yield from (_Found(where, example) for example in examples)
+        yield from (_Found(where, *each) for each in examples)
 
 
 def _whole(text: str, tokenizer: Tokenizer) -> Example:

@@ -75,7 +75,7 @@ def parse_records(raw: bytes, name: str, fields: Sequence[str]) -> list[Record]:
 
 
 def read_conversations(path: str | os.PathLike) -> list[Conversation]:
-    """Conversations of a file of JSON objects that have ``messages``; others fields are left out.
+    """Conversations of a file of JSON objects that have ``messages``; other fields are left out.
 
     Args:
       path: ``.jsonl``, ``.ndjson`` or ``.json``, as in :func:`read_records`.
@@ -112,8 +112,12 @@ def fields_of_first(path: str | os.PathLike) -> tuple[str, ...]:
     path = pathlib.Path(path).expanduser()
     text, suffix = decode(read_bytes(path), str(path)), path.suffix.lower()
     if suffix in SEPARATORS:
-        first = next(csv.reader(io.StringIO(text, newline=""), delimiter=SEPARATORS[suffix]), [])
-        return tuple(column.strip() for column in first)
+        rows = csv.reader(io.StringIO(text, newline=""), delimiter=SEPARATORS[suffix])
+        try:
+            return tuple(column.strip() for column in next(rows, []))
+        except csv.Error:
+            # The reader of records says what is wrong.
+            return ()
     try:
         _, value = next(_objects(text, str(path), suffix, ""), ("", None))
     except ValueError:

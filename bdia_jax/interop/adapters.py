@@ -35,6 +35,11 @@ _AS_USUAL: dict[str, tuple[Any, ...]] = {
     "rank_pattern": (None, {}),
     "alpha_pattern": (None, {}),
     "megatron_config": (None,),
+    # Others change the weights that are not in the adapter.
+    "init_lora_weights": (True, False, None, "gaussian"),
+    "layer_replication": (None,),
+    "lora_bias": (False, None),
+    "use_qalora": (False, None),
     "target_parameters": (None, []),
 }
 """Settings of peft with another meaning than that of :class:`bdia_jax.nn.LowRankLinear`."""
@@ -64,7 +69,7 @@ def save_adapter(model: Decoder, folder: str | os.PathLike, *, like: str | os.Pa
     with open_checkpoint(like) as checkpoint:
         family = families.named(checkpoint.config["model_type"])
     layout = family.layout(model.config, None)
-    tensors, targets = {}, set()
+    tensors, targets, outputs_first = {}, set(), set()
     for name, layer in layers.items():
         source = layout[f"{name}.kernel"]
         if source.span is not None:
@@ -75,6 +80,7 @@ def save_adapter(model: Decoder, folder: str | os.PathLike, *, like: str | os.Pa
             )
         theirs = source.name.removesuffix(".weight")
         targets.add(theirs.rpartition("{}.")[2])
+        outputs_first.add(source.transposed)
         for matrix, value in (("A", layer.a), ("B", layer.b)):
             for block, each in enumerate(np.asarray(value[...], np.float32)):
                 key = f"{_PREFIX}{theirs.format(block)}.lora_{matrix}.weight"
@@ -86,7 +92,7 @@ def save_adapter(model: Decoder, folder: str | os.PathLike, *, like: str | os.Pa
         "r": rank,
         "lora_alpha": scale * rank,
         "target_modules": sorted(targets),
-        "fan_in_fan_out": family.name == "gpt2",
+        "fan_in_fan_out": outputs_first == {False},
         "bias": "none",
         "lora_dropout": 0.0,
         "inference_mode": True,
@@ -130,20 +136,21 @@ def load_adapter(model: Decoder, folder: str | os.PathLike) -> list[str]:
     if config.get("use_rslora"):
         # There, the scale is alpha / √rank.
         alpha *= rank**0.5
+    linear: dict[str, Any] = {".".join(map(str, p)): m for p, m in nnx.iter_modules(model)}
     for (name, which), value in found.items():
-        if (there := value.shape[1 if which == "A" else 2]) != rank:
-            raise FolderError(f"{folder}: the rank of {name} must be r = {rank}; got {there}")
+        blocks, inputs, outputs = linear[name].kernel.shape
+        expected = (blocks, rank, inputs) if which == "A" else (blocks, outputs, rank)
+        if value.shape != expected:
+            raise FolderError(
+                f"{folder}: with r = {rank}, lora_{which} of {name} must have the shape "
+                f"{expected[1:]} in each of {blocks} blocks; got {value.shape[1:]} in "
+                f"{len(value)}"
+            )
     targets = tuple(dict.fromkeys(name.removeprefix(BLOCKS) for name, _ in found))
     paths = add_lora(model, rank, float(alpha), targets, rngs=nnx.Rngs(0))
     for name, layer in _layers(model).items():
         for which, matrix in (("A", layer.a), ("B", layer.b)):
-            value = found[name, which].swapaxes(1, 2)
-            if value.shape != matrix[...].shape:
-                raise FolderError(
-                    f"{folder}: lora_{which} of {name} must have the shape "
-                    f"{matrix[...].shape[:0:-1]} in each block; got {value.shape[:0:-1]}"
-                )
-            matrix[...] = jnp.asarray(value, matrix[...].dtype)
+            matrix[...] = jnp.asarray(found[name, which].swapaxes(1, 2), matrix[...].dtype)
     return paths
 
 
@@ -200,6 +207,11 @@ def _matrices(
             raise FolderError(
                 f"{path}: {layer} must have both matrices in every block, from 0 to {count - 1}; "
                 f"lora_{which} is there for {sorted(each)}"
+            )
+        if len(shapes := {tensor.shape for tensor in each.values()}) > 1:
+            raise FolderError(
+                f"{path}: lora_{which} of {layer} must have one shape in all blocks; got "
+                f"{', '.join(map(str, sorted(shapes)))}"
             )
         found[layer, which] = np.stack([each[i] for i in range(count)])
     return found

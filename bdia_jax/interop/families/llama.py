@@ -21,6 +21,7 @@ _LINEAR = {
     "ffn.up": ("mlp.up_proj", "ffn_bias"),
     "ffn.down": ("mlp.down_proj", "ffn_bias"),
 }
+_PLAIN = {"qkv_bias": False, "out_bias": False, "ffn_bias": False, "qk_norm": False}
 _QKV = ("attention.q", "attention.k", "attention.v")
 _NORMS = {
     "attention_norm": "input_layernorm",
@@ -55,7 +56,8 @@ class Llama(Family):
 
     def window(self, c: Config) -> int | None:
         """Before how many tokens back attention ends; None if nowhere."""
-        return None
+        # What transformers takes where the size is missing.
+        return c.get("sliding_window", 4096) if c.get("use_sliding_window") else None
 
     def has(self, config: DecoderConfig) -> bool:
         kind = (config.norm, config.positions, config.feed_forward)
@@ -177,13 +179,12 @@ class Mistral(Llama):
     architecture = "MistralForCausalLM"
 
     def details(self, c: Config) -> dict[str, bool]:
-        return {"qkv_bias": False, "out_bias": False, "ffn_bias": False, "qk_norm": False}
+        return _PLAIN
 
     def write_details(self, config: DecoderConfig) -> dict[str, Any]:
         return {"sliding_window": None}
 
     def window(self, c: Config) -> int | None:
-        # What transformers takes where the setting is missing.
         return c.get("sliding_window", 4096)
 
 
@@ -200,9 +201,6 @@ class Qwen2(Llama):
     def write_details(self, config: DecoderConfig) -> dict[str, bool]:
         return {}
 
-    def window(self, c: Config) -> int | None:
-        return c.get("sliding_window", 4096) if c.get("use_sliding_window") else None
-
 
 class Qwen3(Llama):
     """Yang et al., "Qwen3 Technical Report", 2025: queries and keys are normalized."""
@@ -218,9 +216,6 @@ class Qwen3(Llama):
 
     def write_details(self, config: DecoderConfig) -> dict[str, bool]:
         return {"attention_bias": config.qkv_bias}
-
-    def window(self, c: Config) -> int | None:
-        return c.get("sliding_window", 4096) if c.get("use_sliding_window") else None
 
 
 class SeedOss(Llama):
@@ -256,7 +251,7 @@ class Phi3(Llama):
     architecture = "Phi3ForCausalLM"
 
     def details(self, c: Config) -> dict[str, bool]:
-        return {"qkv_bias": False, "out_bias": False, "ffn_bias": False, "qk_norm": False}
+        return _PLAIN
 
     def write_details(self, config: DecoderConfig) -> dict[str, Any]:
         return {"sliding_window": None}
