@@ -33,7 +33,7 @@ import sacrebleu
 import safetensors.flax
 from flax import nnx
 from measure import costs, curves, records, sources
-from measure.runs import Run, plain, run_all, training
+from measure.runs import Run, dial, plain, run_all, training
 
 from bdia_jax import files
 from bdia_jax.data import (
@@ -105,10 +105,12 @@ class Translate:
     """A vocabulary for each language."""
     methods: tuple[str, ...] = ("bdia",)
     """How to train."""
-    gamma: float = 0.5
-    """Magnitude of γ: 2^-m for bdia, m bits per activation and block."""
-    signs: Signs = "block"
-    """Of γ: drawn per block or per sample, or always minus or plus."""
+    gamma: tuple[float, ...] = (0.5,)
+    """Magnitudes of γ: 2^-m for bdia, m bits per activation and block; each with every method that
+    has one."""
+    signs: tuple[Signs, ...] = ("block",)
+    """Of γ: drawn per block or per sample, or always minus or plus; each with every method that has
+    one."""
     seeds: int = 1
     """Runs of each method."""
     label_smoothing: float = 0.1
@@ -140,8 +142,9 @@ class Translate:
         for name in ("seeds", "beams", "decode"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}")
-        if not self.methods:
-            raise ValueError("there must be at least one method; got none")
+        for name in ("methods", "gamma", "signs"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} must name at least one; got none")
 
     @property
     def name(self) -> str:
@@ -173,16 +176,21 @@ def main(t: Translate) -> str:
         return use(t)
     data = load(t)
     task = packed_task(t, data)
+    configs = networks(t, data)
     runs = {
-        (method, seed): run_of(t, data, task, method, seed)
+        (name, seed): run_of(t, data, task, name, made, seed)
         for seed in range(t.seeds)
-        for method in t.methods
+        for name, made in configs.items()
     }
     found = run_all(runs.values(), t.work / t.name, DEPENDS, told)
-    for method in t.methods:
-        folder = found[runs[method, 0].name]["folder"]
-        files.write_text(t.work / t.name / f"{method}.latest", folder)
-    rows = [{"network": m, "seed": s} | found[run.name] for (m, s), run in runs.items()]
+    for name, made in reversed(configs.items()):
+        # Of the first γ and signs.
+        folder = found[runs[name, 0].name]["folder"]
+        files.write_text(t.work / t.name / f"{made.method}.latest", folder)
+    rows = [
+        curves.named(name, configs[name]) | {"seed": seed} | found[run.name]
+        for (name, seed), run in runs.items()
+    ]
     some = data.evaluation[: t.decode]
     copied = score(some, [source for source, _ in some])
     note = "Copying the source: " + ", ".join(f"{k} {v:.3g}" for k, v in copied.items()) + "."
@@ -223,9 +231,10 @@ def packed_task(t: Translate, data: Data) -> Translation:
     return Translation(t.name, rows, held_out, label_smoothing=t.label_smoothing)
 
 
-def run_of(t: Translate, data: Data, task: Translation, method: str, seed: int) -> Run:
+def run_of(
+    t: Translate, data: Data, task: Translation, name: str, made: EncoderDecoderConfig, seed: int
+) -> Run:
     """A network, trained, saved and scored."""
-    made = config(t, data, method)
 
     def scored(model: EncoderDecoder, folder: pathlib.Path) -> dict[str, Any]:
         data.source.save(folder / "source")
@@ -237,7 +246,7 @@ def run_of(t: Translate, data: Data, task: Translation, method: str, seed: int) 
         return {"scores": score(some, said), "examples": examples}
 
     return training(
-        f"{method}-seed={seed}",
+        f"{curves.file_name(name)}_seed={seed}",
         lambda: EncoderDecoder(made, rngs=nnx.Rngs(seed)),
         task,
         dataclasses.replace(t.train, seed=seed),
@@ -286,16 +295,16 @@ def load(t: Translate) -> Data:
     return Data(training, evaluation, source, target)
 
 
-def config(t: Translate, data: Data, method: str) -> EncoderDecoderConfig:
-    """The network."""
-    return dataclasses.replace(
-        t.model,
-        method=method,
-        gamma=t.gamma,
-        signs=t.signs,
-        source_vocab=data.source.size,
-        target_vocab=data.target.size if t.separate else None,
-    )
+def networks(t: Translate, data: Data) -> dict[str, EncoderDecoderConfig]:
+    """By the name of a row."""
+    sizes = {
+        "source_vocab": data.source.size,
+        "target_vocab": data.target.size if t.separate else None,
+    }
+    return {
+        name: dataclasses.replace(t.model, **sizes, **fields)
+        for name, fields in dial(t.methods, t.gamma, t.signs).items()
+    }
 
 
 def decode(t: Translate, model: EncoderDecoder, data: Data, sources: list[str]) -> list[str]:

@@ -10,12 +10,56 @@ from typing import Any
 
 import numpy as np
 
+from bdia_jax.nn.settings import ReversibleSettings
 from bdia_jax.train.figures import COLOURS, figure
 from measure import records
 
 Rows = list[dict[str, Any]]
 DIGITS = {"at step": 0, "BLEU": 1, "chrF": 1}
 """Of a column, if not three."""
+
+
+def named(name: str, config: ReversibleSettings) -> dict[str, Any]:
+    """The fields of a row that say which network it is."""
+    found = {"network": name, "method": config.method}
+    if config.method.startswith("bdia"):
+        found |= {"gamma": config.gamma, "signs": config.signs}
+    return found
+
+
+def file_name(name: str) -> str:
+    """A part of one, for a network's name."""
+    return name.replace(", ", "_").replace(" = ", "=").replace(": ", "=").replace(" ", "=")
+
+
+def dial(rows: Rows) -> str:
+    """Where validation ends, by γ and signs; the standard network in the first line.
+
+    Of networks in words: the lowest loss, and BLEU if they translate.
+    """
+    cells: dict[tuple[str, str], list[dict[str, float]]] = {}
+    for row in rows:
+        found = {"loss": losses(row["history"])["validation, best"]} | row.get("scores", {})
+        cells.setdefault((gamma_of(row), row.get("signs", "")), []).append(found)
+    signs = [*dict.fromkeys(sign for _, sign in cells if sign)]
+
+    def cell(gamma: str, sign: str) -> str:
+        runs = cells.get((gamma, sign), cells.get((gamma, ""), []))
+        texts = [records.spread([r["loss"] for r in runs])] if runs else []
+        if runs and "BLEU" in runs[0]:
+            texts.append(f"BLEU {records.spread([r['BLEU'] for r in runs], 1)}")
+        return "; ".join(texts)
+
+    gammas = [*dict.fromkeys(gamma for gamma, _ in cells)]
+    return records.markdown(
+        ["γ", *(f"signs: {sign}" for sign in signs)],
+        [[gamma, *(cell(gamma, sign) for sign in signs)] for gamma in gammas],
+    )
+
+
+def gamma_of(row: dict[str, Any]) -> str:
+    """As people write it."""
+    return f"1/{1 / row['gamma']:g}" if "gamma" in row else f"0 ({row['method']})"
 
 
 def losses(history: list[dict[str, Any]]) -> dict[str, float]:

@@ -13,7 +13,6 @@ Writes small-text-NAME-DEVICE.jsonl.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 import pathlib
 import sys
@@ -40,7 +39,7 @@ from bdia_jax.nn import Decoder, DecoderConfig
 from bdia_jax.steps import Signs
 from bdia_jax.train import LanguageModelling, TrainSettings
 from measure import curves, records, sources
-from measure.runs import Run, plain, run_all, training
+from measure.runs import Run, dial, plain, run_all, training
 
 DEPENDS = (
     *sources.CORE,
@@ -119,15 +118,16 @@ def main(s: SmallData) -> str:
     """Runs what is missing; the table."""
     data, tokenizer = load(s)
     task = LanguageModelling(data, s.model.max_length)
+    configs = networks(s, tokenizer.size)
     runs = {
         (name, seed): run_of(s, task, tokenizer, name, config, seed)
         for seed in range(s.seeds)
-        for name, config in networks(s, tokenizer.size).items()
+        for name, config in configs.items()
     }
 
     def write(found: dict[str, dict[str, Any]]) -> tuple[list[dict[str, Any]], pathlib.Path]:
         rows = [
-            {"network": name, "seed": seed} | found[run.name]
+            curves.named(name, configs[name]) | {"seed": seed} | found[run.name]
             for (name, seed), run in runs.items()
             if run.name in found
         ]
@@ -146,17 +146,11 @@ def main(s: SmallData) -> str:
 def networks(s: SmallData, tokens: int) -> dict[str, DecoderConfig]:
     """By the name of a row."""
     found = {}
-    for method, gamma, signs, dropout in itertools.product(
-        s.methods, s.gammas, s.signs, s.dropouts
-    ):
-        name = method
-        if method.startswith("bdia") and len(s.gammas) * len(s.signs) > 1:
-            name += f", γ = {gamma:g}, signs: {signs}"
-        if len(s.dropouts) > 1 or dropout:
-            name += f", dropout {dropout:g}"
-        found[name] = dataclasses.replace(
-            s.model, vocab_size=tokens, method=method, gamma=gamma, signs=signs, dropout=dropout
-        )
+    for name, fields in dial(s.methods, s.gammas, s.signs).items():
+        for dropout in s.dropouts:
+            told = len(s.dropouts) > 1 or dropout
+            config = dataclasses.replace(s.model, vocab_size=tokens, dropout=dropout, **fields)
+            found[f"{name}, dropout {dropout:g}" if told else name] = config
     return found
 
 
@@ -187,9 +181,8 @@ def run_of(
             tokenizer.save(folder / "model")
         return {}
 
-    words = name.replace(", ", "_").replace(" = ", "=").replace(": ", "=").replace(" ", "=")
     return training(
-        f"{words}_seed={seed}",
+        f"{curves.file_name(name)}_seed={seed}",
         lambda: Decoder(config, rngs=nnx.Rngs(seed)),
         task,
         dataclasses.replace(s.train, seed=seed),

@@ -66,6 +66,8 @@ class View:
     """Of the table; all by default."""
     draw: Callable[[Rows, pathlib.Path], None] | None = None
     """A picture instead."""
+    table: Callable[[Rows], str] | None = None
+    """Another table than the result's."""
 
     def rows(self, path: pathlib.Path) -> Rows:
         """Those of a result that are shown."""
@@ -91,10 +93,25 @@ VIEWS: dict[str, View] = {
         },
         ("BLEU", "NIST", "METEOR", "ROUGE-L", "CIDEr"),
     ),
-    "gamma-from-scratch": View("small-text-python-0.1"),
+    **{
+        f"gamma-from-scratch-{name}": View(result, table=curves.dial)
+        for name, result in {
+            "text": "small-text-tinyshakespeare",
+            "little-text": "small-text-tinyshakespeare-0.05",
+            "translation": "translation-fra-eng",
+        }.items()
+    },
     **{
         f"vision-{table}": View("vision-reduced-cifar10", {"table": (table,)})
-        for table in ("baselines", "dropout", "depth", "gamma", "linformer", "quantization")
+        for table in (
+            "signs",
+            "baselines",
+            "dropout",
+            "depth",
+            "gamma",
+            "linformer",
+            "quantization",
+        )
     },
     "vision-capacity": View("vision-reduced-cifar10", {"table": ("capacity",)}),
     "small-text-drawn": View("small-text-tinyshakespeare-0.05", draw=curves.draw),
@@ -112,7 +129,8 @@ def render(name: str, page: pathlib.Path, folder: pathlib.Path = records.COMMITT
             # What made it stands under the table of the same result.
             parts.append(f"![{name.replace('-', ' ')}]({place})")
         else:
-            parts.append(columns_of(table_of(view.result)(view.rows(path)), view.columns))
+            table = view.table or table_of(view.result)
+            parts.append(columns_of(table(view.rows(path)), view.columns))
             parts.append(caption(records.read(path).about))
     return "\n\n".join(parts) if parts else MISSING
 

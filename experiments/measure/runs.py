@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import fcntl
 import hashlib
+import itertools
 import json
 import pathlib
 import shutil
@@ -162,6 +163,23 @@ def claimed(path: pathlib.Path, *, wait: bool = False) -> Iterator[bool]:
             yield False
         else:
             yield True
+
+
+def dial(
+    methods: Iterable[str], gammas: Iterable[float], signs: Iterable[str]
+) -> dict[str, dict[str, Any]]:
+    """Every method with every γ and its signs, where it has one: fields of a network, by name."""
+    gammas, signs = [*gammas], [*signs]
+    found = {}
+    for method in methods:
+        if not method.startswith("bdia"):
+            found[method] = {"method": method}
+            continue
+        for gamma, kind in itertools.product(gammas, signs):
+            several = len(gammas) * len(signs) > 1
+            name = f"{method}, γ = {gamma:g}, signs: {kind}" if several else method
+            found[name] = {"method": method, "gamma": gamma, "signs": kind}
+    return found
 
 
 def plain(value: Any) -> Any:

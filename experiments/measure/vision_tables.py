@@ -128,7 +128,7 @@ SCALES = {
         data="cifar10",
         vit=ViTConfig(patch_size=8, width=64, heads=4, head_dim=16, hidden=64),
         resnet=ResNetConfig(widths=(8, 16, 32), depth=2, groups=4),
-        epochs=20,
+        epochs=50,
         train=TrainSettings(
             batch_size=50, optimizer="set-adam", learning_rate=1e-3, clip_norm=None
         ),
@@ -181,7 +181,7 @@ COLUMNS: dict[str, dict[str, dict[str, Any]]] = {
     | {
         f"γ = 1/{n}, signs: {signs}": {"gamma": 1 / n, "signs": signs}
         for n in (2, 4, 8, 16)
-        for signs in ("block", "sample", "minus")
+        for signs in ("block", "sample")
     },
     "systems": BOTH
     | {
