@@ -33,7 +33,16 @@ from bdia_jax import GammaChoice, interop
 from bdia_jax.data import ChatTemplate, Example, Tokenizer, load_tokenizer, pack, read_examples
 from bdia_jax.data.example_files import TooLong
 from bdia_jax.gamma import FAIR
-from bdia_jax.nn import Decoder, add_lora, freeze, generate, merge_lora, set_step
+from bdia_jax.nn import (
+    Decoder,
+    add_lora,
+    expand_base,
+    freeze,
+    generate,
+    merge_lora,
+    set_step,
+)
+from bdia_jax.nn.quantized import Kind
 from bdia_jax.nn.settings import Method
 from bdia_jax.steps import BDIA, Signs
 from bdia_jax.train import (
@@ -125,6 +134,10 @@ class FineTune:
     """What the weights are kept in: float32, or bfloat16. By default float32; but frozen ones, of
     which there are low-rank updates, stay in bfloat16 if they are so in the folder. The folder
     that is saved has the same; updates are added in float32, and the sum is rounded."""
+    quantize: Kind | None = None
+    """nf4, int4 or int8: keep the frozen kernels of linear layers in so few bits (QLoRA), with
+    low-rank updates. The folder that is saved has the network that was trained: the kernels that
+    the codes stand for, and the updates."""
     dropout: float = 0.0
     """On the embedding, the attention weights and both updates of a block."""
     freeze_embedding: bool = False
@@ -135,6 +148,13 @@ class FineTune:
     """Continue the run in the folder, if there is one."""
     train: TrainSettings = SOME
     """How to train: batches are of sequences, which hold many texts."""
+
+    def __post_init__(self):
+        if self.quantize is not None and not is_low_rank(self):
+            raise ValueError(
+                f"quantized weights are not trained: give lora.rank or lora.adapter with "
+                f"quantize={self.quantize!r}"
+            )
 
 
 def main(f: FineTune) -> dict[str, float]:
@@ -172,6 +192,7 @@ def main(f: FineTune) -> dict[str, float]:
     after = evaluate(model, task, eval_batch_size=eval_batch_size(task, f.train))
     if is_low_rank(f):
         save_adapter(model, f.out / "adapter", path)
+        expand_base(model)
         merge_lora(model)
     interop.save(model, f.out / "model", like=path)
     if f.tokenizer is not None:
@@ -204,6 +225,7 @@ def load(f: FineTune, path: pathlib.Path) -> Decoder:
         attention=f.attention,
         dtype=f.dtype,
         param_dtype=f.param_dtype or frozen,
+        quantize=f.quantize,
         dropout=f.dropout,
     )
     if f.lora.adapter is not None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from bdia_jax.interop.checkpoint import Checkpoint, FolderError
 from bdia_jax.interop.families import Source
+from bdia_jax.nn.quantized import Codes, Kind, encode
 
 
 def parameter(
@@ -21,26 +22,46 @@ def parameter(
     Raises:
       FolderError: for a tensor that is missing, or has another shape.
     """
-
-    def one(theirs: str, shape: tuple[int, ...]) -> np.ndarray:
-        tensor = tensors.get(theirs)
-        if source.transposed:
-            tensor = tensor.T
-        if source.span is not None:
-            tensor = tensor[..., slice(*source.span)]
-        if tensor.shape != shape:
-            raise FolderError(
-                f"{tensors.where}: the tensor {theirs}, for {name}, should give an array of shape "
-                f"{shape}; it gives {tensor.shape}"
-            )
-        return tensor
-
     if "{}" not in source.name:
-        return jnp.asarray(one(source.name, shape), dtype)
+        return jnp.asarray(_one(name, source.name, shape, source, tensors), dtype)
     stacked = np.empty(shape, dtype)
-    for i in range(len(stacked)):
-        stacked[i] = one(source.name.format(i), shape[1:])
+    for i, tensor in enumerate(_of_blocks(name, shape, source, tensors)):
+        stacked[i] = tensor
     return jnp.asarray(stacked)
+
+
+def quantized(
+    name: str, shape: tuple[int, ...], source: Source, tensors: Checkpoint, kind: Kind
+) -> Codes:
+    """The same of a kernel of stacked blocks, quantized: one block's at a time in memory."""
+    encoded = jax.jit(encode, static_argnums=1)
+    found = [
+        encoded(jnp.asarray(tensor), kind) for tensor in _of_blocks(name, shape, source, tensors)
+    ]
+    return jax.tree.map(lambda *blocks: jnp.stack(blocks), *found)
+
+
+def _of_blocks(
+    name: str, shape: tuple[int, ...], source: Source, tensors: Checkpoint
+) -> Iterator[np.ndarray]:
+    for i in range(shape[0]):
+        yield _one(name, source.name.format(i), shape[1:], source, tensors)
+
+
+def _one(
+    name: str, theirs: str, shape: tuple[int, ...], source: Source, tensors: Checkpoint
+) -> np.ndarray:
+    tensor = tensors.get(theirs)
+    if source.transposed:
+        tensor = tensor.T
+    if source.span is not None:
+        tensor = tensor[..., slice(*source.span)]
+    if tensor.shape != shape:
+        raise FolderError(
+            f"{tensors.where}: the tensor {theirs}, for {name}, should give an array of shape "
+            f"{shape}; it gives {tensor.shape}"
+        )
+    return tensor
 
 
 def tensors(

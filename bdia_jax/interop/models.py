@@ -16,7 +16,8 @@ from bdia_jax.interop.checkpoint import Checkpoint, FolderError
 from bdia_jax.interop.folder import Folder
 from bdia_jax.interop.gguf import GGUF
 from bdia_jax.interop.hub import resolve
-from bdia_jax.nn import Decoder, DecoderConfig
+from bdia_jax.nn import Decoder, DecoderConfig, quantize_base
+from bdia_jax.nn.quantized import Kind, Quantized
 
 
 def open_checkpoint(path: str | os.PathLike) -> Checkpoint:
@@ -40,7 +41,7 @@ def read_config(path: str | os.PathLike) -> DecoderConfig:
         return _configuration(checkpoint)
 
 
-def load(path: str | os.PathLike, **settings: Any) -> Decoder:
+def load(path: str | os.PathLike, *, quantize: Kind | None = None, **settings: Any) -> Decoder:
     """A decoder with the weights of a folder of ``transformers``, or of a GGUF file.
 
     Of the weights there is one copy in memory, and the largest stacked array a second time.
@@ -49,30 +50,46 @@ def load(path: str | os.PathLike, **settings: Any) -> Decoder:
       path: a folder with ``config.json`` and ``*.safetensors``; a ``*.gguf`` file, of which
         quantized weights are expanded; or a name on the Hugging Face hub, from where the folder is
         downloaded (to the cache of ``huggingface_hub``).
+      quantize: nf4, int4 or int8 for kernels of linear layers in so few bits, as of
+        :func:`bdia_jax.nn.quantize_base`; one block's kernel is in memory unquantized at a time.
       **settings: of :class:`bdia_jax.nn.DecoderConfig`, in place of those that are read:
         ``method``, ``dtype``, ``param_dtype``, ``dropout``, …
 
     Raises:
       FileNotFoundError: for a folder that does not exist, or has no weights.
       FolderError: for a folder that does not fit, with the name of the tensor.
+      ImportError, ValueError: for ``quantize``, as of :func:`bdia_jax.nn.quantize_base`.
     """
     with open_checkpoint(path) as checkpoint:
         config = dataclasses.replace(_configuration(checkpoint), **settings)
         family = families.named(checkpoint.config["model_type"])
         layout = families.layout(family, config, checkpoint)
-        make = lambda: nnx.split(Decoder(config, rngs=nnx.Rngs(0)), nnx.Param, ...)  # noqa: E731
+
+        def make():
+            model = Decoder(config, rngs=nnx.Rngs(0))
+            if quantize is not None:
+                quantize_base(model, quantize)
+            return nnx.split(model, nnx.Any(nnx.Param, Quantized), ...)
+
         graph, abstract, _ = jax.eval_shape(make)
         rest = jax.jit(lambda: make()[2])()
-        state = []
-        for keys, leaf in nnx.to_flat_state(abstract):
+        flat = dict(nnx.to_flat_state(abstract))
+        state = {}
+        for keys, leaf in flat.items():
             name = ".".join(map(str, keys))
-            value = arrays.parameter(name, leaf.shape, leaf.dtype, layout[name], checkpoint)
-            state.append((keys, leaf.replace(value)))
+            if quantize is None or not isinstance(leaf, Quantized):
+                value = arrays.parameter(name, leaf.shape, leaf.dtype, layout[name], checkpoint)
+                state[keys] = leaf.replace(value)
+            elif keys[-1] == "codes":
+                name = name.removesuffix("codes") + "kernel"
+                found = arrays.quantized(name, leaf.shape, layout[name], checkpoint, quantize)
+                for which, value in found._asdict().items():
+                    state[*keys[:-1], which] = flat[*keys[:-1], which].replace(value)
         if unused := checkpoint.unused():
             raise FolderError(
                 f"{checkpoint.where}: tensors that no parameter is made from: {', '.join(unused)}"
             )
-    return nnx.merge(graph, nnx.from_flat_state(state), rest)
+    return nnx.merge(graph, nnx.from_flat_state([*state.items()]), rest)
 
 
 def load_chat_template(path: str | os.PathLike) -> ChatTemplate | None:

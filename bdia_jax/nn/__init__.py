@@ -22,6 +22,7 @@ from bdia_jax.nn.generation import beam_search, generate
 from bdia_jax.nn.lora import Frozen, LowRankLinear, add_lora, freeze, merge_lora, unfreeze
 from bdia_jax.nn.losses import cross_entropy
 from bdia_jax.nn.positions import RotaryScaling
+from bdia_jax.nn.quantized import QuantizedLinear, expand_base, quantize_base
 from bdia_jax.nn.resnet import ResNet
 from bdia_jax.nn.settings import METHODS, ReversibleSettings
 from bdia_jax.nn.stack import CoupledStack, Probe, ReversibleStack
@@ -42,6 +43,7 @@ __all__ = [
     "LinearAttention",
     "LowRankLinear",
     "Probe",
+    "QuantizedLinear",
     "ResNet",
     "ResNetConfig",
     "ReversibleSettings",
@@ -56,10 +58,12 @@ __all__ = [
     "choose_gamma",
     "chunked_attention",
     "cross_entropy",
+    "expand_base",
     "freeze",
     "generate",
     "llama",
     "merge_lora",
+    "quantize_base",
     "set_step",
     "unfreeze",
 ]

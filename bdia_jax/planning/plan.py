@@ -32,8 +32,16 @@ from flax import nnx
 
 from bdia_jax import Online, pack_bits
 from bdia_jax.data.text import TextData
-from bdia_jax.nn import Decoder, DecoderConfig, ReversibleStack, add_lora, llama
+from bdia_jax.nn import (
+    Decoder,
+    DecoderConfig,
+    ReversibleStack,
+    add_lora,
+    llama,
+    quantize_base,
+)
 from bdia_jax.nn.attention.kernels import fusible
+from bdia_jax.nn.quantized import Kind
 from bdia_jax.nn.settings import DTYPES
 from bdia_jax.planning import memory, targets
 from bdia_jax.planning.ways import WAYS, check_ways
@@ -124,6 +132,7 @@ def plan(
     length: int,
     *,
     lora: int = 0,
+    quantize: Kind | None = None,
     optimizer: Optimizer = "adamw",
     mesh: str | None = None,
     eval_batch: int | None = None,
@@ -140,6 +149,7 @@ def plan(
       batch: sequences per step.
       length: tokens per sequence.
       lora: rank of low-rank updates of q and v, with everything else frozen; 0 trains all.
+      quantize: of the frozen kernels of linear layers, as in :func:`bdia_jax.nn.quantize_base`.
       optimizer, mesh: as in :class:`bdia_jax.train.TrainSettings`.
       eval_batch: sequences per evaluation batch; None for as many as in a step.
       ways: names of :data:`.ways.WAYS`; None for the customary ones that fit ``lora``.
@@ -147,8 +157,14 @@ def plan(
       device: to compile for, as in :func:`targets.devices`; None for what is there.
 
     Raises:
-      ValueError: for unknown ways, a length above ``max_length``, a mesh without its devices.
+      ValueError: for unknown ways, a length above ``max_length``, a mesh without its devices, and
+        quantized weights without low-rank updates.
     """
+    if quantize is not None and not lora:
+        raise ValueError(
+            f"quantized weights are not trained: lora, the rank of updates, must be at least 1 "
+            f"with quantize={quantize!r}; got {lora}"
+        )
     names = fitting(CUSTOMARY, lora) if ways is None else tuple(ways)
     check_ways(names)
     if not 1 <= length <= config.max_length or batch < 1:
@@ -174,16 +190,18 @@ def plan(
     if targets.is_gpu(device) and fused:
         # What it would choose there.
         config = dataclasses.replace(config, attention="cudnn")
-    return [_need(name, config, task, settings, lora, compiler) for name in names]
+    return [_need(name, config, task, settings, (lora, quantize), compiler) for name in names]
 
 
-def _need(name, config: DecoderConfig, task, settings: TrainSettings, lora, compiler) -> Need:
-    way = WAYS[name]
+def _need(name, config: DecoderConfig, task, settings: TrainSettings, updates, compiler) -> Need:
+    way, (lora, quantize) = WAYS[name], updates
     config = way.config(config, task.length)
 
     def make():
         model = Decoder(config, rngs=nnx.Rngs(0))
         way.install(model)
+        if quantize is not None:
+            quantize_base(model, quantize)
         if lora:
             add_lora(model, lora, rngs=nnx.Rngs(0))
         return model
@@ -301,6 +319,9 @@ class Plan:
     """Sequences per evaluation batch; by default as many as in a step."""
     lora: tuple[int, ...] = (0, 8)
     """Ranks of low-rank updates of q and v; 0 trains all weights."""
+    quantize: Kind | None = None
+    """nf4, int4 or int8: keep the frozen kernels of linear layers in so few bits; of plans with
+    low-rank updates only."""
     optimizer: str = "adamw"
     """adam, adamw, set-adam or sgd."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -357,8 +378,11 @@ def main(p: Plan) -> list[Need]:
         jax.config.update("jax_num_cpu_devices", _devices(p.mesh))
     config, needs = p.config(), []
     for rank in p.lora:
+        if p.quantize is not None and not rank:
+            continue
         options = {
             "lora": rank,
+            "quantize": p.quantize,
             "optimizer": p.optimizer,
             "mesh": p.mesh,
             "eval_batch": p.eval_batch,
@@ -368,6 +392,7 @@ def main(p: Plan) -> list[Need]:
         names = fitting(p.ways or CUSTOMARY, rank)
         for need in plan(config, p.batch, p.length, ways=names, **options):
             name = f"{need.way}, LoRA {rank}" if rank else need.way
+            name += f" on {p.quantize}" if p.quantize else ""
             needs.append(dataclasses.replace(need, way=name))
             if limit is not None:
                 batch = largest_batch(config, p.length, limit, need.way, **options)

@@ -78,4 +78,7 @@ def evaluation_memory(
 def _bytes_per_device(leaf) -> int:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return 0
-    return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    size = math.prod(leaf.sharding.shard_shape(leaf.shape))
+    # Devices keep two numbers of 4 bits in a byte.
+    whole = jnp.issubdtype(leaf.dtype, jnp.integer)
+    return size * (jnp.iinfo(leaf.dtype).bits if whole else 8 * leaf.dtype.itemsize) // 8
