@@ -6,6 +6,8 @@
   :func:`bdia_jax.interop.gguf.load_tokenizer`. A pretrained model in one, as a package:
   :func:`packaged_model`.
 - The chat template of either: :func:`load_chat_template`.
+- Vision transformers (ViT, DINOv2, CLIP, SigLIP): :func:`load_vision`,
+  :func:`load_normalization`, :func:`save_vision`.
 - Low-rank updates in the format of ``peft``: :func:`load_adapter`, :func:`save_adapter`.
 
 Another family of networks is a class in ``families``, and a line in its table.
@@ -17,6 +19,7 @@ from bdia_jax.interop.checkpoint import FolderError
 from bdia_jax.interop.hub import packaged_model, resolve
 from bdia_jax.interop.models import load, load_chat_template, read_config
 from bdia_jax.interop.saving import save
+from bdia_jax.interop.vision.models import load_normalization, load_vision, save_vision
 
 __all__ = [
     "FolderError",
@@ -24,9 +27,12 @@ __all__ = [
     "load",
     "load_adapter",
     "load_chat_template",
+    "load_normalization",
+    "load_vision",
     "packaged_model",
     "read_config",
     "resolve",
     "save",
     "save_adapter",
+    "save_vision",
 ]

@@ -32,8 +32,9 @@ BESIDE = (
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
+    "preprocessor_config.json",
 )
-"""Files that belong to the weights: of the tokenizer, of chats, of generation."""
+"""Files that belong to the weights: of the tokenizer, of chats, of generation, of images."""
 NOT_READ = {
     "adapter_config.json": "an adapter, which must be merged into the weights first (with peft: "
     "merge_and_unload, then save_pretrained)",
@@ -41,8 +42,8 @@ NOT_READ = {
     "quant_config.json": "quantized weights (AWQ); only those that are not can be read",
 }
 """Files of folders that are refused, and what such a folder holds."""
-_LEFT_ALONE = ("attn.bias", "attn.masked_bias", "rotary_emb.inv_freq")
-"""Ends of the names of masks and frequencies in old files, which are computed here."""
+_LEFT_ALONE = ("attn.bias", "attn.masked_bias", "rotary_emb.inv_freq", "position_ids")
+"""Ends of the names of masks, frequencies and counts in old files, which are computed here."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 

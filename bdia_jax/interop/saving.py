@@ -85,13 +85,13 @@ def save(
         )
     check_kind(folder)
     with new_files(folder) as new:
-        before = _weights_before(folder)
+        before = weights_before(folder)
         tensors = arrays.tensors(parameters, layout, DTYPES[dtype])
-        weights = _write_weights(tensors, new, avoid=before)
+        weights = write_weights(tensors, new, avoid=before)
         write_json(new / CONFIG, written)
         for name, content in (beside or {}).items():
             (new / name).write_bytes(content)
-        put_in_place(folder, _steps(folder, new, weights, before, beside))
+        put_in_place(folder, steps_of(folder, new, weights, before, beside))
 
 
 def _config_json(
@@ -109,7 +109,7 @@ def _config_json(
     return written | {"dtype": dtype, "torch_dtype": dtype}
 
 
-def _write_weights(
+def write_weights(
     tensors: Iterable[tuple[str, np.ndarray]], folder: pathlib.Path, avoid: set[str]
 ) -> list[str]:
     """Writes one file; or several, and their index.
@@ -157,7 +157,7 @@ def _write_weights(
     return [*names, INDEX]
 
 
-def _weights_before(folder: pathlib.Path) -> set[str]:
+def weights_before(folder: pathlib.Path) -> set[str]:
     """Names of the files with weights that are in a folder."""
     shard = re.compile(r"model-(\d+-)?\d{5}-of-\d{5}\.safetensors")
     found = {path.name for path in folder.iterdir() if shard.fullmatch(path.name)}
@@ -169,7 +169,7 @@ def _weights_before(folder: pathlib.Path) -> set[str]:
     return {name for name in {*ours, WHOLE, INDEX} if (folder / name).exists()}
 
 
-def _steps(
+def steps_of(
     folder: pathlib.Path,
     new: pathlib.Path,
     weights: list[str],

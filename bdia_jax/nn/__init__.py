@@ -26,6 +26,7 @@ from bdia_jax.nn.quantized import QuantizedLinear, expand_base, quantize_base
 from bdia_jax.nn.resnet import ResNet
 from bdia_jax.nn.settings import METHODS, ReversibleSettings
 from bdia_jax.nn.stack import CoupledStack, Probe, ReversibleStack
+from bdia_jax.nn.vision import VisionTower, VisionTowerConfig
 from bdia_jax.nn.vit import ViT
 
 __all__ = [
@@ -53,6 +54,8 @@ __all__ = [
     "TransformerBlock",
     "ViT",
     "ViTConfig",
+    "VisionTower",
+    "VisionTowerConfig",
     "add_lora",
     "beam_search",
     "choose_gamma",

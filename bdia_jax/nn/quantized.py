@@ -78,9 +78,13 @@ def encode(kernel: Float[Array, "*blocks inputs outputs"], kind: Kind) -> Codes:
 def decode(codes: Codes, kind: Kind) -> Float[Array, "*blocks inputs outputs"]:
     """The kernel that codes stand for, in float32."""
     qwix = _qwix()
-    qtype = kind if kind == "nf4" else codes.codes.dtype
     scales = codes.scales.astype(jnp.float32)
-    return qwix.dequantize(qwix.QArray(codes.codes, scales, None, qtype))
+    if kind == "nf4":
+        # JAX cannot lower every index of 4 bits.
+        array = qwix.QArray(codes.codes.astype(jnp.uint8), scales, None, kind)
+    else:
+        array = qwix.QArray(codes.codes, scales, None, codes.codes.dtype)
+    return qwix.dequantize(array)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Vision towers of other libraries, in and out."""

@@ -1,0 +1,194 @@
+"""Pretrained vision towers: what transformers computes, in and out, at other sizes, reversibly."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from bdia_jax import interop
+from bdia_jax.interop.vision import families
+from bdia_jax.nn import VisionTower, VisionTowerConfig, add_lora, merge_lora
+
+SIZES = {
+    "hidden_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 24,
+    "patch_size": 6,
+}
+KINDS = ("vit", "dinov2", "clip", "siglip")
+IMAGES = jnp.asarray(np.random.default_rng(0).normal(size=(3, 24, 24, 3)).astype(np.float32))
+
+
+def theirs(kind):
+    """A random classifier of transformers."""
+    transformers = pytest.importorskip("transformers")
+    torch = pytest.importorskip("torch")
+    torch.manual_seed(0)
+    tower = SIZES | ({} if kind == "dinov2" else {"intermediate_size": 80})
+    text = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    both = {"vision_config": tower, "text_config": text, "num_labels": 5}
+    name, settings = {
+        "vit": ("ViT", tower | {"num_labels": 5}),
+        "dinov2": ("Dinov2", tower | {"num_labels": 5}),
+        "clip": ("CLIP", both),
+        "siglip": ("Siglip", both),
+    }[kind]
+    config = getattr(transformers, f"{name}Config")(**settings)
+    model = getattr(transformers, f"{name}ForImageClassification")(config).eval()
+    for parameter in model.parameters():  # Also zeros and ones tell something.
+        parameter.data += 0.1 * torch.randn(parameter.shape)
+    return model
+
+
+def logits(model, images, **options):
+    import torch
+
+    with torch.no_grad():
+        pixels = torch.tensor(np.asarray(images).transpose(0, 3, 1, 2))
+        return model(pixels, **options).logits.numpy()
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def folder(request, tmp_path_factory):
+    """A kind, its model, and the folder that transformers writes."""
+    model = theirs(request.param)
+    place = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(place)
+    return request.param, model, place
+
+
+def test_logits_and_back(folder, tmp_path):
+    _, model, place = folder
+    ours = interop.load_vision(place, method="standard")
+    ours.eval()
+    expected = logits(model, IMAGES)
+    np.testing.assert_allclose(ours(IMAGES), expected, rtol=1e-4, atol=2e-5)
+    ours.blocks.stacked.ffn.down.bias[...] += 0.5
+    interop.save_vision(ours, tmp_path, like=place)
+    again = type(model).from_pretrained(tmp_path)
+    np.testing.assert_allclose(logits(again.eval(), IMAGES), ours(IMAGES), rtol=1e-4, atol=2e-5)
+    back = interop.load_vision(tmp_path, method="standard")
+    for a, b in zip(*(jax.tree.leaves(nnx.state(m, nnx.Param)) for m in (back, ours)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_images_of_another_size(folder, tmp_path):
+    kind, model, place = folder
+    images = jnp.asarray(np.random.default_rng(1).normal(size=(2, 36, 36, 3)), jnp.float32)
+    expected = logits(model, images, interpolate_pos_encoding=True) if kind != "dinov2" else None
+    if expected is None:  # interpolates always
+        expected = logits(model, images)
+    ours = interop.load_vision(place, method="standard", image_size=36)
+    ours.eval()
+    np.testing.assert_allclose(ours(images), expected, rtol=1e-4, atol=2e-5)
+    interop.save_vision(ours, tmp_path, like=place)
+    again = type(model).from_pretrained(tmp_path).eval()
+    np.testing.assert_allclose(logits(again, images), expected, rtol=1e-4, atol=2e-5)
+
+
+def test_a_tower_without_a_head(folder, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    kind, model, place = folder
+    if kind in ("vit", "dinov2"):
+        base = getattr(model, kind)
+    else:
+        base = model.vision_model
+        if kind == "siglip":
+            base = transformers.SiglipVisionModel(model.config.vision_config)
+            base.load_state_dict(model.vision_model.state_dict())
+    base.save_pretrained(tmp_path)
+    with pytest.raises(interop.FolderError, match="no classifier: give num_classes"):
+        interop.load_vision(tmp_path, method="standard")
+    ours = interop.load_vision(tmp_path, num_classes=7, method="standard")
+    ours.eval()
+    assert not np.any(ours(IMAGES))
+    whole = interop.load_vision(place, method="standard")
+    whole.eval()
+    np.testing.assert_array_equal(ours.features(IMAGES), whole.features(IMAGES))
+    interop.save_vision(ours, tmp_path / "new", like=tmp_path, labels=list("abcdefg"))
+    again = type(model).from_pretrained(tmp_path / "new")
+    assert [*again.config.id2label.values()] == list("abcdefg")
+
+
+@pytest.mark.parametrize("parts", [False, True])
+def test_reversible_in_bfloat16(folder, parts):
+    _, _, place = folder
+    model = interop.load_vision(
+        place, method="bdia", gamma=1 / 16, signs="sample", dtype="bfloat16", parts_as_steps=parts
+    )
+    x = model._embed(IMAGES).astype(jnp.bfloat16)
+    found = model.blocks.check_reversible(x, key=jax.random.key(1))
+    assert found.compared > 0
+    assert found.mismatched == 0
+
+
+def test_low_rank_updates_are_trained_and_merged(folder, tmp_path):
+    _, model, place = folder
+    ours = interop.load_vision(place, method="standard")
+    add_lora(ours, 2, targets=("q", "v", "up"), rngs=nnx.Rngs(0))
+    ours.blocks.stacked.attention.q.b[...] += 0.1
+    ours.eval()
+    expected = ours(IMAGES)
+    with pytest.raises(ValueError, match="merge low-rank updates"):
+        interop.save_vision(ours, tmp_path, like=place)
+    merge_lora(ours)
+    interop.save_vision(ours, tmp_path, like=place)
+    again = type(model).from_pretrained(tmp_path).eval()
+    np.testing.assert_allclose(logits(again, IMAGES), expected, rtol=1e-4, atol=2e-5)
+
+
+def test_normalization(tmp_path):
+    config = {"model_type": "vit", "id2label": {"0": "a", "1": "b"}, **SIZES}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"intermediate_size": 8}))
+    assert interop.load_normalization(tmp_path).mean == pytest.approx([127.5] * 3)
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.5, 0.25]})
+    )
+    found = interop.load_normalization(tmp_path)
+    assert found.mean == pytest.approx([25.5, 51, 76.5])
+    assert found.std == pytest.approx([127.5, 127.5, 63.75])
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"rescale_factor": 1}))
+    with pytest.raises(interop.FolderError, match="must scale pixels by 1/255; got rescale_factor"):
+        interop.load_normalization(tmp_path)
+
+
+BAD = {
+    "another architecture": ({"model_type": "resnet"}, "one of vit, dinov2, clip"),
+    "rectangles": ({"image_size": [24, 48]}, r"must be an int, for squares; got \[24, 48\]"),
+    "an activation": ({"hidden_act": "relu"}, "hidden_act must be gelu or"),
+    "a size": ({"patch_size": 7}, "patch_size must divide image_size = 24; got 7"),
+    "nothing": ({"hidden_size": None}, "lacks 'hidden_size'"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_is_refused(what):
+    changed, message = BAD[what]
+    config = {"model_type": "vit", "intermediate_size": 8, **SIZES} | changed
+    config = {name: value for name, value in config.items() if value is not None}
+    with pytest.raises(interop.FolderError, match=message):
+        families.read(config)
+
+
+def test_a_gated_network_is_refused():
+    with pytest.raises(interop.FolderError, match="use_swiglu_ffn must be False; got True"):
+        families.read({"model_type": "dinov2", "use_swiglu_ffn": True, **SIZES})
+
+
+def test_another_family_is_refused(folder, tmp_path):
+    kind, _, place = folder
+    other = VisionTower(
+        VisionTowerConfig(
+            image_size=24, patch_size=6, width=32, depth=3, heads=4, hidden=80, num_classes=5
+        ),
+        rngs=nnx.Rngs(0),
+    )
+    if kind != "vit":
+        with pytest.raises(ValueError, match="like must be of the model's family; they differ in"):
+            interop.save_vision(other, tmp_path, like=place)
+    with pytest.raises(ValueError, match="labels must be 5 different names"):
+        interop.save_vision(other, tmp_path, like=place, labels=["a"] * 5)
