@@ -2,7 +2,11 @@
 
     python experiments/vit.py --out runs/digits                                # a minute or two
     python experiments/vit.py --data cifar10 --data-dir ~/tensorflow_datasets --out runs/cifar10
+    python experiments/vit.py --pretrained google/vit-base-patch16-224 --data photos --out runs/mine
     python experiments/vit.py ... --resume                                     # continue
+
+With ``--pretrained`` (first), a pretrained network is fine-tuned, and the options are those of
+:mod:`finetune_vision`: ``vit.py --pretrained --help``. Without, one is trained from scratch.
 
 The model defaults to a small one that a CPU trains on digits. That of the BDIA experiments on CIFAR
 is ``--model.width 512 --model.hidden 512 --model.heads 8 --model.head-dim 64`` with patches of 4.
@@ -14,12 +18,14 @@ import dataclasses
 import json
 import logging
 import pathlib
+import sys
 
 import command
+import finetune_vision
 from flax import nnx
 from measure import records, vision_tables
 
-from bdia_jax.data import load_images
+from bdia_jax.data import load_image_folder, load_images
 from bdia_jax.nn import ViT, ViTConfig
 from bdia_jax.train import ImageClassification, TrainSettings, plot_curves, train
 
@@ -35,7 +41,8 @@ class Experiment:
     out: pathlib.Path
     """Folder of the run: settings, metrics, checkpoints, curves."""
     data: str = "digits"
-    """digits (embedded), or an image classification set of TensorFlow Datasets."""
+    """digits (embedded), a folder of images by class, or an image classification set of TensorFlow
+    Datasets."""
     data_dir: pathlib.Path | None = None
     """Where prepared TFDS sets lie; by default TFDS's own folder."""
     download: bool = False
@@ -59,7 +66,10 @@ class Experiment:
 def main(experiment: Experiment) -> float:
     """Runs it; the last validation accuracy."""
     e = experiment
-    data = load_images(e.data, e.data_dir, download=e.download)
+    if pathlib.Path(e.data).expanduser().is_dir():
+        data = load_image_folder(e.data, e.model.image_size, channels=e.model.channels)
+    else:
+        data = load_images(e.data, e.data_dir, download=e.download)
     size, _, channels = data.train_images.shape[1:]
     config = dataclasses.replace(
         e.model, image_size=size, channels=channels, num_classes=data.num_classes
@@ -98,4 +108,12 @@ def write_result(e: Experiment, config: ViTConfig) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, Experiment, __doc__, told=logging.INFO)
+    if any(word.split("=")[0] == "--pretrained" for word in sys.argv[1:]):
+        command.run(
+            finetune_vision.main,
+            finetune_vision.FineTuneVision,
+            finetune_vision.__doc__,
+            told=logging.INFO,
+        )
+    else:
+        command.run(main, Experiment, __doc__, told=logging.INFO)

@@ -1,5 +1,6 @@
 """Data sets, and batches as pure functions of a key and a step."""
 
+from bdia_jax.data.augmentation import Augmentation
 from bdia_jax.data.batches import (
     augment,
     batch_indices,
@@ -11,6 +12,7 @@ from bdia_jax.data.chats import ChatTemplate, conversation, read_chat_template
 from bdia_jax.data.example_files import read_examples
 from bdia_jax.data.examples import Example, completion
 from bdia_jax.data.fingerprints import fingerprint
+from bdia_jax.data.image_folder import ImageFolder, load_image_folder, read_image
 from bdia_jax.data.images import ImageData, check_classes, load_images
 from bdia_jax.data.packing import Packed, PackedPairs, pack, pack_pairs
 from bdia_jax.data.pairs import cldr_pairs, clean, read_pairs, split_pairs, tfds_pairs
@@ -31,10 +33,12 @@ from bdia_jax.data.tokenizers import (
 )
 
 __all__ = [
+    "Augmentation",
     "ChatTemplate",
     "Conversation",
     "Example",
     "ImageData",
+    "ImageFolder",
     "Packed",
     "PackedPairs",
     "Record",
@@ -49,6 +53,7 @@ __all__ = [
     "completion",
     "conversation",
     "fingerprint",
+    "load_image_folder",
     "load_images",
     "load_tokenizer",
     "normalize",
@@ -61,6 +66,7 @@ __all__ = [
     "read_chat_template",
     "read_conversations",
     "read_examples",
+    "read_image",
     "read_pairs",
     "read_records",
     "read_text",

@@ -19,7 +19,12 @@ from bdia_jax.interop.checkpoint import FolderError
 from bdia_jax.interop.hub import packaged_model, resolve
 from bdia_jax.interop.models import load, load_chat_template, read_config
 from bdia_jax.interop.saving import save
-from bdia_jax.interop.vision.models import load_normalization, load_vision, save_vision
+from bdia_jax.interop.vision.models import (
+    load_normalization,
+    load_vision,
+    read_vision_config,
+    save_vision,
+)
 
 __all__ = [
     "FolderError",
@@ -31,6 +36,7 @@ __all__ = [
     "load_vision",
     "packaged_model",
     "read_config",
+    "read_vision_config",
     "resolve",
     "save",
     "save_adapter",

@@ -149,12 +149,20 @@ class VisionTower(nnx.Module):
         Raises:
           ValueError: for images of another shape.
         """
-        x = self.features(images, key=key)
-        c = self.config
+        return self.head(self.pooled(images, key=key))
+
+    def pooled(
+        self,
+        images: Float[Array, "batch height width channel"],
+        *,
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "batch feature"]:
+        """What the head is given, in float32 (float64); arguments as of a call."""
+        c, x = self.config, self.features(images, key=key)
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         token, mean = x[:, 0], x[:, c.token :].mean(axis=1)
         pooled = {"token": [token], "mean": [mean], "both": [token, mean]}[c.pool]
-        return self.head(jnp.concatenate(pooled, axis=-1))
+        return jnp.concatenate(pooled, axis=-1)
 
     def features(
         self,
@@ -162,7 +170,7 @@ class VisionTower(nnx.Module):
         *,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "batch length feature"]:
-        """What is pooled: the class token, if there is one, and the patches, row by row."""
+        """The class token, if there is one, and the patches, row by row; arguments as of a call."""
         c = self.config
         expected = (c.image_size, c.image_size, c.channels)
         if images.ndim != 4 or images.shape[1:] != expected:

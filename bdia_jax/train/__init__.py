@@ -9,6 +9,7 @@ in_backward    the same, with blocks updated in the backward pass
 programs       both compiled, and where their arrays live
 loop           the run: steps, lines, evaluations, checkpoints
 gamma          γ chosen for a model and its data
+linear_probe   a head for new classes, fitted before training
 gap            what γ costs: the loss without it, beside that of training
 errors         steps that went wrong
 weights        what the model holds before and after
@@ -24,6 +25,7 @@ from bdia_jax.train.checkpoints import CheckpointError, restore_best
 from bdia_jax.train.errors import InexactInverseError, NonFiniteError
 from bdia_jax.train.figures import plot_curves
 from bdia_jax.train.gamma import choose_gamma
+from bdia_jax.train.linear_probe import fit_head
 from bdia_jax.train.loop import Result, evaluate, train, training_step
 from bdia_jax.train.memory import StepMemory, evaluation_memory, step_memory
 from bdia_jax.train.metrics import read_metrics
@@ -37,6 +39,7 @@ from bdia_jax.train.tasks import (
     ImageClassification,
     LanguageModelling,
     PackedTexts,
+    ResizedImages,
     Task,
     Translation,
     check_batch_size,
@@ -50,6 +53,7 @@ __all__ = [
     "LanguageModelling",
     "NonFiniteError",
     "PackedTexts",
+    "ResizedImages",
     "Result",
     "State",
     "StepMemory",
@@ -64,6 +68,7 @@ __all__ = [
     "eval_batch_size",
     "evaluate",
     "evaluation_memory",
+    "fit_head",
     "make_optimizer",
     "plot_curves",
     "read_metrics",

@@ -144,6 +144,17 @@ def load_vision(
     return nnx.merge(graph, nnx.from_flat_state([*state.items()]), rest)
 
 
+def read_vision_config(path: str | os.PathLike) -> VisionTowerConfig:
+    """The configuration of a folder of ``transformers`` with a vision transformer.
+
+    Raises:
+      FileNotFoundError: for a folder that does not exist.
+      FolderError: for another architecture, and settings that there is no equivalent of.
+    """
+    with VisionFolder(resolve(path)) as folder:
+        return families.read(folder.config)
+
+
 def load_normalization(path: str | os.PathLike) -> Normalization:
     """How images are to be normalized, by ``preprocessor_config.json`` in a folder.
 

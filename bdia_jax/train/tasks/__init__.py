@@ -1,6 +1,7 @@
 """What is trained, by kind: batches, a loss, and an evaluation, as pure functions."""
 
 from bdia_jax.train.tasks.images import ImageClassification
+from bdia_jax.train.tasks.resized_images import ResizedImages
 from bdia_jax.train.tasks.task import Task, check_batch_size
 from bdia_jax.train.tasks.text import LanguageModelling, PackedTexts, Tokens
 from bdia_jax.train.tasks.translation import Translation
@@ -9,6 +10,7 @@ __all__ = [
     "ImageClassification",
     "LanguageModelling",
     "PackedTexts",
+    "ResizedImages",
     "Task",
     "Tokens",
     "Translation",

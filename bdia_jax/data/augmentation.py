@@ -1,0 +1,133 @@
+"""Training images varied as recipes for vision transformers do; pure functions of a key.
+
+Images have values from 0 to 255 here. Whatever comes out is of one size, whatever goes in.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key, Num
+
+from bdia_jax.data.batches import random_flip
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """How training images are varied."""
+
+    smallest: float = 0.25
+    """The smallest share of an image's area that a random crop has; 1 for no crops. (Training from
+    scratch, 0.08 is usual.)"""
+    stretch: float = 4 / 3
+    """The largest ratio of a crop's sides."""
+    flip: bool = True
+    """Mirror every other image, left to right."""
+    mixup: float = 0.0
+    """Parameter of the beta distribution that shares of two images are drawn from; 0 for no mixing.
+    (Zhang, Cissé, Dauphin, Lopez-Paz, "mixup: Beyond Empirical Risk Minimization", 2018.)"""
+
+    def __post_init__(self):
+        if not 0 < self.smallest <= 1:
+            raise ValueError(f"smallest must lie in (0, 1]; got {self.smallest}")
+        if not 1 <= self.stretch < math.inf:
+            raise ValueError(f"stretch must be at least 1; got {self.stretch}")
+        if not 0 <= self.mixup < math.inf:
+            raise ValueError(f"mixup must be at least 0; got {self.mixup}")
+
+
+def crop_and_resize(
+    images: Num[Array, "batch height width channel"],
+    top_left: Float[Array, "batch 2"],
+    sides: Float[Array, "batch 2"],
+    size: int,
+) -> Float[Array, "batch size size channel"]:
+    """A rectangle of each image, scaled to a square by a cubic kernel, in float32.
+
+    Args:
+      images: values from 0 to 255.
+      top_left: row and column where the rectangle begins, in pixels; fractions count.
+      sides: its height and width.
+      size: of the square.
+    """
+
+    def one(image, top_left, sides):
+        scale = size / sides
+        shape = (size, size, image.shape[-1])
+        return jax.image.scale_and_translate(
+            image, shape, (0, 1), scale, -top_left * scale, method="cubic"
+        )
+
+    scaled = jax.vmap(one)(images.astype(jnp.float32), top_left, sides)
+    # A cubic kernel reaches beyond the values that it is given.
+    return scaled.clip(0, 255)
+
+
+def center_crop(
+    images: Num[Array, "batch height width channel"], share: float, size: int
+) -> Float[Array, "batch size size channel"]:
+    """The square in the middle, scaled: ``share`` of the shorter side."""
+    shape = jnp.asarray(images.shape[1:3], jnp.float32)
+    sides = jnp.full(2, share * min(images.shape[1:3]), jnp.float32)
+    every = (len(images), 2)
+    return crop_and_resize(
+        images, jnp.broadcast_to((shape - sides) / 2, every), jnp.broadcast_to(sides, every), size
+    )
+
+
+def random_resized_crop(
+    key: Key[Array, ""],
+    images: Num[Array, "batch height width channel"],
+    size: int,
+    smallest: float,
+    stretch: float,
+) -> Float[Array, "batch size size channel"]:
+    """A random rectangle of each image, scaled to a square.
+
+    Its area is uniform in ``[smallest, 1]`` of the image, the logarithm of its ratio of sides
+    uniform in ``± log(stretch)``, and its place uniform in the image; sides longer than the image
+    are cut to it. (Szegedy et al., "Going Deeper with Convolutions", 2015.)
+    """
+    area_key, ratio_key, place_key = jax.random.split(key, 3)
+    height, width = images.shape[1:3]
+    count = (len(images),)
+    area = height * width * jax.random.uniform(area_key, count, minval=smallest, maxval=1)
+    bound = math.log(stretch)
+    ratio = jnp.exp(jax.random.uniform(ratio_key, count, minval=-bound, maxval=bound))
+    sides = jnp.stack([jnp.sqrt(area * ratio), jnp.sqrt(area / ratio)], axis=-1)
+    whole = jnp.asarray([height, width], jnp.float32)
+    sides = jnp.minimum(sides, whole)
+    place = jax.random.uniform(place_key, (len(images), 2)) * (whole - sides)
+    return crop_and_resize(images, place, sides, size)
+
+
+def augment_to(
+    key: Key[Array, ""],
+    images: Num[Array, "batch height width channel"],
+    size: int,
+    how: Augmentation,
+) -> Float[Array, "batch size size channel"]:
+    """Crops, scales and mirrors."""
+    crop_key, flip_key = jax.random.split(key)
+    if how.smallest < 1:
+        images = random_resized_crop(crop_key, images, size, how.smallest, how.stretch)
+    else:
+        images = center_crop(images, 1.0, size)
+    return random_flip(flip_key, images) if how.flip else images
+
+
+def mix(
+    key: Key[Array, ""], images: Float[Array, "batch height width channel"], alpha: float
+) -> tuple[Float[Array, "batch height width channel"], Float[Array, "batch"]]:
+    """Each image with the one at the other end of the batch, in shares drawn from Beta(α, α).
+
+    Returns:
+      The mixed images, and the share of each that is the image's own: at least 1/2.
+    """
+    share = jax.random.beta(key, alpha, alpha, (len(images),))
+    share = jnp.maximum(share, 1 - share)
+    s = share[:, None, None, None]
+    return s * images + (1 - s) * images[::-1], share

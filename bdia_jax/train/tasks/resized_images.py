@@ -1,0 +1,101 @@
+"""Classification of images by a network that was pretrained on others, of another size."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Float
+
+from bdia_jax.data import batches
+from bdia_jax.data.augmentation import Augmentation, augment_to, center_crop, mix
+from bdia_jax.data.images import ImageData, check_classes
+from bdia_jax.nn.losses import Sums
+from bdia_jax.train.tasks.images import ImageClassification
+from bdia_jax.train.tasks.task import eval_rows
+
+RECIPE = Augmentation()
+
+
+class ResizedImages(ImageClassification):
+    """Images scaled to a network's size, normalized as for its pretraining, and varied."""
+
+    def __init__(
+        self,
+        data: ImageData,
+        size: int,
+        mean: Float[np.ndarray, "channel"],
+        std: Float[np.ndarray, "channel"],
+        *,
+        augmentation: Augmentation | None = RECIPE,
+        label_smoothing: float = 0.0,
+        margin: int = 0,
+        eval_batch_size: int = 64,
+    ):
+        """Chooses how images are scaled and varied.
+
+        Args:
+          data: images of any one size; those of one channel go into each of a network's.
+          size: height and width of the network's images, in pixels.
+          mean, std: of pixels from 0 to 255 (:func:`bdia_jax.interop.load_normalization`).
+          augmentation: how training images are varied; None for not at all.
+          label_smoothing: share of the target that is spread over all classes.
+          margin: pixels at each side of an image that only crops see; evaluation leaves them out.
+          eval_batch_size: samples per evaluation batch.
+
+        Raises:
+          ValueError: as :class:`ImageClassification`; for a margin that leaves nothing.
+        """
+        super().__init__(
+            data,
+            augment=augmentation is not None,
+            label_smoothing=label_smoothing,
+            eval_batch_size=eval_batch_size,
+        )
+        side = min(data.train_images.shape[1:3])
+        if not 0 <= 2 * margin < side:
+            raise ValueError(f"margin must lie in [0, {side / 2:g}), half a side; got {margin}")
+        self.size, self.augmentation = size, augmentation
+        self.mean, self.std = (np.asarray(values, np.float32) for values in (mean, std))
+        self.middle = 1 - 2 * margin / side
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Both splits, and the statistics of the pretraining."""
+        return super().arrays() | {"mean": self.mean, "std": self.std}
+
+    def batch(self, arrays, key, step, size):
+        """Images, labels, the labels of the images mixed in, and the share of the first."""
+        order_key, augment_key = jax.random.split(key)
+        indices = batches.batch_indices(order_key, step, size, self.samples)
+        images, labels = arrays["images"][indices], arrays["labels"][indices]
+        share, how = jnp.ones(size), self.augmentation
+        if how is None:
+            return self.middles(arrays, images), labels, labels[::-1], share
+        vary_key, mix_key = jax.random.split(jax.random.fold_in(augment_key, step))
+        images = augment_to(vary_key, images, self.size, how)
+        if how.mixup:
+            images, share = mix(mix_key, images, how.mixup)
+        return (images - arrays["mean"]) / arrays["std"], labels, labels[::-1], share
+
+    def eval_batch(self, arrays, step, size):
+        """The middle of images, and labels; -1 for samples after the last."""
+        rows, exist = eval_rows(step, size, self.eval_samples)
+        images = self.middles(arrays, arrays["eval_images"][rows])
+        return images, jnp.where(exist, arrays["eval_labels"][rows], -1)
+
+    def middles(self, arrays, images):
+        """Images as they are evaluated: their middle, normalized. ``arrays`` has the statistics."""
+        return (center_crop(images, self.middle, self.size) - arrays["mean"]) / arrays["std"]
+
+    def loss(self, model, batch, key) -> Sums:
+        """Cross-entropy with the shares of both labels, smoothed; accuracy by the larger share."""
+        images, labels, others, share = batch
+        logits = model(images, key=key)
+        check_classes(self.name, self.data.num_classes, logits.shape[-1])
+        one, other = (jax.nn.one_hot(each, self.data.num_classes) for each in (labels, others))
+        targets = share[:, None] * one + (1 - share[:, None]) * other
+        targets = optax.smooth_labels(targets, self.label_smoothing)
+        loss = optax.softmax_cross_entropy(logits, targets)
+        right = jnp.float32(logits.argmax(-1) == labels)
+        return Sums(loss.sum(), jnp.float32(len(labels)), {"accuracy": right.sum()})

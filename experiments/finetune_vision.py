@@ -1,0 +1,226 @@
+"""Fine-tunes a pretrained vision transformer (ViT, DINOv2, CLIP, SigLIP) reversibly, on images.
+
+    python experiments/vit.py --pretrained google/vit-base-patch16-224 --data photos --out runs/mine
+    python experiments/vit.py --pretrained ./dinov2-small --data cifar10 --out runs/cifar10
+    python experiments/vit.py --pretrained ... --lora.rank 8               # low-rank updates only
+    python experiments/vit.py --pretrained ... --resume                    # continue
+
+The data is a folder that has a folder of images for each class (of any size, depth and format), or
+a set of TensorFlow Datasets. Images are normalized as in the pretraining. What comes out,
+``runs/mine/model``, is a folder that ``transformers`` loads, with the weights of the best
+evaluation and the names of the classes.
+
+The network gets a new head, which is first fitted to what the network makes of some images. Then
+the γ that it bears is measured by a few forward passes (``--gamma auto``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Literal
+
+from chosen_gamma import chosen_step
+from flax import nnx
+
+from bdia_jax import interop
+from bdia_jax.data import Augmentation, ImageData, load_image_folder, load_images
+from bdia_jax.nn import VisionTower, add_lora, merge_lora, set_step, unfreeze
+from bdia_jax.nn.settings import Method
+from bdia_jax.steps import Signs
+from bdia_jax.train import (
+    ResizedImages,
+    TrainSettings,
+    check_batch_size,
+    check_run_folder,
+    eval_batch_size,
+    evaluate,
+    fit_head,
+    plot_curves,
+    restore_best,
+    train,
+)
+
+SOME = TrainSettings(
+    steps=500,
+    batch_size=32,
+    learning_rate=5e-5,
+    warmup_steps=50,
+    weight_decay=0.01,
+    log_every=10,
+    eval_every=100,
+    checkpoint_every=100,
+    keep_last=1,
+)
+BATCHES = 8
+"""By which γ is chosen: an image has one loss, where a text has one for each token."""
+MARGIN = 1 / 8
+"""Images of a folder are kept larger than the network's by this share, for crops."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """Of low-rank updates (LoRA)."""
+
+    rank: int = 0
+    """Train low-rank updates, of this rank, and the head; 0 trains all weights."""
+    alpha: float | None = None
+    """Updates are scaled by alpha / rank; None for alpha = rank."""
+    targets: tuple[str, ...] = ("q", "v")
+    """Linear layers of a block that get one: q, k, v, out, up, down."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FineTuneVision:
+    """Fine-tunes a pretrained vision transformer reversibly, on images."""
+
+    pretrained: str
+    """A Hugging Face folder, or a name on the hub: ViT, DINOv2, CLIP or SigLIP."""
+    data: str
+    """A folder of images by class (perhaps in train and validation); digits; or an image
+    classification set of TensorFlow Datasets."""
+    out: pathlib.Path
+    """Folder of the run; the fine-tuned model will be its folder "model"."""
+    data_dir: pathlib.Path | None = None
+    """Where prepared TFDS sets lie; by default TFDS's own folder."""
+    download: bool = False
+    """Download and prepare the data set if it is missing (needs TensorFlow)."""
+    image_size: int | None = None
+    """Height and width of the network's images; None for the pretraining's. Learned positions are
+    interpolated."""
+    augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
+    """How training images are varied."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over all classes."""
+    head_images: int = 1000
+    """Training images, at most, to which the new head is fitted before anything is trained. 0 for a
+    head of zeros, by whose loss γ cannot be chosen."""
+    method: Method = "bdia"
+    """bdia is taken back, and keeps bits; standard-checkpoint keeps the inputs of blocks."""
+    gamma: float | Literal["auto"] = "auto"
+    """Magnitude of γ, 2^-m for m bits per activation and block; auto measures which one the network
+    bears (with another method than bdia it has no meaning)."""
+    signs: Signs | None = None
+    """Of γ: block, sample, minus or plus; None for what is measured to be best (with a γ of your
+    own: sample)."""
+    gamma_tolerance: float = 0.01
+    """By which share γ may raise the loss in training, for auto."""
+    frac_bits: int = 9
+    """Fractional bits of the grid."""
+    tolerance_bits: int = 0
+    """Bits for hardware that is not deterministic."""
+    parts_as_steps: bool = False
+    """Attention and feed-forward network as steps of their own: less memory for a block's
+    derivative, twice the bits."""
+    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    """What the blocks compute in."""
+    dropout: float = 0.0
+    """On the embedding, the attention weights and both updates of a block."""
+    lora: LowRank = LowRank()
+    """Low-rank updates."""
+    resume: bool = False
+    """Continue the run in the folder, if there is one."""
+    train: TrainSettings = SOME
+    """How to train."""
+
+    def __post_init__(self):
+        if self.method == "bdia" and self.gamma == "auto" and not self.head_images:
+            raise ValueError(
+                "a head of zeros has the same loss with every γ: give gamma, or head_images above "
+                f"0; got gamma={self.gamma!r}, head_images={self.head_images}"
+            )
+
+
+def main(f: FineTuneVision) -> dict[str, float]:
+    """Runs it; validation loss and accuracy before and after."""
+    check_run_folder(f.out, f.resume)
+    path = interop.resolve(f.pretrained)
+    pretrained = interop.read_vision_config(path)
+    mean, std = interop.load_normalization(path)
+    size = f.image_size or pretrained.image_size
+    data, names, margin = images(f, size, pretrained.channels)
+    task = ResizedImages(
+        data,
+        size,
+        mean,
+        std,
+        augmentation=f.augmentation,
+        label_smoothing=f.label_smoothing,
+        margin=margin,
+    )
+    check_batch_size(task, f.train.batch_size)
+    print(
+        f"{task.samples} images of {data.num_classes} classes; {task.eval_samples} for evaluation"
+    )
+    model = load(f, path, data.num_classes, size)
+    if f.head_images:
+        right = fit_head(model, task, f.head_images, seed=f.train.seed)
+        print(f"new head: {right:.2%} of the images that it was fitted to are classified rightly")
+    if f.method == "bdia" and f.gamma == "auto":
+        step = chosen_step(
+            model,
+            task,
+            f.train,
+            f.out,
+            signs=f.signs,
+            tolerance=f.gamma_tolerance,
+            batches=BATCHES,
+        )
+        set_step(model, step)
+    before = evaluate(model, task, eval_batch_size=eval_batch_size(task, f.train))
+    about = json.loads(json.dumps(dataclasses.asdict(f), default=str))
+    about = {name: about[name] for name in about if name not in ("train", "resume", "out")}
+    about["step"] = dataclasses.asdict(model.blocks.step)
+    result = train(model, task, f.train, f.out, resume=f.resume, about={"fine-tuning": about})
+    plot_curves({f.method: f.out}, f.out / "accuracy.png")
+    best = restore_best(f.out, model)
+    after = evaluate(model, task, eval_batch_size=eval_batch_size(task, f.train))
+    if f.lora.rank:
+        merge_lora(model)
+    interop.save_vision(model, f.out / "model", like=path, labels=names)
+    print(
+        f"after {result.step} steps, best at step {best}: validation accuracy "
+        f"{before['accuracy']:.2%} -> {after['accuracy']:.2%}, loss {after['loss']:.4f}; "
+        f"{result.seconds_per_step:.3g} s per step. Saved to {f.out / 'model'}"
+    )
+    return {"loss before": before["loss"], **{name: after[name] for name in ("loss", "accuracy")}}
+
+
+def images(f: FineTuneVision, size: int, channels: int) -> tuple[ImageData, list[str] | None, int]:
+    """The data, the names of its classes, and the pixels at each side that only crops see."""
+    if pathlib.Path(f.data).expanduser().is_dir():
+        margin = round(size * MARGIN / 2)
+        folder = load_image_folder(f.data, size + 2 * margin, channels=channels)
+        return folder, [*folder.class_names], margin
+    if "/" in f.data and not f.data.replace("/", "").isidentifier():
+        raise FileNotFoundError(f"the folder of images must exist; got {f.data!r}")
+    data = load_images(f.data, f.data_dir, download=f.download)
+    found = data.train_images.shape[-1]
+    if found not in (1, channels):
+        raise ValueError(f"images must have {channels} channels, or one; got {found}")
+    return data, None, 0
+
+
+def load(f: FineTuneVision, path: pathlib.Path, num_classes: int, size: int) -> VisionTower:
+    """The network with a new head, and with what is trained of it."""
+    model = interop.load_vision(
+        path,
+        num_classes=num_classes,
+        image_size=size,
+        method=f.method,
+        gamma=0.5 if f.gamma == "auto" else f.gamma,
+        signs=f.signs or "sample",
+        frac_bits=f.frac_bits,
+        tolerance_bits=f.tolerance_bits,
+        parts_as_steps=f.parts_as_steps,
+        dtype=f.dtype,
+        dropout=f.dropout,
+    )
+    if f.lora.rank:
+        rngs = nnx.Rngs(f.train.seed)
+        paths = add_lora(model, f.lora.rank, f.lora.alpha, f.lora.targets, rngs=rngs)
+        # It is new, and knows nothing yet.
+        unfreeze(model.head)
+        print(f"low-rank updates of {', '.join(paths)}, and a head")
+    return model

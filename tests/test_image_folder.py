@@ -1,0 +1,364 @@
+"""Folders of images, how they are varied, and a pretrained network fine-tuned on them."""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+from scipy import stats
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "experiments"))
+
+import finetune_vision
+
+from bdia_jax import interop
+from bdia_jax.data import Augmentation, load_image_folder, read_image
+from bdia_jax.data.augmentation import center_crop, crop_and_resize, mix, random_resized_crop
+from bdia_jax.nn import VisionTower, VisionTowerConfig
+from bdia_jax.train import ResizedImages, TrainSettings, evaluate, fit_head
+
+DRAWN = np.random.default_rng(0)
+
+
+def wave(kind, height, width, rng=DRAWN):
+    """Stripes that lie or stand, in noise."""
+    along = np.mgrid[:height, :width][kind]
+    values = 128 + 80 * np.sin(along + rng.uniform(0, 6)) + rng.normal(0, 20, (height, width))
+    return np.uint8(values.clip(0, 255))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Two classes of 20 images of many sizes."""
+    root = tmp_path_factory.mktemp("photos")
+    for kind, name in enumerate(("lying", "standing")):
+        (root / name).mkdir()
+        for i in range(20):
+            Image.fromarray(wave(kind, 20 + i, 40 - i)).save(root / name / f"{i:02}.png")
+    (root / "lying" / "notes.txt").write_text("no image")
+    (root / ".ipynb_checkpoints").mkdir()
+    return root
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------
+
+
+def test_a_folder(photos, caplog):
+    data = load_image_folder(photos, 16)
+    assert data.class_names == ("lying", "standing")
+    assert data.train_images.shape == (36, 16, 16, 3)
+    assert data.eval_labels.tolist() == [0, 0, 1, 1]
+    assert "1 files" in caplog.text
+    assert "notes.txt" in caplog.text
+    tenth = read_image(photos / "lying" / "09.png", 16)
+    np.testing.assert_array_equal(data.eval_images[0], tenth)
+
+
+def test_a_folder_with_splits(photos, tmp_path):
+    for split, count in (("train", 6), ("val", 3)):
+        for name in ("lying", "standing"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(count):
+                source = photos / name / f"{i:02}.png"
+                (tmp_path / split / name / source.name).write_bytes(source.read_bytes())
+    data = load_image_folder(tmp_path, 8, channels=1)
+    assert data.train_images.shape == (12, 8, 8, 1)
+    assert len(data.eval_images) == 6
+    (tmp_path / "val" / "leaning").mkdir()
+    (tmp_path / "val" / "leaning" / "0.png").write_bytes(source.read_bytes())
+    with pytest.raises(ValueError, match=r"must be those in .*train; got, besides, leaning"):
+        load_image_folder(tmp_path, 8)
+
+
+def save(image, path, **options):
+    image.save(path, **options)
+    return path
+
+
+def test_depths_and_modes(tmp_path):
+    grey = wave(0, 12, 12)
+    expected = np.repeat(grey[..., None], 3, axis=-1)
+    deep = Image.fromarray(np.uint16(grey) * 257)
+    found = {
+        "grey": read_image(save(Image.fromarray(grey), tmp_path / "a.png"), 12),
+        "16 bits": read_image(save(deep, tmp_path / "b.png"), 12),
+        "16 bits, TIFF": read_image(save(deep, tmp_path / "c.tif"), 12),
+        "palette": read_image(save(Image.fromarray(grey).convert("P"), tmp_path / "d.gif"), 12),
+    }
+    for name, image in found.items():
+        np.testing.assert_array_equal(image, expected, err_msg=name)
+    clear = Image.new("RGBA", (5, 5), (0, 0, 0, 0))
+    assert np.all(read_image(save(clear, tmp_path / "e.png"), 5) == 255)
+    with pytest.raises(ValueError, match="must have 8 or 16 bits; got F"):
+        read_image(save(Image.fromarray(np.float32(grey)), tmp_path / "f.tif"), 12)
+
+
+def test_turned_by_the_camera(tmp_path):
+    image = Image.fromarray(wave(0, 12, 12))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    turned = read_image(save(image, tmp_path / "a.png", exif=exif), 12, 1)
+    np.testing.assert_array_equal(turned[..., 0], np.rot90(np.asarray(image), -1))
+
+
+def test_the_middle_of_a_long_image(tmp_path):
+    values = np.zeros((8, 24), np.uint8)
+    values[:, 8:16] = 200
+    assert np.all(read_image(save(Image.fromarray(values), tmp_path / "a.png"), 8) == 200)
+
+
+def test_what_cannot_be_read(photos, tmp_path):
+    for name in ("lying", "standing"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.png").write_bytes((photos / name / "00.png").read_bytes()[:-100])
+        (tmp_path / name / "1.png").write_bytes((photos / name / "01.png").read_bytes())
+    with pytest.raises(ValueError, match=r"2 of 4 images cannot be read: .*0\.png \(.*Mend or"):
+        load_image_folder(tmp_path, 8)
+
+
+BAD = {
+    "no folder": (lambda root: root / "none", FileNotFoundError, "must exist; got"),
+    "a file": (lambda root: save_text(root / "a"), NotADirectoryError, "got the file"),
+    "one class": (lambda root: (root / "one").parent, ValueError, "at least two classes; it has"),
+    "an empty class": (lambda root: made(root / "x" / "empty"), ValueError, "none in empty"),
+}
+
+
+def save_text(path):
+    path.write_text("")
+    return path
+
+
+def made(path):
+    path.mkdir(parents=True)
+    return path.parent
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_bad_folders(what, tmp_path):
+    given, error, message = BAD[what]
+    with pytest.raises(error, match=message):
+        load_image_folder(given(tmp_path), 8)
+
+
+# ---------------------------------------------------------------------------------------------
+# Varying
+# ---------------------------------------------------------------------------------------------
+
+IMAGES = np.stack([np.stack([wave(i, 30, 40)] * 3, -1) for i in (0, 1)])
+
+
+def test_rectangles_are_those_of_pillow():
+    """Cubic kernels of both have a = -0.5; Pillow rounds to 8 bits twice, on its way."""
+    top_left = jnp.float32([[3, 5], [0.5, 2.25]])
+    sides = jnp.float32([[20, 30], [25, 11]])
+    found = crop_and_resize(jnp.asarray(IMAGES), top_left, sides, 12)
+    for image, (top, left), (height, width), ours in zip(
+        IMAGES, top_left, sides, found, strict=True
+    ):
+        box = tuple(map(float, (left, top, left + width, top + height)))
+        theirs = Image.fromarray(image).resize((12, 12), Image.Resampling.BICUBIC, box=box)
+        # At the border, Pillow leaves out what lies beyond the rectangle.
+        inner = (slice(2, -2), slice(2, -2))
+        np.testing.assert_allclose(ours[inner], np.asarray(theirs)[inner], atol=2)
+
+
+def test_what_is_not_scaled_is_the_same():
+    whole = center_crop(jnp.asarray(IMAGES), 1.0, 30)
+    np.testing.assert_allclose(whole, IMAGES[:, :, 5:35], atol=1e-3)
+    middle = center_crop(jnp.asarray(IMAGES), 20 / 30, 20)
+    np.testing.assert_allclose(middle, IMAGES[:, 5:25, 10:30], atol=1e-3)
+
+
+def test_random_crops(monkeypatch):
+    """Areas and ratios are distributed as they are said to be, and rectangles lie inside."""
+    from bdia_jax.data import augmentation
+
+    drawn = []
+
+    def record(images, place, sides, size):
+        drawn.append((place, sides))
+        return images[:, :size, :size]
+
+    monkeypatch.setattr(augmentation, "crop_and_resize", record)
+    images = jnp.zeros((4000, 40, 40, 1))
+    random_resized_crop(jax.random.key(0), images, 8, 0.1, 4 / 3)
+    ((place, sides),) = drawn
+    assert np.all(place >= 0)
+    assert np.all(place + sides <= 40 + 1e-4)
+    area, ratio = sides.prod(-1) / 1600, sides[:, 0] / sides[:, 1]
+    inside = area < 0.7  # no side can be longer than the image
+    assert stats.kstest(area[inside], stats.uniform(0.1, 0.6).cdf).pvalue > 1e-3
+    log = np.log(ratio[inside]) / np.log(4 / 3)
+    assert stats.kstest(log, stats.uniform(-1, 2).cdf).pvalue > 1e-3
+
+
+def test_mixing():
+    images = jnp.arange(4.0)[:, None, None, None]
+    mixed, share = mix(jax.random.key(0), images, 0.2)
+    assert np.all(share >= 0.5)
+    expected = share * jnp.arange(4) + (1 - share) * jnp.arange(4)[::-1]
+    np.testing.assert_allclose(mixed.ravel(), expected, rtol=1e-6)
+    many = mix(jax.random.key(1), jnp.zeros((5000, 1, 1, 1)), 0.4)[1]
+    folded = stats.beta(0.4, 0.4)
+    assert stats.kstest(many, lambda s: 2 * folded.cdf(s) - 1).pvalue > 1e-3
+
+
+class Told(nnx.Module):
+    """A network that says the same of every image."""
+
+    def __init__(self, logits):
+        self.logits = nnx.Param(jnp.asarray(logits))
+
+    def __call__(self, images, key=None):
+        return jnp.broadcast_to(self.logits[...], (len(images), len(self.logits)))
+
+
+def test_the_loss_is_shared_between_both_labels(photos):
+    data = load_image_folder(photos, 8)
+    how = Augmentation(mixup=0.5)
+    zeros, ones = np.zeros(3), np.ones(3)
+    task = ResizedImages(data, 8, zeros, ones, augmentation=how, label_smoothing=0.1)
+    images, labels, others, share = task.batch(jax.device_put(task.arrays()), jax.random.key(0), jnp.int32(0), 12)
+    assert images.shape == (12, 8, 8, 3)
+    assert np.any(labels != others)
+    assert np.any(share < 1)
+    sums = task.loss(Told([1.0, -1.0]), (images, labels, others, share), None)
+    log = jax.nn.log_softmax(jnp.asarray([1.0, -1.0]))
+    smoothed = np.stack([0.95 * log[0] + 0.05 * log[1], 0.05 * log[0] + 0.95 * log[1]])
+    expected = -(share * smoothed[labels] + (1 - share) * smoothed[others]).sum()
+    np.testing.assert_allclose(sums.loss, expected, rtol=1e-5)
+    assert float(sums.weight) == 12
+    # Without variation, it is the middle of the image, normalized.
+    task = ResizedImages(data, 6, zeros + 3, ones * 2, augmentation=None, margin=1)
+    images = task.eval_batch(jax.device_put(task.arrays()), jnp.int32(0), 4)[0]
+    np.testing.assert_allclose(images, (data.eval_images[:, 1:-1, 1:-1] - 3.0) / 2, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"smallest": 0}, r"smallest must lie in \(0, 1\]; got 0"),
+        ({"stretch": 0.5}, "stretch must be at least 1; got 0.5"),
+        ({"mixup": -1}, "mixup must be at least 0; got -1"),
+    ],
+)
+def test_bad_augmentation(given, message):
+    with pytest.raises(ValueError, match=message):
+        Augmentation(**given)
+
+
+# ---------------------------------------------------------------------------------------------
+# Fine-tuning
+# ---------------------------------------------------------------------------------------------
+
+TINY = VisionTowerConfig(
+    image_size=16,
+    patch_size=8,
+    width=32,
+    depth=2,
+    heads=2,
+    hidden=32,
+    num_classes=2,
+    dtype="bfloat16",
+)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A folder as transformers writes it."""
+    path = tmp_path_factory.mktemp("vit")
+    config = {
+        "model_type": "vit",
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "image_size": 16,
+        "patch_size": 8,
+        "id2label": {"0": "a", "1": "b"},
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    model = VisionTower(dataclasses.replace(TINY, dtype="float32"), rngs=nnx.Rngs(0))
+    interop.save_vision(model, path, like=path)
+    return path
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_head_is_fitted(photos, classes):
+    """The network classifies as scikit-learn says that the fitted head does."""
+    data = load_image_folder(photos, 16)
+    if classes == 3:  # of which one has no image
+        data = dataclasses.replace(data, num_classes=3, class_names=())
+    task = ResizedImages(data, 16, np.full(3, 127.0), np.full(3, 64.0), augmentation=None)
+    model = VisionTower(
+        dataclasses.replace(TINY, num_classes=classes, method="standard", dtype="float32"),
+        rngs=nnx.Rngs(0),
+    )
+    right = fit_head(model, task, 100)
+    assert right > 0.6
+    whole = dataclasses.replace(data, eval_images=data.train_images, eval_labels=data.train_labels)
+    again = ResizedImages(whole, 16, task.mean, task.std)
+    assert evaluate(model, again)["accuracy"] == pytest.approx(right)
+    with pytest.raises(ValueError, match=r"must have the 4 classes of .*; it has"):
+        fit_head(
+            model, ResizedImages(dataclasses.replace(data, num_classes=4), 16, task.mean, task.std)
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 2])
+def test_finetune(pretrained, photos, tmp_path, capsys, rank):
+    """The loss falls; the folder has the weights of the best evaluation, and names of classes."""
+    given = finetune_vision.FineTuneVision(
+        pretrained=str(pretrained),
+        data=str(photos),
+        out=tmp_path / "run",
+        gamma=1 / 8 if rank else "auto",
+        lora=finetune_vision.LowRank(rank),
+        augmentation=Augmentation(mixup=0.2 * rank),
+        train=TrainSettings(
+            steps=20, batch_size=12, learning_rate=3e-3, eval_every=10, checkpoint_every=10
+        ),
+    )
+    found = finetune_vision.main(given)
+    assert found["loss"] < found["loss before"]
+    assert ("measuring which γ" in capsys.readouterr().out) == (rank == 0)
+    ours = interop.load_vision(tmp_path / "run/model", dtype="bfloat16")
+    data, names, margin = finetune_vision.images(given, 16, 3)
+    assert names == ["lying", "standing"]
+    mean, std = interop.load_normalization(pretrained)
+    task = ResizedImages(data, 16, mean, std, margin=margin)
+    assert evaluate(ours, task)["loss"] == pytest.approx(found["loss"], rel=0.02)
+    written = json.loads((tmp_path / "run/model/config.json").read_text())
+    assert written["id2label"] == {"0": "lying", "1": "standing"}
+    if rank == 0:
+        again = dataclasses.replace(given, resume=True)
+        assert finetune_vision.main(again)["loss"] == pytest.approx(found["loss"], rel=1e-5)
+
+
+def test_bad_fine_tuning(pretrained, tmp_path):
+    given = {"pretrained": str(pretrained), "out": tmp_path / "run"}
+    with pytest.raises(ValueError, match="the same loss with every γ: give gamma, or head_images"):
+        finetune_vision.FineTuneVision(data="digits", head_images=0, **given)
+    with pytest.raises(FileNotFoundError, match=r"must exist; got '\./none'"):
+        finetune_vision.main(finetune_vision.FineTuneVision(data="./none", **given))
+    with pytest.raises(interop.FolderError, match="one of vit, dinov2, clip"):
+        finetune_vision.main(
+            finetune_vision.FineTuneVision(
+                pretrained=str(other_folder(tmp_path)), data="digits", out=tmp_path / "run"
+            )
+        )
+
+
+def other_folder(path):
+    (path / "config.json").write_text(json.dumps({"model_type": "resnet"}))
+    return path
