@@ -1,6 +1,6 @@
-"""``python -m bdia_jax.plan``: the command of :mod:`bdia_jax.planning.plan`."""
+"""``python -m bdia_jax.plan``: the command of :mod:`bdia_jax.planning.command`."""
 
-from bdia_jax.planning.plan import command
+from bdia_jax.planning.command import command
 
 if __name__ == "__main__":
     command()

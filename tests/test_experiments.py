@@ -331,7 +331,8 @@ def test_ways_that_keep_less_are_the_same_network():
             "standard",
             "checkpointed parts",
             "checkpointed, chunks",
-            "checkpointed √K groups",
+            "checkpointed, nested",
+            "checkpointed, in host memory, chunks",
         )
     }
     for name, some in found.items():

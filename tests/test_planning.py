@@ -20,7 +20,8 @@ from bdia_jax import online
 from bdia_jax.arguments import prepare
 from bdia_jax.data.text import TextData
 from bdia_jax.nn import Decoder, DecoderConfig
-from bdia_jax.planning import memory, plan, targets
+from bdia_jax.nn.gamma import reversible_stacks
+from bdia_jax.planning import command, memory, plan, shapes, targets
 from bdia_jax.planning.ways import WAYS
 from bdia_jax.train import LanguageModelling, TrainSettings, evaluation_memory, step_memory
 
@@ -75,9 +76,11 @@ def test_every_way_is_one_network_with_its_settings():
         config = way.config(TINY, 8)
         assert config.step() == way.step, name
         model = nnx.eval_shape(lambda c=config, w=way: made(c, w))
-        assert model.blocks.step == way.step, name
-        assert model.blocks.adjoint == way.adjoint, name
-        assert (model.blocks.parts is not None) == way.settings.get("parts_as_steps", False)
+        (stack,) = reversible_stacks(model)
+        assert (stack is model.blocks) == (way.by is None)
+        assert stack.step == way.step, name
+        assert stack.adjoint == way.adjoint, name
+        assert (stack.parts is not None) == way.settings.get("parts_as_steps", False)
         assert config.ffn_chunk == (2 if way.chunks else None)
 
 
@@ -164,8 +167,8 @@ def test_a_large_evaluation_decides_what_fits():
 
 @pytest.mark.slow
 def test_the_command_plans(tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(plan.EXAMPLES, "tiny", TINY)
-    given = plan.Plan(
+    monkeypatch.setitem(shapes.SHAPES, "tiny", TINY)
+    given = command.Plan(
         model="tiny",
         batch=2,
         length=8,
@@ -177,12 +180,12 @@ def test_the_command_plans(tmp_path, capsys, monkeypatch):
         dtype="float32",
         fit="0.001MB",
     )
-    (need,) = plan.main(given)
+    (need,) = command.main(given)
     # 4 bits; low-rank updates have no gradients of weights to spare.
     assert need.side == 3 * (2 * 8 * 16 * 4 // 8 + 2 * 4)
     assert 0 < need.parameters < need.frozen
     out = capsys.readouterr().out
-    assert "BDIA, LoRA 2: no sequences of 8 tokens fit in 0.001MB; one sequence of 0 tokens" in out
+    assert "GB; no sequences of 8 tokens fit in 0.001MB; one sequence of 0 tokens" in out
     assert "| BDIA, LoRA 2 |" in out
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
@@ -232,12 +235,12 @@ def test_plans_that_cannot_be(tmp_path):
     with pytest.raises(ValueError, match=r"ways must be of standard;.*got magic"):
         plan.plan(TINY, 1, 8, ways=["magic"])
     with pytest.raises(ValueError, match=r"ways must be of standard;.*got magic"):
-        plan.Plan(ways=("magic",))
+        command.Plan(ways=("magic",))
     with pytest.raises(ValueError, match=r"length must lie in \[1, 8\].*got 9 and 1"):
         plan.plan(TINY, 1, 9)
     with pytest.raises(ValueError, match="a number with MB, GB, MiB or GiB; got 'much'"):
-        plan.parse_size("much")
-    assert plan.parse_size("1.5 GiB") == 3 * 2**29
+        command.parse_size("much")
+    assert command.parse_size("1.5 GiB") == 3 * 2**29
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(ValueError, match="model_type must be one of gpt2"):
-        plan.Plan(model=str(tmp_path)).config()
+        command.Plan(model=str(tmp_path)).config()

@@ -77,7 +77,7 @@ def largest_by_line(size: Callable[[int], float], limit: float, most: int) -> in
 
     Sizes are almost linear in the count, so that few of them are asked for: each guess is where the
     line through two known ones meets the limit. Whatever they are, the answer is a count that fits,
-    of which the next one does not.
+    and one that is larger by a hundredth, or by 1, does not.
 
     Args:
       size: of a count; it may be expensive.
@@ -88,7 +88,7 @@ def largest_by_line(size: Callable[[int], float], limit: float, most: int) -> in
     if known[1] > limit:
         return 0
     fits, fails, guess = 1, most + 1, min(8, most)
-    while fails - fits > 1:
+    while fails - fits > max(1, fits // 100):
         guess = min(max(guess, fits + 1), fails - 1)
         known[guess] = size(guess)
         if known[guess] <= limit:

@@ -1,14 +1,15 @@
 """Ways to train a network: one list, which plans, measurements and tests go through.
 
-A way is settings of a model's configuration, and two things that a configuration does not have: to
-how many bits checkpoints are rounded, and whether blocks are updated in the backward pass. To have
-another way in all tables, add a line to :data:`WAYS`.
+A way is settings of a model's configuration, and three things that a configuration does not have:
+to how many bits checkpoints are rounded, what runs the blocks instead of their stack, and whether
+blocks are updated in the backward pass. To have another way in all tables, add a line to
+:data:`WAYS`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from flax import nnx
@@ -16,6 +17,7 @@ from flax import nnx
 from bdia_jax.adjoints import Adjoint, Checkpoint
 from bdia_jax.nn import ReversibleSettings, ReversibleStack
 from bdia_jax.nn.settings import Method
+from bdia_jax.planning.rivals import InHostMemory, Nested
 from bdia_jax.steps import Step
 from bdia_jax.train.settings import TrainSettings
 
@@ -35,6 +37,8 @@ class Way:
     """More fields of a configuration; what is not given here stays as it is there."""
     checkpoint_bits: int | None = None
     """Bits that the inputs of checkpointed blocks are rounded to."""
+    by: Callable[[ReversibleStack], nnx.Module] | None = None
+    """What runs the blocks instead of their stack, which it is given; as the model's ``blocks``."""
     chunks: bool = False
     """The feed-forward network goes over the positions in chunks; of decoders."""
     update_in_backward: bool = False
@@ -50,6 +54,8 @@ class Way:
             for _, stack in nnx.iter_modules(model):
                 if isinstance(stack, ReversibleStack):
                     stack.adjoint = self.adjoint
+        if self.by is not None:
+            setattr(model, "blocks", self.by(getattr(model, "blocks")))  # noqa: B009, B010
 
     def train(self, settings: TrainSettings) -> TrainSettings:
         """Settings of training."""
@@ -81,6 +87,10 @@ WAYS: dict[str, Way] = {
     "checkpointed, 8 bits": Way("standard-checkpoint", WHOLE, checkpoint_bits=8),
     "checkpointed, 4 bits": Way("standard-checkpoint", WHOLE, checkpoint_bits=4),
     "checkpointed, chunks": Way("standard-checkpoint", WHOLE, chunks=True),
+    "checkpointed, nested": Way("standard", WHOLE, by=Nested),
+    "checkpointed, nested, chunks": Way("standard", WHOLE, by=Nested, chunks=True),
+    "checkpointed, in host memory": Way("standard", WHOLE, by=InHostMemory),
+    "checkpointed, in host memory, chunks": Way("standard", WHOLE, by=InHostMemory, chunks=True),
     "checkpointed, updated in backward": Way("standard-checkpoint", WHOLE, update_in_backward=True),
     "checkpointed, chunks, updated in backward": Way(
         "standard-checkpoint", WHOLE, chunks=True, update_in_backward=True
@@ -88,6 +98,7 @@ WAYS: dict[str, Way] = {
     "BDIA": Way("bdia", WHOLE),
     "BDIA, parts": Way("bdia", PARTS),
     "BDIA, parts, m = 4": Way("bdia", PARTS | {"gamma": 1 / 16}),
+    "BDIA, chunks": Way("bdia", WHOLE, chunks=True),
     "BDIA, r = 1": Way("bdia", WHOLE | {"tolerance_bits": 1}),
     "BDIA, parts, chunks": Way("bdia", PARTS, chunks=True),
     "BDIA, updated in backward": Way("bdia", WHOLE, update_in_backward=True),
@@ -98,7 +109,7 @@ WAYS: dict[str, Way] = {
 }
 """By the name that a row of a table has. Blocks are updated in the backward pass by the optimizer;
 "chunks" are of the feed-forward network; "parts" are attention and feed-forward network, each a
-step, or a checkpoint, of its own."""
+step, or a checkpoint, of its own. Nested checkpoints are kept of √K groups of blocks."""
 
 
 def check_ways(names: Iterable[str]) -> None:

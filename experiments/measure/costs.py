@@ -98,7 +98,7 @@ class Costs:
     fit: float = 1.0
     """Of equal: GB per device."""
     models: tuple[str, ...] = ("gpt2-medium", "llama-1b", "llama-8b")
-    """Of plans: those of bdia_jax.planning.plan.EXAMPLES."""
+    """Of plans: those of bdia_jax.planning.shapes.SHAPES."""
     batches: tuple[int, ...] = (8, 8, 1)
     """Of plans: sequences per step, of each model."""
     lengths: tuple[int, ...] = (1024, 1024, 4096)
@@ -116,7 +116,7 @@ class Costs:
         for what, given, known in (
             ("networks", self.networks, NETWORKS),
             ("ways", self.ways, WAYS),
-            ("models", self.models, plan.EXAMPLES),
+            ("models", self.models, SHAPES),
         ):
             if not known.keys() >= {*given}:
                 raise ValueError(f"{what} must be of {'; '.join(known)}; got {'; '.join(given)}")
@@ -181,7 +181,7 @@ def plans(c: Costs, name: str) -> Rows:
     rows = []
     for rank in c.lora:
         dtype = "bfloat16" if rank else c.param_dtypes[i]
-        config = dataclasses.replace(plan.EXAMPLES[name], dtype="bfloat16", param_dtype=dtype)
+        config = dataclasses.replace(SHAPES[name], dtype="bfloat16", param_dtype=dtype)
         names = plan.fitting(c.ways or plan.CUSTOMARY, rank)
         size = {"lora": rank, "ways": names, "here": False, "device": c.device}
         for need in plan.plan(config, c.batches[i], c.lengths[i], **size):
