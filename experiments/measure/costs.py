@@ -45,6 +45,7 @@ import command
 
 from bdia_jax import grid, maps
 from bdia_jax.planning import memory, plan, targets
+from bdia_jax.planning.shapes import SHAPES
 from bdia_jax.planning.ways import Way
 from bdia_jax.states import checksum, in_range
 from bdia_jax.train.programs import Programs

@@ -26,6 +26,7 @@ from measure import (
     curves,
     exactness,
     finetune_e2e,
+    long_texts,
     odd_files,
     records,
     reliability,
@@ -43,6 +44,9 @@ TABLES: dict[str, Callable[[Rows], str]] = cost_tables.TABLES | {
     "reliability": reliability.table,
     "odd-files": odd_files.table,
     "same-kernels": same_kernels.table,
+    "long-texts": long_texts.table,
+    "few-bits-base": lambda rows: means([row | {"way": of_base(row)} for row in rows], "way"),
+    "few-bits-checkpoints": lambda rows: means(rows, "way"),
     "vision": vision_tables.all_tables,
     "small-text": curves.table,
     "translation": curves.table,
@@ -86,6 +90,10 @@ VIEWS: dict[str, View] = {
         ("loss", "BLEU", "METEOR"),
     ),
     "gamma-finetuning": View("gamma-finetuning", columns=("loss", "accuracy", "training loss")),
+    "few-bits-base": View("few-bits-base", columns=("loss", "accuracy")),
+    "few-bits-checkpoints": View(
+        "few-bits-checkpoints", columns=("loss", "accuracy", "training loss")
+    ),
     "gamma-answers": View(
         "gamma-finetuning",
         {
@@ -194,6 +202,11 @@ def means(rows: Rows, by: str) -> str:
         found = [[row[name] for row in some if name in row] for name in names]
         lines.append([value, *(records.spread(numbers) if numbers else "" for numbers in found)])
     return records.markdown([by, *names], lines)
+
+
+def of_base(row: dict[str, Any]) -> str:
+    """A way to train, on what base."""
+    return f"{row['base']}, {row['way']}"
 
 
 def columns_of(table: str, columns: tuple[str, ...]) -> str:

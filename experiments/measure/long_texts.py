@@ -1,0 +1,146 @@
+"""How memory grows with tokens, and how long a sequence fits: decoders with a base of few bits.
+
+    python experiments/measure/long_texts.py --device rtx-4090      # on any machine; 15 minutes
+
+Whole training steps with low-rank updates of a quantized base, one sequence per batch, compiled for
+a device that need not be there, at two lengths. The bytes that a token takes are the slope between
+both, and the longest sequence that fits is where the line through both meets the limit: computed,
+not compiled.
+
+Writes long-texts-DEVICE.jsonl.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import pathlib
+import sys
+from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import command
+from tqdm import tqdm
+
+from bdia_jax.nn.quantized import Kind
+from bdia_jax.planning import plan, targets
+from bdia_jax.planning.command import parse_size
+from bdia_jax.planning.shapes import SHAPES
+from bdia_jax.planning.ways import check_ways
+from bdia_jax.steps import Signs
+from measure import records, sources
+
+DEPENDS = (
+    *sources.CORE,
+    *sources.TEXT_LAYERS,
+    *sources.STEP,
+    *(f"bdia_jax/nn/{name}.py" for name in ("lora", "quantized")),
+    "bdia_jax/planning/*.py",
+    "experiments/measure/long_texts.py",
+)
+WAYS = (
+    "checkpointed",
+    "checkpointed, chunks",
+    "checkpointed, 8 bits",
+    "checkpointed, nested, chunks",
+    "checkpointed, in host memory, chunks",
+    "BDIA, chunks",
+    "BDIA, parts, chunks",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LongTexts:
+    """How memory grows with tokens, and how long a sequence fits."""
+
+    models: tuple[str, ...] = ("llama-8b", "llama-deep")
+    """Of bdia_jax.planning.shapes."""
+    ways: tuple[str, ...] = WAYS
+    """Of bdia_jax.planning.ways."""
+    gammas: tuple[float, ...] = (1 / 16, 1 / 2)
+    """Of BDIA."""
+    signs: Signs = "sample"
+    """Of γ."""
+    lengths: tuple[int, int] = (4096, 32_768)
+    """Tokens of the sequence."""
+    lora: int = 8
+    """Rank of the updates of q and v."""
+    quantize: Kind = "nf4"
+    """The base."""
+    device: str = "rtx-4090"
+    """What to compile for."""
+    fit: str = "24GiB"
+    """The memory that the longest sequence is to fit in."""
+    out: pathlib.Path | None = None
+    """Folder of the results; by default runs/results."""
+
+    def __post_init__(self):
+        check_ways(self.ways)
+        if unknown := {*self.models} - SHAPES.keys():
+            raise ValueError(f"models must be of {'; '.join(SHAPES)}; got {'; '.join(unknown)}")
+
+
+def main(t: LongTexts) -> list[dict[str, Any]]:
+    """Compiles it all."""
+    limit = parse_size(t.fit)
+    asked = [
+        (name, way, gamma)
+        for name in t.models
+        for way in t.ways
+        for gamma in (t.gammas if way.startswith("BDIA") else (None,))
+    ]
+    rows = []
+    for name, way, gamma in tqdm(asked, unit="way"):
+        config = dataclasses.replace(
+            SHAPES[name],
+            dtype="bfloat16",
+            param_dtype="bfloat16",
+            gamma=gamma or 0.5,
+            signs=t.signs,
+        )
+        options = {"lora": t.lora, "quantize": t.quantize, "device": t.device}
+        short, long = (
+            plan.plan(config, 1, length, ways=[way], **options)[0] for length in t.lengths
+        )
+        tokens = t.lengths[1] - t.lengths[0]
+        slope = (long.run - short.run) / tokens
+        rows.append(
+            {
+                "model": name,
+                "way": way if gamma is None else f"{way}, γ = 1/{round(1 / gamma)}",
+                "GB at once": [short.run / 1e9, long.run / 1e9],
+                "temporaries, GB": [short.temporaries / 1e9, long.temporaries / 1e9],
+                "KB per token": (long.temporaries - short.temporaries) / tokens / 1e3,
+                "longest": int(t.lengths[0] + (limit - short.run) / slope),
+            }
+        )
+        tqdm.write(table(rows[-1:]).splitlines()[-1])
+    note = (
+        f"{t.quantize} base, LoRA {t.lora} of q and v, bfloat16, one sequence of {t.lengths[0]:,} "
+        f"and {t.lengths[1]:,} tokens; longest in {t.fit}, computed."
+    )
+    kind = targets.devices(t.device)[0].device_kind
+    path = records.write("long-texts", rows, DEPENDS, settings=t, out=t.out, device=kind, note=note)
+    print(f"{table(rows)}\n\nsaved to {path}")
+    return rows
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line per model and way."""
+    header = ["model", "way", "run, GB", "temporaries, GB", "KB per token", "longest"]
+    lines = [
+        [
+            row["model"],
+            row["way"],
+            *(" / ".join(f"{n:.2f}" for n in row[k]) for k in ("GB at once", "temporaries, GB")),
+            f"{row['KB per token']:.0f}",
+            f"{row['longest']:,}",
+        ]
+        for row in rows
+    ]
+    return records.markdown(header, lines)
+
+
+if __name__ == "__main__":
+    command.run(main, LongTexts, __doc__, told=logging.INFO)
