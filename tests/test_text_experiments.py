@@ -120,6 +120,11 @@ def test_finetune(folder, tmp_path, rank, capsys):
     # The prompt of the first text for evaluation, as it was asked.
     assert ("'user: 9 + 1 =\\nassistant:'" if rank else "'9 + 1 ='") in out
     assert is_png(tmp_path / "run/loss.png")
+    # What the network makes of that prompt is told at each of the two evaluations.
+    log = (tmp_path / "run/log.txt").read_text()
+    prompt = "'user: 9 + 1 =\\nassistant:'" if rank else "'9 + 1 ='"
+    assert all(f"step {step}, sample: {prompt} -> '" in log for step in (2, 4))
+    assert log.count("sample: ") == 2
     written = json.loads((tmp_path / "run/model/config.json").read_text())
     assert written["dtype"] == ("bfloat16" if rank else "float32")
     before, after = (interop.load(f) for f in (folder, tmp_path / "run/model"))

@@ -8,6 +8,8 @@ import logging
 import zipfile
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from bdia_jax import data
@@ -34,6 +36,12 @@ def table(separator=",", end="\r\n", pairs=TWO, columns=("prompt", "completion")
 def listed(pairs=TWO, **options):
     records = [{"prompt": prompt, "completion": text} for prompt, text in pairs]
     return json.dumps(records, **options).encode()
+
+
+def parquet(*rows, **row):
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([*rows] or [row]), file)
+    return file.getvalue()
 
 
 def texts(examples):
@@ -175,7 +183,18 @@ WRONG = {
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
         "pointer of Git LFS",
     ),
-    "a table for other programs": ("a.parquet", b"PAR1", r"must hold records \(\.jsonl.*\.parquet"),
+    "a table for other programs": ("a.arrow", b"ARROW1", r"must hold records \(\.jsonl.*\.arrow"),
+    "no Parquet": ("a.parquet", b"PAR1", r"a\.parquet is no Parquet file that can be read"),
+    "Parquet with other columns": (
+        "a.parquet",
+        parquet(q="a?"),
+        "record 1: .*completion is missing",
+    ),
+    "Parquet with an empty place": (
+        "a.parquet",
+        parquet(prompt="a?", completion=None),
+        "record 1: .*completion is no text; got None",
+    ),
     "compressed lines": ("a.jsonl.gz", b"\x1f\x8b", r"\.gz is neither"),
     "a list in another notation": ("a.YAML", b"- prompt: a?\n", r"\.yaml is neither"),
 }
@@ -195,15 +214,39 @@ def test_what_is_no_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no file .*a\.jsonl"):
         data.read_examples(tmp_path / "a.jsonl", TOKENIZER, 64)
     (tmp_path / "a.jsonl").mkdir()
-    for read in (
-        lambda path: data.read_examples(path, TOKENIZER, 64),
-        data.read_text,
-        data.read_pairs,
-    ):
+    for read in (data.read_text, data.read_pairs):
         with pytest.raises(IsADirectoryError, match="is a folder; it must be a file"):
             read(tmp_path)
         with pytest.raises((IsADirectoryError, ValueError)):
             read(tmp_path / "a.jsonl")
+
+
+def test_a_folder_is_all_of_its_files(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "c.jsonl").write_bytes(lines())
+    (tmp_path / "a.parquet").write_bytes(parquet(text="alpha"))
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "d.txt").write_text("no")
+    found = data.read_examples(tmp_path, TOKENIZER, 64)
+    each = [
+        data.read_examples(tmp_path / name, TOKENIZER, 64) for name in ("a.parquet", "b/c.jsonl")
+    ]
+    assert found == each[0] + each[1]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(ValueError, match="must have files; it has none"):
+        data.read_examples(tmp_path / "none", TOKENIZER, 64)
+
+
+def test_parquet_is_read_as_lines_are(tmp_path):
+    rows = [{"prompt": f"{i}?", "completion": f"é {i}", "id": i} for i in range(5)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "a.PARQUET").write_bytes(parquet(*rows))
+    found = [data.read_examples(tmp_path / n, TOKENIZER, 64) for n in ("a.jsonl", "a.PARQUET")]
+    assert found[0] == found[1]
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "chats.parquet").write_bytes(parquet(messages=messages))
+    (talk,) = data.read_conversations(tmp_path / "chats.parquet")
+    assert talk == ("record 1", messages)
 
 
 def test_reading_leaves_the_csv_module_as_it_was(tmp_path):
@@ -381,7 +424,7 @@ PAIRS = {
     "UTF-16": ("a.txt", GO_LINES.decode().encode("utf-16"), "in UTF-16"),
     "records": ("a.jsonl", lines(), r"pairs must be in a file of lines.*got \.jsonl"),
     "a table": ("a.csv", table(), r"pairs must be in a file of lines.*got \.csv"),
-    "a table for other programs": ("a.parquet", b"PAR1", "parquet is neither"),
+    "a table for other programs": ("a.parquet", b"PAR1", r"pairs must be in a file of lines"),
     "a list with numbers": (
         "a.tsv",
         b"12\tGo.\t34\tVa !\n15\tHi.\t36\tSalut.\n",

@@ -76,8 +76,10 @@ def test_result_and_files(whole):
         "learning_rate",
         "mismatched",
         "corrected",
+        "per_second",
     }
     assert line["mismatched"] == 0
+    assert line["per_second"] > 0
     with pytest.raises(KeyError, match="eval perplexity"):
         result.last("eval", "perplexity")
 
@@ -264,6 +266,9 @@ def no_compiling(monkeypatch):
         ({"eval_every": 0}, "eval_every"),
         ({"checkpoint_every": 0}, "checkpoint_every"),
         ({"keep_last": 0}, "keep_last"),
+        ({"patience": 0}, "patience must be an int >= 1, or None; got 0"),
+        ({"wandb": " "}, "wandb must be the name of a project, or None; got ' '"),
+        ({"wandb": True}, "wandb must be .* got True"),
         ({"stop_at": 0}, "stop_at"),
     ],
 )

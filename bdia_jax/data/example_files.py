@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import logging
 import os
 import pathlib
@@ -36,12 +38,12 @@ def read_examples(
     too_long: TooLong = "truncate",
     template: ChatTemplate | None = None,
 ) -> list[Example]:
-    """Texts to fine-tune on, from a file.
+    """Texts to fine-tune on, from a file, or from all files of a folder, by name.
 
     What is cut or left out is counted in a warning of the logger ``bdia_jax``.
 
     Args:
-      path: records (``.jsonl``, ``.ndjson``, ``.json``, ``.csv`` or ``.tsv``, see
+      path: records (``.jsonl``, ``.ndjson``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet``, see
         :func:`bdia_jax.data.read_records`), of the kind that the first one's fields say; or plain
         text, which is learned in pieces of ``length`` tokens. Each piece begins with what the
         tokenizer puts before a text, and with the last token of the piece before, so that every
@@ -60,9 +62,10 @@ def read_examples(
       template: the model's, for conversations.
 
     Raises:
-      FileNotFoundError, IsADirectoryError, PermissionError: if it cannot be opened.
-      ValueError: for a file of neither kind, a record that is none, conversations without a
-        template, a record that is too long with ``"error"``, or if all records are left out.
+      FileNotFoundError, PermissionError: if it cannot be opened.
+      ValueError: for a folder without files, a file of neither kind, a record that is none,
+        conversations without a template, a record that is too long with ``"error"``, or if all
+        records are left out.
     """
     if too_long not in get_args(TooLong):
         raise ValueError(
@@ -74,9 +77,22 @@ def read_examples(
             f"text; got {length}"
         )
     path = pathlib.Path(path).expanduser()
+    if path.is_dir():
+        files = [file for file in sorted(path.rglob("*")) if _is_data(file, path)]
+        if not files:
+            raise ValueError(f"the folder {path} must have files; it has none")
+        read = functools.partial(
+            read_examples, tokenizer=tokenizer, length=length, too_long=too_long, template=template
+        )
+        return [*itertools.chain.from_iterable(map(read, files))]
     if holds_records(path):
         return _fitting(path, _records(path, tokenizer, template), tokenizer, length, too_long)
     return list(cut_up(_whole(read_text(path), tokenizer), tokenizer.begin, length))
+
+
+def _is_data(file: pathlib.Path, folder: pathlib.Path) -> bool:
+    """A file that nothing on its way hides."""
+    return file.is_file() and not any(p[0] == "." for p in file.relative_to(folder).parts)
 
 
 def _records(

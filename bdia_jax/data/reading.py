@@ -6,13 +6,13 @@ import codecs
 import os
 import pathlib
 
-RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
+RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 """Suffixes of files that hold records with named fields."""
 
 _NOT_TEXT = (
     *(".7z", ".bz2", ".gz", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst"),
     *(".json5", ".jsonc", ".tmx", ".xml", ".yaml", ".yml"),
-    *(".arrow", ".avro", ".db", ".feather", ".h5", ".hdf5", ".msgpack", ".orc", ".parquet"),
+    *(".arrow", ".avro", ".db", ".feather", ".h5", ".hdf5", ".msgpack", ".orc"),
     *(".npy", ".npz", ".pickle", ".pkl", ".pt", ".safetensors", ".sqlite", ".tfrecord"),
     *(".doc", ".docx", ".epub", ".ods", ".odt", ".pdf", ".rtf", ".xls", ".xlsx"),
 )

@@ -1,4 +1,4 @@
-"""Records with named fields, from JSON, JSON lines, or tables of separated values."""
+"""Records with named fields, from JSON, JSON lines, tables of separated values, or Parquet."""
 
 from __future__ import annotations
 
@@ -42,9 +42,10 @@ def read_records(path: str | os.PathLike, fields: Sequence[str]) -> list[Record]
     - ``.csv`` and ``.tsv``: a first line with the names of the columns, then a record per line,
       separated by commas or tabs; a text with a separator, a quote or a line end in it is quoted
       (RFC 4180).
+    - ``.parquet``: a row per record, by pyarrow.
 
     Args:
-      path: the file, in UTF-8.
+      path: the file, of text in UTF-8.
       fields: names of the fields that each record must have, as texts. Others are left out.
 
     Raises:
@@ -57,17 +58,14 @@ def read_records(path: str | os.PathLike, fields: Sequence[str]) -> list[Record]
 
 def parse_records(raw: bytes, name: str, fields: Sequence[str]) -> list[Record]:
     """The same, of contents that were read already, say from an archive."""
-    suffix = pathlib.Path(name).suffix.lower()
-    if suffix not in RECORDS:
-        raise ValueError(f"{name}: the suffix must be one of {', '.join(RECORDS)}; got {suffix!r}")
-    text, fields = decode(raw, name), tuple(fields)
+    suffix, fields = _suffix(name), tuple(fields)
     if suffix in SEPARATORS:
-        records = [*_table(text, name, fields, SEPARATORS[suffix])]
+        records = [*_table(decode(raw, name), name, fields, SEPARATORS[suffix])]
     else:
         shape = _shape(fields)
         records = [
             Record(where, _from_object(value, name, where, shape, fields))
-            for where, value in _objects(text, name, suffix, shape)
+            for where, value in _objects(raw, name, shape)
         ]
     if not records:
         raise ValueError(f"{name} has no records")
@@ -75,25 +73,23 @@ def parse_records(raw: bytes, name: str, fields: Sequence[str]) -> list[Record]:
 
 
 def read_conversations(path: str | os.PathLike) -> list[Conversation]:
-    """Conversations of a file of JSON objects that have ``messages``; other fields are left out.
+    """Conversations of a file of records that have ``messages``; other fields are left out.
 
     Args:
-      path: ``.jsonl``, ``.ndjson`` or ``.json``, as in :func:`read_records`.
+      path: as in :func:`read_records`, but for tables of separated values.
 
     Raises:
       FileNotFoundError, IsADirectoryError, PermissionError: if it cannot be opened.
       ValueError: for another suffix, a record without messages, one that is damaged or cut off, or
         a file without records.
     """
-    path = pathlib.Path(path).expanduser()
-    name, suffix = str(path), path.suffix.lower()
-    if suffix not in RECORDS or suffix in SEPARATORS:
-        raise ValueError(
-            f"{name}: conversations must be in .jsonl, .ndjson or .json; got {suffix!r}"
-        )
+    name = str(pathlib.Path(path).expanduser())
+    if (suffix := _suffix(name)) in SEPARATORS:
+        allowed = ", ".join(each for each in RECORDS if each not in SEPARATORS)
+        raise ValueError(f"{name}: conversations must be in {allowed}; got {suffix!r}")
     shape = '{"messages": [{"role": "...", "content": "..."}, ...]}'
     found = []
-    for where, value in _objects(decode(read_bytes(path), name), name, suffix, shape):
+    for where, value in _objects(read_bytes(path), name, shape):
         if not isinstance(value, dict) or "messages" not in value:
             raise _unlike(name, where, shape, f"got {repr(value)[:80]}")
         found.append(Conversation(where, value["messages"]))
@@ -109,9 +105,9 @@ def fields_of_first(path: str | os.PathLike) -> tuple[str, ...]:
       FileNotFoundError, IsADirectoryError, PermissionError: if it cannot be opened.
       ValueError: for no text.
     """
-    path = pathlib.Path(path).expanduser()
-    text, suffix = decode(read_bytes(path), str(path)), path.suffix.lower()
-    if suffix in SEPARATORS:
+    name = str(pathlib.Path(path).expanduser())
+    if (suffix := _suffix(name)) in SEPARATORS:
+        text = decode(read_bytes(path), name)
         rows = csv.reader(io.StringIO(text, newline=""), delimiter=SEPARATORS[suffix])
         try:
             return tuple(column.strip() for column in next(rows, []))
@@ -119,15 +115,39 @@ def fields_of_first(path: str | os.PathLike) -> tuple[str, ...]:
             # The reader of records says what is wrong.
             return ()
     try:
-        _, value = next(_objects(text, str(path), suffix, ""), ("", None))
+        _, value = next(_objects(read_bytes(path), name, ""), ("", None))
     except ValueError:
         return ()
     return tuple(value) if isinstance(value, dict) else ()
 
 
-def _objects(text: str, name: str, suffix: str, shape: str) -> Iterator[tuple[str, Any]]:
-    """Values in JSON, and where they are, such as ``"line 3"``."""
+def _suffix(name: str) -> str:
+    suffix = pathlib.Path(name).suffix.lower()
+    if suffix not in RECORDS:
+        raise ValueError(f"{name}: the suffix must be one of {', '.join(RECORDS)}; got {suffix!r}")
+    return suffix
+
+
+def _objects(raw: bytes, name: str, shape: str) -> Iterator[tuple[str, Any]]:
+    """Values of a file without columns in its text, and where they are, such as ``"line 3"``."""
+    suffix = _suffix(name)
+    if suffix == ".parquet":
+        return _parquet(raw, name)
+    text = decode(raw, name)
     return _json(text, name, shape) if suffix == ".json" else _json_lines(text, name, shape)
+
+
+def _parquet(raw: bytes, name: str) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(pyarrow.BufferReader(raw))
+        rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+        for number, row in enumerate(rows, 1):
+            yield f"record {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{name} is no Parquet file that can be read: {error}") from None
 
 
 def _json_lines(text: str, name: str, shape: str) -> Iterator[tuple[str, Any]]:
