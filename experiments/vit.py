@@ -5,8 +5,8 @@
     python experiments/vit.py --pretrained google/vit-base-patch16-224 --data photos --out runs/mine
     python experiments/vit.py ... --resume                                     # continue
 
-With ``--pretrained`` (first), a pretrained network is fine-tuned, and the options are those of
-:mod:`finetune_vision`: ``vit.py --pretrained --help``. Without, one is trained from scratch.
+With ``--pretrained``, a pretrained network is fine-tuned, and the options are those of
+:mod:`finetune_vision`: ``vit.py --pretrained x --help``. Without, one is trained from scratch.
 
 The model defaults to a small one that a CPU trains on digits. That of the BDIA experiments on CIFAR
 is ``--model.width 512 --model.hidden 512 --model.heads 8 --model.head-dim 64`` with patches of 4.
@@ -18,7 +18,9 @@ import dataclasses
 import json
 import logging
 import pathlib
+import re
 import sys
+from collections.abc import Sequence
 
 import command
 import finetune_vision
@@ -107,8 +109,17 @@ def write_result(e: Experiment, config: ViTConfig) -> None:
     records.write(name, rows, vision_tables.DEPENDS, settings=e, out=e.results)
 
 
+def is_pretrained(arguments: Sequence[str]) -> bool:
+    """Whether a command line, or the file after --config, names a pretrained network."""
+    if any(word.split("=")[0] == "--pretrained" for word in arguments):
+        return True
+    files = [pathlib.Path(word.removeprefix("--config=")) for word in arguments]
+    texts = [f.read_text() for f in files if f.suffix in (".yaml", ".yml") and f.is_file()]
+    return any(re.search("^pretrained:", text, re.MULTILINE) for text in texts)
+
+
 if __name__ == "__main__":
-    if any(word.split("=")[0] == "--pretrained" for word in sys.argv[1:]):
+    if is_pretrained(sys.argv[1:]):
         command.run(
             finetune_vision.main,
             finetune_vision.FineTuneVision,

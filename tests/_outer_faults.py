@@ -442,8 +442,8 @@ FAULTS = [
     Fault(
         "evaluation without the optimizer",
         "planning/plan",
-        "evaluation.total + found.optimizer",
-        "evaluation.total",
+        "evaluation + found.optimizer",
+        "evaluation",
         PLANS,
     ),
     Fault(
@@ -483,11 +483,18 @@ FAULTS = [
         ("test_run_folder",),
     ),
     Fault(
-        "a lost best is not told",
+        "the best is not saved",
         "train/loop",
-        "values[saved] == values[best]",
-        "True",
-        WEIGHTS,
+        "if saves or self._is_best() or",
+        "if saves or",
+        ("test_feedback",),
+    ),
+    Fault(
+        "an odd evaluation counts for patience",
+        "train/result",
+        'if record["step"] % every == 0',
+        "if True",
+        ("test_feedback",),
     ),
     Fault(
         "the worst is the best",

@@ -131,8 +131,9 @@ def digest(model) -> str:
 
 
 def lines(folder) -> list[dict]:
-    """The metrics, but for the time."""
-    return [{k: v for k, v in r.items() if k != "seconds"} for r in read_metrics(folder)]
+    """The metrics, but for the time, and for what the device tells."""
+    measured = ("seconds", "per_second", "tokens_per_second", "peak_bytes")
+    return [{k: v for k, v in r.items() if k not in measured} for r in read_metrics(folder)]
 
 
 def main(folder: pathlib.Path, changes: dict) -> None:

@@ -117,6 +117,30 @@ def test_there_and_back_to_the_bit(base, tmp_path):
         np.testing.assert_array_equal(layer.b[...], other.b[...])
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["granite", "ernie4_5"])
+def test_updates_of_rewritten_weights(family, tmp_path):
+    """Scaled and put in order as the weights are, in and out."""
+    peft = pytest.importorskip("peft", reason="parity of low-rank updates needs peft")
+    transformers = pytest.importorskip("transformers", reason="parity needs transformers")
+    _, model = theirs(family)
+    base = tmp_path / "base"
+    model.save_pretrained(base)
+    expected = adapted(base)
+    expected.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match=f"weights of {family} are rewritten .*give like"):
+        interop.load_adapter(load(base), tmp_path / "adapter")
+    mine = load(base)
+    interop.load_adapter(mine, tmp_path / "adapter", like=base)
+    expected = logits(expected)
+    assert np.abs(expected - ours(load(base))).max() > 0.1
+    np.testing.assert_allclose(ours(mine), expected, atol=3e-4, rtol=3e-4)
+    interop.save_adapter(mine, tmp_path / "again", like=base)
+    back = transformers.AutoModelForCausalLM.from_pretrained(base)
+    back = peft.PeftModel.from_pretrained(back, tmp_path / "again").eval()
+    np.testing.assert_allclose(logits(back), expected, atol=3e-4, rtol=3e-4)
+
+
 def test_gpt2_has_updates_where_peft_has(tmp_path):
     """Its queries, keys and values are one matrix there; other layers are its own kind."""
     peft = pytest.importorskip("peft", reason="parity of low-rank updates needs peft")

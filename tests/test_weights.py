@@ -274,24 +274,7 @@ def test_no_best(tmp_path):
     assert _toy.digest(model) == before
 
 
-def test_a_best_that_was_never_saved(tmp_path):
+def test_a_best_between_checkpoints(tmp_path):
     result, _ = _toy.run(tmp_path / "run", steps=9, eval_every=4, checkpoint_every=3, stop_at=6)
     assert result.best_step == 6
     assert math.isfinite(result.best)
-
-
-@pytest.mark.slow
-def test_a_best_without_a_checkpoint_is_told(tmp_path, caplog):
-    seldom = RISING | {"checkpoint_every": 7}
-    result, _ = _toy.run(tmp_path / "run", **seldom)
-    evals = {r["step"]: r["loss"] for r in result.history if r["split"] == "eval"}
-    best = min(evals, key=evals.get)
-    assert best not in (7, 8), "this test wants a best between checkpoints"
-    (line,) = [r.getMessage() for r in caplog.records if "without a checkpoint" in r.message]
-    assert f"the best evaluation, loss {evals[best]:.4g} at step {best}, is" in line
-    saved = min((7, 8), key=evals.get)
-    assert f"the best that was saved is {evals[saved]:.4g} at step {saved}" in line
-    assert "eval_every = 1, checkpoint_every = 7" in line
-    caplog.clear()
-    _toy.run(tmp_path / "often", **RISING)
-    assert not any("without a checkpoint" in r.message for r in caplog.records)

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from bdia_jax.files import write_json
-from bdia_jax.interop import families, replacing
+from bdia_jax.interop import arrays, families, replacing
 from bdia_jax.interop.checkpoint import FolderError
 from bdia_jax.interop.families.family import BLOCKS
 from bdia_jax.interop.folder import file_in, read_json
@@ -66,9 +66,7 @@ def save_adapter(model: Decoder, folder: str | os.PathLike, *, like: str | os.Pa
     if len(kinds) > 1:
         raise ValueError(f"all updates must have one rank and scale; got {sorted(kinds)}")
     ((rank, scale),) = kinds
-    with open_checkpoint(like) as checkpoint:
-        family = families.named(checkpoint.config["model_type"])
-    layout = family.layout(model.config, None)
+    family, layout = _layout(model, like)
     tensors, targets, outputs_first = {}, set(), set()
     for name, layer in layers.items():
         source = layout[f"{name}.kernel"]
@@ -81,8 +79,9 @@ def save_adapter(model: Decoder, folder: str | os.PathLike, *, like: str | os.Pa
         theirs = source.name.removesuffix(".weight")
         targets.add(theirs.rpartition("{}.")[2])
         outputs_first.add(source.transposed)
-        for matrix, value in (("A", layer.a), ("B", layer.b)):
-            for block, each in enumerate(np.asarray(value[...], np.float32)):
+        b = arrays.original(np.asarray(layer.b[...], np.float32), source)
+        for matrix, value in (("A", np.asarray(layer.a[...], np.float32)), ("B", b)):
+            for block, each in enumerate(value):
                 key = f"{_PREFIX}{theirs.format(block)}.lora_{matrix}.weight"
                 tensors[key] = np.ascontiguousarray(each.T)
     config = {
@@ -105,13 +104,17 @@ def save_adapter(model: Decoder, folder: str | os.PathLike, *, like: str | os.Pa
         replacing.put_in_place(folder, steps)
 
 
-def load_adapter(model: Decoder, folder: str | os.PathLike) -> list[str]:
+def load_adapter(
+    model: Decoder, folder: str | os.PathLike, *, like: str | os.PathLike | None = None
+) -> list[str]:
     """Gives a model the low-rank updates of an adapter, to train on or to merge.
 
     Args:
       model: of :func:`bdia_jax.interop.load`; all else in it is frozen, as by
         :func:`bdia_jax.nn.add_lora`.
       folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
+      like: what the model was loaded from; needed for families whose weights are rewritten when
+        they are read (Granite, ERNIE).
 
     Returns:
       The paths of the layers in their blocks.
@@ -119,7 +122,13 @@ def load_adapter(model: Decoder, folder: str | os.PathLike) -> list[str]:
     Raises:
       FileNotFoundError: without these files.
       FolderError: for an adapter of another kind, or one that does not fit the model.
+      ValueError: without ``like``, where it is needed.
     """
+    if like is None and (kind := getattr(model, "rewritten", None)):
+        raise ValueError(
+            f"the weights of {kind} are rewritten when they are read, and its updates must be "
+            "likewise: give like, the folder that the model was loaded from"
+        )
     folder = pathlib.Path(folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {folder}")
@@ -129,7 +138,11 @@ def load_adapter(model: Decoder, folder: str | os.PathLike) -> list[str]:
             raise FolderError(
                 f"{folder / CONFIG}: {name} must be {allowed[0]}; got {config[name]!r}"
             )
-    found = _matrices(folder, _names(model))
+    if like is None:
+        layout = families.family_of(model.config).layout(model.config, None)
+    else:
+        _, layout = _layout(model, like)
+    found = _matrices(folder, _names(layout))
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(rank, int) or not isinstance(alpha, int | float):
         raise FolderError(f"{folder / CONFIG} must have r and lora_alpha; got {rank}, {alpha}")
@@ -149,9 +162,20 @@ def load_adapter(model: Decoder, folder: str | os.PathLike) -> list[str]:
     targets = tuple(dict.fromkeys(name.removeprefix(BLOCKS) for name, _ in found))
     paths = add_lora(model, rank, float(alpha), targets, rngs=nnx.Rngs(0))
     for name, layer in _layers(model).items():
-        for which, matrix in (("A", layer.a), ("B", layer.b)):
-            matrix[...] = jnp.asarray(found[name, which].swapaxes(1, 2), matrix[...].dtype)
+        a, b = (found[name, which].swapaxes(1, 2) for which in "AB")
+        b = arrays.rewritten(b, layout[f"{name}.kernel"])
+        for matrix, value in ((layer.a, a), (layer.b, b)):
+            matrix[...] = jnp.asarray(value, matrix[...].dtype)
     return paths
+
+
+def _layout(
+    model: Decoder, like: str | os.PathLike
+) -> tuple[families.Family, dict[str, families.Source]]:
+    """The family of what a model was loaded from, and where its parameters are found there."""
+    with open_checkpoint(like) as checkpoint:
+        family = families.named(checkpoint.config["model_type"])
+        return family, families.layout(family, model.config, None, checkpoint.config)
 
 
 def _layers(model: nnx.Module) -> dict[str, LowRankLinear]:
@@ -163,9 +187,8 @@ def _layers(model: nnx.Module) -> dict[str, LowRankLinear]:
     }
 
 
-def _names(model: Decoder) -> dict[tuple[str, str], str]:
+def _names(layout: Mapping[str, families.Source]) -> dict[tuple[str, str], str]:
     """Our names of layers by theirs: what is before and behind the number of a block."""
-    layout = families.family_of(model.config).layout(model.config, None)
     names = {}
     for ours, source in layout.items():
         if source.span is None and ours.endswith(".kernel") and "{}" in source.name:

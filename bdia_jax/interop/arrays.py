@@ -61,7 +61,27 @@ def _one(
             f"{tensors.where}: the tensor {theirs}, for {name}, should give an array of shape "
             f"{shape}; it gives {tensor.shape}"
         )
-    return tensor
+    return rewritten(tensor, source)
+
+
+def rewritten(array: np.ndarray, source: Source) -> np.ndarray:
+    """An array of theirs, with our axes, in our order and scale; scaled in float32 (float64)."""
+    if source.heads is not None:
+        pairs = array.reshape(*array.shape[:-1], source.heads, -1, 2)
+        array = pairs.swapaxes(-1, -2).reshape(array.shape)
+    return array if source.scale == 1 else _wide(array) * source.scale
+
+
+def original(array: np.ndarray, source: Source) -> np.ndarray:
+    """The inverse."""
+    if source.heads is not None:
+        halves = array.reshape(*array.shape[:-1], source.heads, 2, -1)
+        array = halves.swapaxes(-1, -2).reshape(array.shape)
+    return array if source.scale == 1 else _wide(array) / source.scale
+
+
+def _wide(array: np.ndarray) -> np.ndarray:
+    return array if array.dtype == np.float64 else array.astype(np.float32)
 
 
 def tensors(
@@ -75,7 +95,12 @@ def tensors(
         parts.sort(key=lambda part: part[0].span or (0, 0))
 
         def whole(pick: Callable[[jax.Array], jax.Array], parts=parts) -> np.ndarray:
-            arrays = [np.asarray(pick(array).astype(dtype)) for _, array in parts]
+            arrays = [
+                original(np.asarray(pick(array)), source).astype(dtype)
+                if source.rewritten
+                else np.asarray(pick(array).astype(dtype))
+                for source, array in parts
+            ]
             together = np.concatenate(arrays, axis=-1)
             return np.ascontiguousarray(together.T if parts[0][0].transposed else together)
 

@@ -63,7 +63,7 @@ def load(path: str | os.PathLike, *, quantize: Kind | None = None, **settings: A
     with open_checkpoint(path) as checkpoint:
         config = dataclasses.replace(_configuration(checkpoint), **settings)
         family = families.named(checkpoint.config["model_type"])
-        layout = families.layout(family, config, checkpoint)
+        layout = families.layout(family, config, checkpoint, checkpoint.config)
 
         def make():
             model = Decoder(config, rngs=nnx.Rngs(0))
@@ -89,7 +89,11 @@ def load(path: str | os.PathLike, *, quantize: Kind | None = None, **settings: A
             raise FolderError(
                 f"{checkpoint.where}: tensors that no parameter is made from: {', '.join(unused)}"
             )
-    return nnx.merge(graph, nnx.from_flat_state([*state.items()]), rest)
+    model = nnx.merge(graph, nnx.from_flat_state([*state.items()]), rest)
+    if any(source.rewritten for source in layout.values()):
+        # For updates of these weights, which are written as those of the folder.
+        model.rewritten = family.name
+    return model
 
 
 def load_chat_template(path: str | os.PathLike) -> ChatTemplate | None:

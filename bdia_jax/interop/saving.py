@@ -72,7 +72,8 @@ def save(
             beside = checkpoint.beside()
             config = checkpoint.config if config is None else config
     written = _config_json(model.config, config, dtype)
-    layout = families.layout(families.named(written["model_type"]), model.config, None)
+    family = families.named(written["model_type"])
+    layout = families.layout(family, model.config, None, written)
     parameters = {
         ".".join(map(str, path)): leaf.get_value()
         for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Any(nnx.Param, Frozen)))

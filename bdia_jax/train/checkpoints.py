@@ -90,6 +90,7 @@ class Checkpoints:
         def rank(metrics: dict[str, float]) -> float:
             return score(best, metrics) if metrics else -math.inf
 
+        self._rank = rank
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policy.AnyPreservationPolicy(
                 [
@@ -114,6 +115,11 @@ class Checkpoints:
         """The best checkpoint of those at steps that were evaluated; None if there is none."""
         best = self.manager.best_step()
         return best if best is not None and self.manager.metrics(best) else None
+
+    def best_score(self) -> float:
+        """The :func:`score` of that checkpoint; -inf if there is none."""
+        best = self.manager.best_step()
+        return -math.inf if best is None else self._rank(self.manager.metrics(best) or {})
 
     def save(
         self, step: int, state: State, about: dict[str, Any], metrics: dict[str, float]
@@ -303,8 +309,8 @@ class Checkpoints:
 def restore_best(folder: str | pathlib.Path, model: nnx.Module) -> int:
     """Gives a model the weights of the best checkpoint of a run, and returns its step.
 
-    The best is that of the steps that were both evaluated and saved, by the metric of the task.
-    Only weights are read. They go where those of ``model`` are.
+    The best is that of the steps that were evaluated, by the metric of the task: :func:`train`
+    saves each that is the best so far. Only weights are read. They go where those of ``model`` are.
 
     Args:
       folder: of the run.

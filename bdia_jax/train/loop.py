@@ -1,4 +1,4 @@
-"""The training loop: steps, lines about them, evaluations, checkpoints.
+"""The training loop: steps, evaluations, checkpoints, and what is told of them.
 
 :func:`train` reads from top to bottom: what is refused, what is compiled, the state, the loop, and
 what is left behind. :class:`Run` is the loop itself.
@@ -6,10 +6,8 @@ what is left behind. :class:`Run` is the loop itself.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import pathlib
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,11 +16,15 @@ import numpy as np
 import optax
 from flax import nnx
 
-from bdia_jax.train import gap
+from bdia_jax.train import gap, weights_and_biases, wording
 from bdia_jax.train.checkpoints import Checkpoints, score
 from bdia_jax.train.errors import raise_if_not_finite, raise_if_wrong, reversibility
+from bdia_jax.train.memory import peak_bytes
 from bdia_jax.train.metrics import MetricsWriter
+from bdia_jax.train.pace import Pace
 from bdia_jax.train.programs import Programs, means
+from bdia_jax.train.report import write_report
+from bdia_jax.train.result import Result, best_of, evaluations, without_better
 from bdia_jax.train.run_folder import (
     check_room,
     check_run_folder,
@@ -40,30 +42,8 @@ from bdia_jax.train.weights import check_trained_dtypes, give_back
 log = logging.getLogger("bdia_jax")
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What came of a run."""
-
-    step: int
-    """Steps taken, over all continuations."""
-    history: list[dict[str, Any]]
-    """The records of the whole run, as in metrics.jsonl."""
-    best: float
-    """The best value of the metric that the task is judged by; NaN without an evaluation."""
-    best_step: int | None
-    """The best checkpoint of those at steps that were evaluated, which
-    :func:`bdia_jax.train.restore_best` reads."""
-    seconds_per_step: float
-    """Median over the steps of this call, evaluation and compilation left out; NaN if too few."""
-    seconds: float
-    """Wall-clock time over all continuations."""
-
-    def last(self, split: str, metric: str) -> float:
-        """The last value of a metric; KeyError if there is none."""
-        for record in reversed(self.history):
-            if record["split"] == split and metric in record:
-                return record[metric]
-        raise KeyError(f"no record of {split} {metric}")
+OnEvaluation = Callable[[nnx.Module, int], Any]
+"""Is called with the model as it is after an evaluated step, and the step."""
 
 
 def train(
@@ -76,6 +56,7 @@ def train(
     about: dict[str, Any] | None = None,
     optimizer: optax.GradientTransformation | None = None,
     progress: bool | None = None,
+    on_evaluation: OnEvaluation | None = None,
 ) -> Result:
     """Trains ``model`` in place.
 
@@ -95,12 +76,16 @@ def train(
       about: settings of the model and the data, saved, and compared when a run is resumed.
       optimizer: instead of the one that ``settings`` names, with its schedule and clipping.
       progress: whether to show a bar; None for: on a terminal.
+      on_evaluation: is called after every evaluation with the model, in evaluation mode and with
+        the weights that were evaluated, and the step. The run does not depend on what it does; the
+        next step uses the weights up.
 
     Raises:
       ValueError: for settings that do not fit, trained weights of too few bits, or a folder of
         another run; on resuming, steps may be more or fewer with a constant schedule, and how often
         something is done may change.
       FileExistsError: for a folder with a run in it, without ``resume``.
+      ImportError: if the settings name a project of Weights & Biases, and ``wandb`` is missing.
       NotADirectoryError, PermissionError: for a folder that cannot be written. All of these, and
         any error of the model or the task in tracing, before anything is compiled or trained.
       InexactInverseError, NonFiniteError: ``model`` has the parameters before the step that went
@@ -114,6 +99,8 @@ def train(
     check_batch_size(task, settings.batch_size)
     if optimizer is None:
         check_trained_dtypes(model, settings)
+    if main:
+        weights_and_biases.check_installed(settings.wandb)
     described = describe_run(settings, task, about, optimizer is not None)
     check_same_run(folder, described, settings)
 
@@ -121,7 +108,7 @@ def train(
     programs.trace()
     check_room(folder, programs.abstract_state(), settings.keep_last)
     make_run_folder(folder, described, main)
-    with logging_to(folder, main):
+    with logging_to(folder, main) as tell:
         checkpoints = Checkpoints(folder / "checkpoints", settings.keep_last, task.best)
         writer = run = None
         try:
@@ -137,14 +124,20 @@ def train(
                     )
                 log.info("resumed at step %d", step)
             programs.share_arrays(model, state)
-            writer = MetricsWriter(folder, step, main)
-            run = Run(programs, checkpoints, writer, state, step, spent, progress)
+            project = None
+            if main and settings.wandb is not None:
+                project = weights_and_biases.Project(settings.wandb, folder, described)
+            writer = MetricsWriter(folder, step, main, project)
+            pace = Pace(task.unit, settings.batch_size, spent)
+            run = Run(programs, checkpoints, writer, pace, tell, state, step)
             with Stop() as stop:
-                run.until_the_end(model, stop)
+                run.until_the_end(model, stop, progress, on_evaluation)
                 checkpoints.wait()
             best_step = checkpoints.best_step()
             checkpoints.close()
-            run.tell_if_the_best_is_lost(best_step)
+            result = run.result(best_step)
+            if main:
+                write_report(folder, model, task, settings, described, result, run.ending)
         except BaseException as error:
             # After a second Ctrl-C, nothing is waited for.
             if not isinstance(error, KeyboardInterrupt):
@@ -155,52 +148,8 @@ def train(
                 writer.close()
             if run is not None:
                 give_back(model, run.state.params)
-    assert run is not None
-    stop.leave(run.step)
-    return Result(
-        run.step, run.history, run.best(), best_step, run.seconds_per_step(), run.seconds()
-    )
-
-
-def evaluate(
-    model: nnx.Module, task: Task, *, eval_batch_size: int | None = None
-) -> dict[str, float]:
-    """Means of the metrics over the evaluation split, in evaluation mode; on one device.
-
-    Args:
-      model: its parameters may be of any dtype; it comes back in training mode.
-      task: data and metrics.
-      eval_batch_size: samples per batch; None for what the task says.
-    """
-    model.eval()
-    graph, state = nnx.split(model)
-    model.train()
-    size = min(eval_batch_size or task.eval_batch_size, task.eval_samples)
-
-    @jax.jit
-    def step(state, arrays, i):
-        return task.evaluate(nnx.merge(graph, state), task.eval_batch(arrays, i, size))
-
-    arrays = jax.device_put(task.arrays())
-    return means(step(state, arrays, np.int32(i)) for i in range(-(-task.eval_samples // size)))
-
-
-def training_step(
-    model: nnx.Module,
-    task: Task,
-    settings: TrainSettings,
-    optimizer: optax.GradientTransformation | None = None,
-) -> tuple[Callable[[State], tuple[State, StepReport]], State]:
-    """The step that :func:`train` repeats, compiled when it is first taken, and its first state.
-
-    For measurements, and for loops of one's own. A state is used up by its step; that includes the
-    arrays of ``model``, which the first state is made of. Reports are on the device. Arguments as
-    in :func:`train`.
-    """
-    programs = Programs(model, task, settings, optimizer)
-    state = programs.first_state(model)
-    programs.share_arrays(model, state)
-    return programs.step, state
+    stop.leave(result.step)
+    return result
 
 
 class Run:
@@ -211,16 +160,19 @@ class Run:
         programs: Programs,
         checkpoints: Checkpoints,
         writer: MetricsWriter,
+        pace: Pace,
+        tell: Callable[[int, str], None],
         state: State,
         step: int,
-        spent: float,
-        progress: bool | None,
     ):
-        """``spent``: seconds that the run took before it was resumed."""
+        """``tell`` is that of :func:`bdia_jax.train.run_folder.logging_to`."""
         self.programs, self.checkpoints, self.writer = programs, checkpoints, writer
+        self.pace, self.tell, self.metric = pace, tell, programs.task.best
         self.settings, self.state, self.step = programs.settings, state, step
+        self.end = min(self.settings.steps, self.settings.stop_at or self.settings.steps)
         self.history: list[dict[str, Any]] = [*writer.kept]
-        self._hide_bar = None if progress is None else not progress
+        self.ending = ""
+        """Why no further step is taken."""
         self._pending: list[StepReport] = []
         """Reports that nobody has looked at yet, on the device."""
         self._seen: list[StepReport] = []
@@ -229,38 +181,65 @@ class Run:
         """The loss without γ of the last step's batch, where it was asked for."""
         self._evaluated: dict[str, float] = {}
         """The metrics of the evaluation at this very step, if there was one."""
-        self._times: list[float] = []
-        self._clock: tuple[float, int] | None = None
-        """When, and at which step, the time of the steps to come began; None before the first."""
-        self._began = time.monotonic() - spent
+        self._best_saved = checkpoints.best_score()
+        self._without_better = self._count_without_better()
 
-    def until_the_end(self, model: nnx.Module, stop: Stop) -> None:
-        """Steps, logs, evaluates and saves until the last step, ``stop_at`` or a signal."""
+    def until_the_end(
+        self,
+        model: nnx.Module,
+        stop: Stop,
+        progress: bool | None,
+        on_evaluation: OnEvaluation | None,
+    ) -> None:
+        """Steps, logs, evaluates and saves until the last step, or an earlier end."""
         from tqdm import tqdm
 
-        s = self.settings
-        end, saved = min(s.steps, s.stop_at or s.steps), self.step
-        with tqdm(total=s.steps, initial=self.step, disable=self._hide_bar, unit="step") as bar:
-            while self.step < end and not stop:
+        s, hidden = self.settings, None if progress is None else not progress
+        saved, has_evaluated = self.step, False
+        with tqdm(total=s.steps, initial=self.step, disable=hidden, unit="step") as self._bar:
+            while not self._is_over(stop):
                 logs, evaluates, saves = (
-                    self.step + 1 == end or (self.step + 1) % every == 0
+                    self.step + 1 == self.end or (self.step + 1) % every == 0
                     for every in (s.log_every, s.eval_every, s.checkpoint_every)
                 )
                 told = logs or evaluates or saves or self.step == 0
                 self._take_step(with_network_loss=told and self.programs.has_gap)
-                bar.update()
-                if self._clock is None:
+                self._bar.update()
+                if not self.pace.has_begun:
                     self._look_at_first(model)
                 if logs:
-                    bar.set_postfix(loss=f"{self._log():.4f}")
+                    self._log()
                 if evaluates:
                     self._evaluate()
-                if saves:
+                if saves or self._is_best() or self._is_out_of_patience():
                     self._save()
                     saved = self.step
-        if self.step > saved:
-            # A signal: there may be seconds left, too few for an evaluation.
-            self._save()
+                if evaluates and on_evaluation is not None:
+                    self._show(model, on_evaluation)
+                if evaluates and not has_evaluated:
+                    self.pace.forget()
+                    has_evaluated = True
+            if self.step > saved:
+                # A signal: there may be seconds left, too few for an evaluation.
+                self._save()
+        log.info("%s", self.ending)
+
+    def _is_over(self, stop: Stop) -> bool:
+        """Whether no further step is taken, and why."""
+        at = f"at step {self.step} of {self.settings.steps}"
+        if self.step >= self.settings.steps:
+            self.ending = f"The run is over, {at}."
+        elif self._is_out_of_patience():
+            best = best_of(evaluations(self.history), self.metric)
+            told = "" if best is None else f"; the best is step {best['step']}"
+            self.ending = (
+                f"The run stopped early, {at}: the last {self._without_better} evaluations were "
+                f"not better than one before them (patience = {self.settings.patience}){told}."
+            )
+        elif stop or self.step >= self.end:
+            why = "it was told to" if stop else f"stop_at = {self.settings.stop_at}"
+            self.ending = f"The run stopped {at} ({why}); it can be resumed."
+        return bool(self.ending)
 
     def _take_step(self, with_network_loss: bool) -> None:
         # Before the step, which uses up the weights.
@@ -282,7 +261,7 @@ class Run:
             loss, without = float(report.sums.means()["loss"]), float(self._network_loss)
             if gap.is_far(loss, without, float(report.sums.weight)):
                 gap.warn(model, loss, without)
-        self._clock = time.monotonic(), self.step
+        self.pace.begin(self.step)
 
     def _look(self) -> None:
         """Fetches the reports since the last time; raises if a step went wrong."""
@@ -291,16 +270,14 @@ class Run:
             raise_if_wrong(self.step - len(reports) + 1 + i, report)
         self._seen += reports
 
-    def _log(self) -> float:
-        """Writes a line about the steps since the last one; their mean loss."""
+    def _log(self) -> None:
+        """Writes and tells a line about the steps since the last one."""
         self._look()
         reports, self._seen = self._seen, []
         network_loss, self._network_loss = self._network_loss, None
         if not reports:
-            return float("nan")
-        if self._clock is not None and self.step > self._clock[1]:
-            began, first = self._clock
-            self._times.append((time.monotonic() - began) / (self.step - first))
+            return
+        speed = self.pace.lap(self.step, [float(report.sums.weight) for report in reports])
         line = means(report.sums for report in reports)
         if network_loss is not None:
             line["network_loss"] = float(network_loss)
@@ -311,69 +288,72 @@ class Run:
         backward = [b for report in reports for b in report.backward.values()]
         line["mismatched"] = float(sum(b.mismatched.sum() for b in backward))
         line["corrected"] = float(sum(b.corrected.sum() for b in backward))
-        self._write("train", line)
+        peak = peak_bytes()
+        record = self._write("train", line | speed | ({} if peak is None else {"peak_bytes": peak}))
+        self._bar.set_postfix_str(wording.beside_a_bar(record, self.pace.unit))
+        left = self.pace.left(self.step, self.end) if self.step < self.end else None
+        told = wording.about_training(record, self.settings.steps, self.pace.unit, left)
+        # A bar shows the same; where there is none, the lines tell that something happens.
+        self.tell(logging.INFO if self._bar.disable else logging.DEBUG, told)
         self.checkpoints.sweep()
-        self._clock = time.monotonic(), self.step
-        return line["loss"]
+        self.pace.begin(self.step)
 
     def _evaluate(self) -> None:
         self._log()
         self._evaluated = self.programs.evaluate(self.state.params)
-        best = self.programs.task.best.removeprefix("-")
-        raise_if_not_finite(self.step, self._evaluated, {"loss", best})
-        self._write("eval", self._evaluated)
-        self._clock = time.monotonic(), self.step
+        raise_if_not_finite(self.step, self._evaluated, {"loss", self.metric.removeprefix("-")})
+        record = self._write("eval", self._evaluated)
+        self._without_better = self._count_without_better()
+        best = best_of(evaluations(self.history), self.metric) or record
+        told = wording.about_evaluation(record, self.settings.steps, best, self.metric)
+        self.tell(logging.INFO, told)
+        self.pace.begin(self.step)
+
+    def _is_best(self) -> bool:
+        """Whether this step was evaluated, and is better than every checkpoint."""
+        return bool(self._evaluated) and score(self.metric, self._evaluated) > self._best_saved
+
+    def _count_without_better(self) -> int:
+        return without_better(self.history, self.metric, self.settings.eval_every)
+
+    def _is_out_of_patience(self) -> bool:
+        patience = self.settings.patience
+        return patience is not None and self._without_better >= patience
+
+    def _show(self, model: nnx.Module, on_evaluation: OnEvaluation) -> None:
+        give_back(model, self.state.params)
+        model.eval()
+        try:
+            on_evaluation(model, self.step)
+        finally:
+            model.train()
+        self.pace.begin(self.step)
 
     def _save(self) -> None:
         # All steps are looked at first: a step that went wrong must never be saved.
         self._log()
         self.writer.sync()
-        about = {"seconds": self.seconds()}
+        about = {"seconds": self.pace.seconds()}
         self.checkpoints.save(self.step, self.state, about, self._evaluated)
-        self._clock = time.monotonic(), self.step
+        if self._evaluated:
+            self._best_saved = max(self._best_saved, score(self.metric, self._evaluated))
+        self.pace.begin(self.step)
 
-    def _write(self, split: str, values: dict[str, float]) -> None:
-        record = {"step": self.step, "split": split, "seconds": round(self.seconds(), 3), **values}
+    def _write(self, split: str, values: dict[str, float]) -> dict[str, Any]:
+        seconds = round(self.pace.seconds(), 3)
+        record = {"step": self.step, "split": split, "seconds": seconds, **values}
         self.history.append(record)
         self.writer.write(record)
+        return record
 
-    def seconds(self) -> float:
-        return time.monotonic() - self._began
-
-    def seconds_per_step(self) -> float:
-        return float(np.median(self._times)) if self._times else float("nan")
-
-    def best(self) -> float:
-        metric = self.programs.task.best
-        name = metric.removeprefix("-")
-        return max(self._evaluations(), key=lambda r: score(metric, r), default={name: np.nan})[
-            name
-        ]
-
-    def tell_if_the_best_is_lost(self, saved: int | None) -> None:
-        """Warns if the best evaluation was at a step without a checkpoint.
-
-        Args:
-          saved: the step of the best checkpoint; None if there is none that was evaluated.
-        """
-        metric = self.programs.task.best
-        name = metric.removeprefix("-")
-        values = {r["step"]: r[name] for r in self._evaluations()}
-        best = max(values, key=lambda step: score(metric, {name: values[step]}), default=None)
-        if best is None or (saved is not None and values[saved] == values[best]):
-            return
-        log.warning(
-            "the best evaluation, %s %.4g at step %d, is of a step without a checkpoint; %s. To "
-            "keep the best, save wherever you evaluate: eval_every = %d, checkpoint_every = %d",
-            name,
-            values[best],
-            best,
-            "no evaluated step has one"
-            if saved is None
-            else f"the best that was saved is {values[saved]:.4g} at step {saved}",
-            self.settings.eval_every,
-            self.settings.checkpoint_every,
+    def result(self, best_step: int | None) -> Result:
+        """What came of the run; ``best_step`` is that of the best checkpoint."""
+        best = best_of(evaluations(self.history), self.metric)
+        return Result(
+            self.step,
+            self.history,
+            float("nan") if best is None else best[self.metric.removeprefix("-")],
+            best_step,
+            self.pace.seconds_per_step(),
+            self.pace.seconds(),
         )
-
-    def _evaluations(self) -> list[dict[str, Any]]:
-        return [record for record in self.history if record["split"] == "eval"]

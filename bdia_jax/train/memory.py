@@ -1,4 +1,4 @@
-"""What a training step and an evaluation will need, by compiling them for shapes."""
+"""What a training step and an evaluation will need, by compiling them for shapes; what they did."""
 
 from __future__ import annotations
 
@@ -73,6 +73,20 @@ def evaluation_memory(
     """What the evaluation of a batch will need beside the optimizer's state; as above."""
     programs = Programs(model, task, settings, devices=devices)
     return compiled_memory(programs.compiled_evaluation(compiler_options))
+
+
+def peak_bytes() -> int | None:
+    """The most memory that a device of this process had in use so far; None if none tells."""
+    peaks = []
+    for device in jax.local_devices():
+        try:
+            stats = device.memory_stats()
+        except (jax.errors.JaxRuntimeError, NotImplementedError):
+            # A platform that does not count.
+            continue
+        if stats and "peak_bytes_in_use" in stats:
+            peaks.append(int(stats["peak_bytes_in_use"]))
+    return max(peaks, default=None)
 
 
 def _bytes_per_device(leaf) -> int:

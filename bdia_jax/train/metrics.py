@@ -1,4 +1,4 @@
-"""Metrics: a line of JSON each, and TensorBoard."""
+"""Metrics: a line of JSON each, TensorBoard, and Weights & Biases where that is asked for."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pathlib
 from typing import Any
 
 from bdia_jax.files import write_text
+from bdia_jax.train.weights_and_biases import Project
 
 log = logging.getLogger("bdia_jax")
 
@@ -34,11 +35,13 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
 
 
 class MetricsWriter:
-    """Appends to ``metrics.jsonl`` and to TensorBoard, from process 0 only."""
+    """Appends to ``metrics.jsonl`` and to boards that are copies of it, from process 0 only."""
 
-    def __init__(self, folder: pathlib.Path, step: int, active: bool):
+    def __init__(
+        self, folder: pathlib.Path, step: int, active: bool, project: Project | None = None
+    ):
         """Drops lines after ``step``, which a resumed run is going to write again."""
-        self.active = active
+        self.active, self.project = active, project
         path = folder / "metrics.jsonl"
         self.kept = [record for record in read_metrics(path) if record["step"] <= step]
         if not active:
@@ -64,9 +67,15 @@ class MetricsWriter:
                 f"metrics could not be written ({error.strerror}); make room, and resume",
                 str(self.file.name),
             ) from error
-        for name, value in record.items():
-            if isinstance(value, float) and math.isfinite(value):
-                self.board.add_scalar(f"{record['split']}/{name}", value, record["step"])
+        values = {
+            f"{record['split']}/{name}": value
+            for name, value in record.items()
+            if name not in ("step", "split") and math.isfinite(value)
+        }
+        for name, value in values.items():
+            self.board.add_scalar(name, value, record["step"])
+        if self.project is not None:
+            self.project.write(values, record["step"])
 
     def sync(self) -> None:
         """Brings the lines to the disk: a checkpoint must not be there without them."""
@@ -74,7 +83,7 @@ class MetricsWriter:
             os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        """Flushes both."""
+        """Flushes all."""
         if not self.active:
             return
         self.file.close()
@@ -83,3 +92,5 @@ class MetricsWriter:
         except OSError as error:
             # A copy of metrics.jsonl: not worth hiding the error that the loop stopped with.
             log.warning("TensorBoard's file could not be written: %s", error)
+        if self.project is not None:
+            self.project.close()

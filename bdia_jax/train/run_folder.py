@@ -1,10 +1,13 @@
 """The folder of a run: what may be in it, whose run it is, and its log.
 
 settings.json       what decides the trained weights; compared when the run is resumed
+settings.yaml       of a command: all its settings, from which it can be started again
 metrics.jsonl       a line per log, evaluation and checkpoint
 log.txt             what was told
 tensorboard/        a copy of the metrics
+wandb/, wandb.json  another, and what the run is called there; where that was asked for
 checkpoints/        the last few, and the best
+report.md           what came of it, with report.png
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ import json
 import logging
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -23,6 +26,7 @@ from jaxtyping import PyTree
 
 from bdia_jax.data import fingerprint
 from bdia_jax.files import write_json
+from bdia_jax.train import settings_file
 from bdia_jax.train.settings import TrainSettings
 from bdia_jax.train.tasks import Task
 
@@ -138,26 +142,39 @@ def make_run_folder(folder: pathlib.Path, described: dict[str, Any], main: bool)
         multihost_utils.sync_global_devices("bdia_jax: folder checked")
     if main:
         try:
+            # The first file: by it, the folder is that of a run.
             write_json(folder / SETTINGS, described)
+            settings_file.write_kept(folder)
         except OSError as error:
             raise PermissionError(f"the folder of the run cannot be written: {error}") from error
 
 
 @contextlib.contextmanager
-def logging_to(folder: pathlib.Path, main: bool) -> Iterator[None]:
-    """Has what the library tells, from INFO up, written to ``log.txt``, too."""
+def logging_to(folder: pathlib.Path, main: bool) -> Iterator[Callable[[int, str], None]]:
+    """Has what the library tells, from INFO up, written to ``log.txt``, too.
+
+    What it gives takes a level and a line, which ``log.txt`` gets at any level, and others only if
+    they listened to the library at that level before: there may be many such lines.
+    """
     if not main:
-        yield
+        yield lambda level, line: None
         return
     logger, handler = logging.getLogger("bdia_jax"), logging.FileHandler(folder / LOG)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    level = logger.level
+    level, heard = logger.level, logger.getEffectiveLevel()
     if level == logging.NOTSET:
         # The root logger's level, WARNING, would hold INFO back from every handler.
         logger.setLevel(logging.INFO)
+
+    def tell(level: int, line: str) -> None:
+        if level >= heard:
+            logger.log(level, "%s", line)
+        else:
+            handler.handle(logger.makeRecord(logger.name, level, "", 0, line, (), None))
+
     logger.addHandler(handler)
     try:
-        yield
+        yield tell
     finally:
         logger.removeHandler(handler)
         logger.setLevel(level)

@@ -23,8 +23,10 @@ HARMLESS = (
     "eval_batch_size",
     "checkpoint_every",
     "keep_last",
+    "patience",
     "stop_at",
     "mesh",
+    "wandb",
 )
 """Settings that may differ between a run and its continuation: the weights do not depend on them.
 (On another mesh sums are rounded otherwise: the weights are then equal to float tolerance.)"""
@@ -72,13 +74,19 @@ class TrainSettings:
     computes at a time (batch_size / accumulate), so that evaluation does not need the most
     memory."""
     checkpoint_every: int = 500
-    """Steps between checkpoints; there is one at the end in any case."""
+    """Steps between checkpoints; there is one at the end in any case, and at every evaluation that
+    is the best so far."""
     keep_last: int = 2
     """Checkpoints kept, besides the best of those at steps that were evaluated."""
+    patience: int | None = None
+    """The run ends after so many evaluations in a row that are not better than the best before
+    them; None for all steps. Evaluations at multiples of eval_every count."""
     stop_at: int | None = None
     """Save and leave after this step, to be resumed later."""
     mesh: str | None = None
     """Devices, such as data=4,fsdp=2: batches over both, parameters over fsdp."""
+    wandb: str | None = None
+    """A project of Weights & Biases that gets the metrics, too; needs the package wandb."""
 
     def __post_init__(self):
         for name in (
@@ -91,7 +99,7 @@ class TrainSettings:
             "keep_last",
         ):
             _check_int(name, getattr(self, name), at_least=1)
-        for name in ("eval_batch_size", "stop_at"):
+        for name in ("eval_batch_size", "patience", "stop_at"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), at_least=1, or_none=True)
         _check_int("warmup_steps", self.warmup_steps, at_least=0)
@@ -109,6 +117,8 @@ class TrainSettings:
                 raise ValueError(
                     f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}"
                 )
+        if self.wandb is not None and (not isinstance(self.wandb, str) or not self.wandb.strip()):
+            raise ValueError(f"wandb must be the name of a project, or None; got {self.wandb!r}")
         _check_number("learning_rate", self.learning_rate, "positive")
         _check_number("weight_decay", self.weight_decay, "0 or positive")
         if self.clip_norm is not None:

@@ -5,14 +5,26 @@ from __future__ import annotations
 from typing import Any
 
 from bdia_jax.interop.checkpoint import FolderError
+from bdia_jax.interop.families.ernie import Ernie
 from bdia_jax.interop.families.family import Config, Family, Names, Source, agree
 from bdia_jax.interop.families.gpt2 import GPT2
+from bdia_jax.interop.families.granite import Granite
 from bdia_jax.interop.families.llama import Llama, Mistral, Phi3, Qwen2, Qwen3, SeedOss
 from bdia_jax.nn import DecoderConfig
 
 FAMILIES: dict[str, Family] = {
-    f.name: f for f in (GPT2(), Llama(), Qwen2(), Qwen3(), Mistral(), SeedOss(), Phi3())
+    f.name: f
+    for f in (
+        *(GPT2(), Llama(), Qwen2(), Qwen3(), Mistral(), SeedOss(), Phi3()),
+        *(Granite(), Ernie()),
+    )
 }
+NORM_AFTER_SUM = (
+    *("albert", "bart", "bert", "bert-generation", "camembert", "deberta", "deberta-v2"),
+    *("distilbert", "electra", "ernie", "layoutlm", "longformer", "m2m_100", "marian", "mpnet"),
+    *("openai-gpt", "roberta", "xlm", "xlm-roberta", "xlnet"),
+)
+"""Values of model_type of networks that normalize the sum of a state and its update."""
 
 __all__ = [
     "FAMILIES",
@@ -33,6 +45,12 @@ def named(name: Any) -> Family:
     Raises:
       FolderError: if there is none.
     """
+    if name in NORM_AFTER_SUM:
+        raise FolderError(
+            f"a block of {name} is norm(x + h(x)), not x + h(x): the norm after the sum loses what "
+            "an inverse would need, so such networks cannot be trained reversibly; model_type must "
+            f"be one of {', '.join(FAMILIES)}"
+        )
     if name not in FAMILIES:
         raise FolderError(f"model_type must be one of {', '.join(FAMILIES)}; got {name!r}")
     return FAMILIES[name]
@@ -96,7 +114,19 @@ def write(config: DecoderConfig) -> dict[str, Any]:
     }
 
 
-def layout(family: Family, config: DecoderConfig, names: Names | None) -> dict[str, Source]:
-    """Where every parameter is found: :meth:`Family.layout`, and the head."""
-    found = family.layout(config, names)
-    return found if config.tied_head else found | {"head": Source("lm_head.weight")}
+def layout(
+    family: Family, config: DecoderConfig, names: Names | None, c: Config
+) -> dict[str, Source]:
+    """Where every parameter is found: :meth:`Family.layout`, the head, and what is rewritten.
+
+    Args:
+      family, config, names: as of :meth:`Family.layout`.
+      c: the contents of config.json.
+    """
+    found, head = family.layout(config, names), "lm_head.weight"
+    if not config.tied_head:
+        if family.unties and names is not None and head not in names:
+            head = found["embedding"].name
+        found["head"] = Source(head)
+    scales = family.scales(c)
+    return {name: source._replace(scale=scales.get(name, 1.0)) for name, source in found.items()}

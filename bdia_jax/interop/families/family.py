@@ -27,6 +27,16 @@ class Source(NamedTuple):
     """Whether it is stored as ``[outputs, inputs]``; ours are ``[inputs, outputs]``."""
     span: tuple[int, int] | None = None
     """First entry of our last axis, and the one behind the last; None for all of it."""
+    heads: int | None = None
+    """How many heads our last axis has, where features 2i and 2i + 1 of each are rotated together;
+    ours are i and i + dim/2."""
+    scale: float = 1.0
+    """What the tensor is multiplied with."""
+
+    @property
+    def rewritten(self) -> bool:
+        """Whether numbers are multiplied, or change places within a matrix."""
+        return self.heads is not None or self.scale != 1.0
 
 
 @runtime_checkable
@@ -43,6 +53,12 @@ class Family(abc.ABC):
     """``model_type`` in config.json; and llama.cpp's name of the architecture."""
     architecture: ClassVar[str]
     """The class in ``transformers``."""
+    unties: ClassVar[bool] = False
+    """Whether a tied head becomes a matrix of its own."""
+
+    def scales(self, c: Config) -> dict[str, float]:
+        """What tensors are multiplied with, by the name of our parameter; 1 of all others."""
+        return {}
 
     @abc.abstractmethod
     def read(self, c: Config) -> DecoderConfig:

@@ -1,0 +1,138 @@
+"""Preferences and distillation: their losses by the equations, and networks that are trained so."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from scipy import special
+
+from bdia_jax.data import Example, pack
+from bdia_jax.nn import Decoder, DecoderConfig
+from bdia_jax.train import TrainSettings, train
+from bdia_jax.train.tasks import Distillation, Distilled, Preferences
+from bdia_jax.train.tasks.preferences import log_probabilities
+
+TINY = DecoderConfig(
+    vocab_size=11, max_length=12, width=16, depth=2, heads=2, method="standard", gamma=1 / 8
+)
+RNG = np.random.default_rng(0)
+
+
+def drawn(known, length):
+    """A text of which the first tokens are a prompt."""
+    tokens = RNG.integers(0, 11, length).tolist()
+    return Example(tokens, [i >= known for i in range(length)])
+
+
+def answers(count):
+    pairs = []
+    for _ in range(count):
+        chosen = drawn(3, 9)
+        rest = RNG.integers(0, 11, 4).tolist()
+        rejected = Example(chosen.tokens[:3] + rest, [False] * 3 + [True] * 4)
+        pairs.append((chosen, rejected))
+    return pairs
+
+
+def log_probability(model, example):
+    """By the logits of the whole text, in float64."""
+    tokens = np.asarray(example.tokens)
+    logits = np.float64(model(jnp.asarray(tokens[None, :-1]))[0])
+    each = special.log_softmax(logits, axis=-1)[np.arange(len(tokens) - 1), tokens[1:]]
+    return each[np.asarray(example.learned[1:])].sum()
+
+
+def test_preferences_by_the_equation():
+    before, model = (Decoder(TINY, rngs=nnx.Rngs(seed)) for seed in (0, 1))
+    pairs = answers(5)
+    task = Preferences("pairs", pairs[:3], pairs[3:], 12, before, beta=0.3, eval_batch_size=2)
+    rivals = task.train
+    found = log_probabilities(model, jax.tree.map(jnp.asarray, rivals), None)
+    for i, pair in enumerate(pairs[:3]):
+        for j, text in enumerate(pair):
+            assert rivals.reference[i, j] == pytest.approx(log_probability(before, text), rel=1e-5)
+            assert found[i, j] == pytest.approx(log_probability(model, text), rel=1e-5)
+    rewards = np.float64(found) - np.float64(rivals.reference)
+    margins = rewards[:, 0] - rewards[:, 1]
+    means = task.loss(model, jax.tree.map(jnp.asarray, rivals), None).means()
+    assert means["loss"] == pytest.approx(-special.log_expit(0.3 * margins).mean(), rel=1e-4)
+    assert means["accuracy"] == pytest.approx((margins > 0).mean())
+    assert means["margin"] == pytest.approx(margins.mean(), rel=1e-4)
+    # The last batch has one pair, and one that does not count.
+    task = Preferences("pairs", pairs, pairs[:1], 12, before)
+    batch = task.eval_batch(jax.device_put(task.arrays()), jnp.int32(0), 2)
+    assert task.evaluate(before, batch).weight == 1
+    assert task.evaluate(before, batch).means()["loss"] == pytest.approx(np.log(2), rel=1e-5)
+
+
+def test_distillation_by_the_equation():
+    student, teacher = (Decoder(TINY, rngs=nnx.Rngs(seed)) for seed in (0, 1))
+    packed = pack([drawn(2, 9), drawn(1, 5), drawn(1, 12)], 12)
+    task = Distillation("texts", packed, packed, alpha=0.7, temperature=2.0)
+    batch = jax.tree.map(jnp.asarray, task.arrays()["train"])
+    model = Distilled(student, teacher)
+    ours, theirs = (
+        np.float64(net(batch.tokens, segments=batch.segments, positions=batch.positions))
+        for net in (student, teacher)
+    )
+    entropy = -np.take_along_axis(
+        special.log_softmax(ours, axis=-1), np.asarray(batch.targets)[..., None], axis=-1
+    )[..., 0]
+    p = special.softmax(theirs / 2, axis=-1)
+    divergence = special.rel_entr(p, special.softmax(ours / 2, axis=-1)).sum(-1)
+    expected = (packed.weights * (0.3 * entropy + 0.7 * 4 * divergence)).sum()
+    sums = task.loss(model, batch, None)
+    assert sums.loss == pytest.approx(expected, rel=1e-4)
+    assert sums.weight == packed.weights.sum()
+    plain = task.evaluate(model, batch)
+    assert plain.loss == pytest.approx((packed.weights * entropy).sum(), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["preferences", "distillation"])
+def test_networks_are_trained(objective, tmp_path):
+    """Reversibly; what is frozen stays as it is."""
+    config = dataclasses.replace(TINY, method="bdia", signs="sample")
+    student = Decoder(config, rngs=nnx.Rngs(0))
+    settings = TrainSettings(
+        steps=20, batch_size=4, learning_rate=1e-2, eval_every=20, checkpoint_every=20
+    )
+    if objective == "preferences":
+        pairs = answers(8)
+        task, model = Preferences("pairs", pairs, pairs, 12, student), student
+        before = np.log(2)
+    else:
+        packed = pack([drawn(1, 12) for _ in range(8)], 12)
+        task = Distillation("texts", packed, packed, alpha=0.5)
+        model = Distilled(student, Decoder(TINY, rngs=nnx.Rngs(1)))
+        before = np.log(11)
+        kept = jax.tree.map(np.asarray, nnx.state(model.teacher, nnx.Not(nnx.RngState)))
+    result = train(model, task, settings, tmp_path, progress=False)
+    assert result.last("eval", "loss") < 0.9 * before
+    assert result.last("train", "mismatched") == 0
+    if objective == "distillation":
+        after = nnx.state(model.teacher, nnx.Not(nnx.RngState))
+        jax.tree.map(np.testing.assert_array_equal, kept, after)
+
+
+def test_bad_objectives():
+    student = Decoder(TINY, rngs=nnx.Rngs(0))
+    pairs = answers(2)
+    with pytest.raises(ValueError, match="beta must be positive; got 0"):
+        Preferences("pairs", pairs, pairs, 12, student, beta=0)
+    with pytest.raises(ValueError, match="both splits need pairs; got 2 for training and 0"):
+        Preferences("pairs", pairs, [], 12, student)
+    packed = pack([drawn(1, 12)], 12)
+    with pytest.raises(ValueError, match=r"alpha must lie in \[0, 1\]; got 2"):
+        Distillation("texts", packed, packed, alpha=2)
+    with pytest.raises(ValueError, match="temperature must be positive; got 0"):
+        Distillation("texts", packed, packed, temperature=0)
+    other = Decoder(dataclasses.replace(TINY, vocab_size=12), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="one vocabulary; they have 11 and 12 tokens"):
+        Distilled(student, other)
+    noisy = Decoder(dataclasses.replace(TINY, dropout=0.1), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"dropout must be 0; got 0\.1"):
+        Distilled(student, noisy)
