@@ -123,10 +123,8 @@ def layout(
       family, config, names: as of :meth:`Family.layout`.
       c: the contents of config.json.
     """
-    found, head = family.layout(config, names), "lm_head.weight"
+    found = family.layout(config, names)
     if not config.tied_head:
-        if family.unties and names is not None and head not in names:
-            head = found["embedding"].name
-        found["head"] = Source(head)
-    scales = family.scales(c)
+        found["head"] = Source("lm_head.weight")
+    scales = family.scales(c, config.tied_head)
     return {name: source._replace(scale=scales.get(name, 1.0)) for name, source in found.items()}

@@ -53,11 +53,14 @@ class Family(abc.ABC):
     """``model_type`` in config.json; and llama.cpp's name of the architecture."""
     architecture: ClassVar[str]
     """The class in ``transformers``."""
-    unties: ClassVar[bool] = False
-    """Whether a tied head becomes a matrix of its own."""
 
-    def scales(self, c: Config) -> dict[str, float]:
-        """What tensors are multiplied with, by the name of our parameter; 1 of all others."""
+    def scales(self, c: Config, tied_head: bool) -> dict[str, float]:
+        """What tensors are multiplied with, by the name of our parameter; 1 of all others.
+
+        Args:
+          c: contents of a config.json.
+          tied_head: whether the head is the embedding.
+        """
         return {}
 
     @abc.abstractmethod

@@ -14,33 +14,29 @@ from bdia_jax.nn import DecoderConfig
 class Granite(Llama):
     """Granite Team, "Granite 3.0 Language Models", 2024.
 
-    The embedding is multiplied, the updates of a block, the products of queries and keys, and the
+    The embedding is multiplied, the updates of a block, and the products of queries and keys; the
     logits are divided. With these factors in the weights, the network is one of Llama's, and is
-    written as one, unless it is to be like a folder of Granite. A tied head becomes a matrix of its
-    own, for it is scaled otherwise than the embedding; both are then trained apart. Weights in
-    bfloat16 are rounded once more by a factor that is no power of 2.
+    written as one, unless it is to be like a folder of Granite. Where the head is the embedding,
+    that stays one matrix: it takes up the embedding's factor, and the last norm what the logits
+    then have too much of. Weights in bfloat16 are rounded once more by a factor that is no power
+    of 2.
     """
 
     name = "granite"
     architecture = "GraniteForCausalLM"
-    unties = True
 
     def has(self, config: DecoderConfig) -> bool:
         # They are Llama's.
         return False
 
-    def read(self, c: Config) -> DecoderConfig:
-        return super().read({**c, "tie_word_embeddings": False})
-
-    def scales(self, c: Config) -> dict[str, float]:
-        update = c.get("residual_multiplier", 1.0)
+    def scales(self, c: Config, tied_head: bool) -> dict[str, float]:
+        embedding, update = c.get("embedding_multiplier", 1.0), c.get("residual_multiplier", 1.0)
+        logits = 1 / c.get("logits_scaling", 1.0)
         # Attention divides by the root of the head's size.
         queries = c.get("attention_multiplier", 1.0) * self.head_dim(c) ** 0.5
         factors = {"attention.q": queries, "attention.out": update, "ffn.down": update}
-        return {
-            "embedding": c.get("embedding_multiplier", 1.0),
-            "head": 1 / c.get("logits_scaling", 1.0),
-        } | {
+        output = {"norm.scale": logits / embedding} if tied_head else {"head": logits}
+        return {"embedding": embedding, **output} | {
             f"{BLOCKS}{layer}.{part}": factor
             for layer, factor in factors.items()
             for part in ("kernel", "bias")
