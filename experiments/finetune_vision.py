@@ -25,7 +25,13 @@ from chosen_gamma import chosen_step
 from flax import nnx
 
 from bdia_jax import interop
-from bdia_jax.data import Augmentation, ImageData, load_image_folder, load_images
+from bdia_jax.data import (
+    Augmentation,
+    ImageData,
+    class_names,
+    load_image_folder,
+    load_images,
+)
 from bdia_jax.nn import VisionTower, add_lora, merge_lora, set_step, unfreeze
 from bdia_jax.nn.settings import Method
 from bdia_jax.steps import Signs
@@ -187,19 +193,19 @@ def main(f: FineTuneVision) -> dict[str, float]:
     return {"loss before": before["loss"], **{name: after[name] for name in ("loss", "accuracy")}}
 
 
-def images(f: FineTuneVision, size: int, channels: int) -> tuple[ImageData, list[str] | None, int]:
+def images(f: FineTuneVision, size: int, channels: int) -> tuple[ImageData, list[str], int]:
     """The data, the names of its classes, and the pixels at each side that only crops see."""
     if pathlib.Path(f.data).expanduser().is_dir():
         margin = round(size * MARGIN / 2)
         folder = load_image_folder(f.data, size + 2 * margin, channels=channels)
         return folder, [*folder.class_names], margin
-    if "/" in f.data and not f.data.replace("/", "").isidentifier():
+    if f.data.startswith(("/", ".", "~")):
         raise FileNotFoundError(f"the folder of images must exist; got {f.data!r}")
     data = load_images(f.data, f.data_dir, download=f.download)
     found = data.train_images.shape[-1]
     if found not in (1, channels):
         raise ValueError(f"images must have {channels} channels, or one; got {found}")
-    return data, None, 0
+    return data, class_names(f.data, f.data_dir), 0
 
 
 def load(f: FineTuneVision, path: pathlib.Path, num_classes: int, size: int) -> VisionTower:

@@ -18,7 +18,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "experiment
 import finetune_vision
 
 from bdia_jax import interop
-from bdia_jax.data import Augmentation, load_image_folder, read_image
+from bdia_jax.data import Augmentation, class_names, load_image_folder, read_image
 from bdia_jax.data.augmentation import center_crop, crop_and_resize, mix, random_resized_crop
 from bdia_jax.nn import VisionTower, VisionTowerConfig
 from bdia_jax.train import ResizedImages, TrainSettings, evaluate, fit_head
@@ -345,6 +345,10 @@ def test_finetune(pretrained, photos, tmp_path, capsys, rank):
     if rank == 0:
         again = dataclasses.replace(given, resume=True)
         assert finetune_vision.main(again)["loss"] == pytest.approx(found["loss"], rel=1e-5)
+
+
+def test_names_of_classes():
+    assert class_names("digits") == [*"0123456789"]
 
 
 def test_bad_fine_tuning(pretrained, tmp_path):

@@ -9,6 +9,7 @@ from bdia_jax.data.batches import (
     random_flip,
 )
 from bdia_jax.data.chats import ChatTemplate, conversation, read_chat_template
+from bdia_jax.data.class_names import class_names
 from bdia_jax.data.example_files import read_examples
 from bdia_jax.data.examples import Example, completion
 from bdia_jax.data.fingerprints import fingerprint
@@ -48,6 +49,7 @@ __all__ = [
     "batch_indices",
     "byte_tokenizer",
     "check_classes",
+    "class_names",
     "cldr_pairs",
     "clean",
     "completion",

@@ -174,7 +174,7 @@ def _layout(
 ) -> tuple[families.Family, dict[str, families.Source]]:
     """The family of what a model was loaded from, and where its parameters are found there."""
     with open_checkpoint(like) as checkpoint:
-        family = families.named(checkpoint.config["model_type"])
+        family = families.named(checkpoint.config)
         return family, families.layout(family, model.config, None, checkpoint.config)
 
 

@@ -65,23 +65,25 @@ def _one(
 
 
 def rewritten(array: np.ndarray, source: Source) -> np.ndarray:
-    """An array of theirs, with our axes, in our order and scale; scaled in float32 (float64)."""
+    """An array of theirs, with our axes, in our order and scale; if scaled, float32 (float64)."""
     if source.heads is not None:
         pairs = array.reshape(*array.shape[:-1], source.heads, -1, 2)
         array = pairs.swapaxes(-1, -2).reshape(array.shape)
-    return array if source.scale == 1 else _wide(array) * source.scale
+    return array if source.scale == 1 else _scaled(np.multiply, array, source.scale)
 
 
 def original(array: np.ndarray, source: Source) -> np.ndarray:
-    """The inverse."""
+    """The inverse; where the scale is no power of 2, but for the last bit of float32 (float64)."""
     if source.heads is not None:
         halves = array.reshape(*array.shape[:-1], source.heads, 2, -1)
         array = halves.swapaxes(-1, -2).reshape(array.shape)
-    return array if source.scale == 1 else _wide(array) / source.scale
+    return array if source.scale == 1 else _scaled(np.divide, array, source.scale)
 
 
-def _wide(array: np.ndarray) -> np.ndarray:
-    return array if array.dtype == np.float64 else array.astype(np.float32)
+def _scaled(operation: np.ufunc, array: np.ndarray, scale: float) -> np.ndarray:
+    # In float64, so that only the result is rounded; numpy widens a piece of it at a time.
+    out = np.empty(array.shape, np.promote_types(array.dtype, np.float32))
+    return operation(array, scale, out=out, dtype=np.float64, casting="same_kind")
 
 
 def tensors(

@@ -62,7 +62,7 @@ def load(path: str | os.PathLike, *, quantize: Kind | None = None, **settings: A
     """
     with open_checkpoint(path) as checkpoint:
         config = dataclasses.replace(_configuration(checkpoint), **settings)
-        family = families.named(checkpoint.config["model_type"])
+        family = families.named(checkpoint.config)
         layout = families.layout(family, config, checkpoint, checkpoint.config)
 
         def make():
@@ -130,7 +130,7 @@ def _configuration(checkpoint: Checkpoint) -> DecoderConfig:
     head = "lm_head.weight"
     if not config.tied_head or not checkpoint.has_weights or head not in checkpoint:
         return config
-    family = families.named(checkpoint.config["model_type"])
+    family = families.named(checkpoint.config)
     embedding = family.layout(config, checkpoint)["embedding"].name
     same = np.array_equal(checkpoint.get(head), checkpoint.get(embedding))
     return config if same else dataclasses.replace(config, tied_head=False)

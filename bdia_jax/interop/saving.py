@@ -55,7 +55,8 @@ def save(
       dtype: float32, bfloat16, float16 or float64; by default that of the parameters.
       like: what the model was loaded from (a folder, or a GGUF file). Its config.json is kept where
         it does not contradict, and its tokenizer, chat template and generation_config.json are
-        written, in place of any that were in the folder. None leaves these files as they are.
+        written, in place of any that were in the folder. None leaves these files as they are, and
+        writes the networks of Granite and ERNIE as those of Llama, which they are here.
       config: contents of a config.json, in place of that of ``like``.
 
     Raises:
@@ -72,7 +73,7 @@ def save(
             beside = checkpoint.beside()
             config = checkpoint.config if config is None else config
     written = _config_json(model.config, config, dtype)
-    family = families.named(written["model_type"])
+    family = families.named(written)
     layout = families.layout(family, model.config, None, written)
     parameters = {
         ".".join(map(str, path)): leaf.get_value()

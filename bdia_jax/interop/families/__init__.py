@@ -20,11 +20,14 @@ FAMILIES: dict[str, Family] = {
     )
 }
 NORM_AFTER_SUM = (
-    *("albert", "bart", "bert", "bert-generation", "camembert", "deberta", "deberta-v2"),
-    *("distilbert", "electra", "ernie", "layoutlm", "longformer", "m2m_100", "marian", "mpnet"),
-    *("openai-gpt", "roberta", "xlm", "xlm-roberta", "xlnet"),
+    *("albert", "bart", "bert", "bert-generation", "big_bird", "blenderbot-small", "camembert"),
+    *("convbert", "deberta", "deberta-v2", "distilbert", "electra", "ernie", "fsmt", "layoutlm"),
+    *("led", "longformer", "marian", "mpnet", "openai-gpt", "roberta", "roformer", "xlm"),
+    *("xlm-roberta", "xlnet"),
 )
 """Values of model_type of networks that normalize the sum of a state and its update."""
+NORM_OF_UPDATE = ("exaone4", "gemma2", "gemma3_text", "glm4", "olmo2", "olmo3")
+"""Those of networks that normalize an update before they add it."""
 
 __all__ = [
     "FAMILIES",
@@ -39,17 +42,25 @@ __all__ = [
 ]
 
 
-def named(name: Any) -> Family:
-    """The family of a name.
+def named(c: Config) -> Family:
+    """The family that a config.json names.
 
     Raises:
       FolderError: if there is none.
     """
-    if name in NORM_AFTER_SUM:
+    name = c.get("model_type")
+    # Of OPT, one size has its norms there.
+    of_opt = name == "opt" and not c.get("do_layer_norm_before", True)
+    if name in NORM_AFTER_SUM or of_opt:
         raise FolderError(
             f"a block of {name} is norm(x + h(x)), not x + h(x): the norm after the sum loses what "
             "an inverse would need, so such networks cannot be trained reversibly; model_type must "
             f"be one of {', '.join(FAMILIES)}"
+        )
+    if name in NORM_OF_UPDATE:
+        raise FolderError(
+            f"a block of {name} is x + norm(h(x)), which has an inverse, but no such norms are "
+            f"here yet; model_type must be one of {', '.join(FAMILIES)}"
         )
     if name not in FAMILIES:
         raise FolderError(f"model_type must be one of {', '.join(FAMILIES)}; got {name!r}")
@@ -81,7 +92,7 @@ def read(c: Config) -> DecoderConfig:
             f"the weights are quantized ({kind or quantized}); only those that are not can be "
             "read: give the folder that they were made from"
         )
-    family = named(c.get("model_type"))
+    family = named(c)
     agree({name: c.get(name) for name in ("dtype", "torch_dtype")})
     classes = c.get("architectures") or [family.architecture]
     prefix = family.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel").lower()

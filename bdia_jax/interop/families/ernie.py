@@ -21,14 +21,23 @@ class Ernie(Llama):
 
     name = "ernie4_5"
     architecture = "Ernie4_5ForCausalLM"
-    usual_head_dim = 128
+    usual_theta = 500_000.0
 
     def details(self, c: Config) -> dict[str, bool]:
-        bias = c.get("use_bias", False)
+        bias = bool(c.get("use_bias"))
         return {"qkv_bias": bias, "out_bias": bias, "ffn_bias": bias, "qk_norm": False}
 
     def write_details(self, config: DecoderConfig) -> dict[str, bool]:
         return {"use_bias": config.qkv_bias}
+
+    def read(self, c: Config) -> DecoderConfig:
+        usual = {
+            "head_dim": 128,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-5,
+            "tie_word_embeddings": True,
+        }
+        return super().read({**usual, **c})
 
     def has(self, config: DecoderConfig) -> bool:
         # They are Llama's.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,13 @@ from bdia_jax.interop.checkpoint import Checkpoint, FolderError
 from bdia_jax.interop.families.family import BLOCKS, Config
 from bdia_jax.interop.families.llama import Llama
 from bdia_jax.nn import DecoderConfig
+
+_FACTORS = (
+    "embedding_multiplier",
+    "attention_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+)
 
 
 class Granite(Llama):
@@ -18,8 +26,8 @@ class Granite(Llama):
     logits are divided. With these factors in the weights, the network is one of Llama's, and is
     written as one, unless it is to be like a folder of Granite. Where the head is the embedding,
     that stays one matrix: it takes up the embedding's factor, and the last norm what the logits
-    then have too much of. Weights in bfloat16 are rounded once more by a factor that is no power
-    of 2.
+    then have too much of. A factor that is no power of 2 rounds a weight once more, so that what
+    is saved may differ in the last bit; but not where a folder of bfloat16 was loaded as float32.
     """
 
     name = "granite"
@@ -28,6 +36,13 @@ class Granite(Llama):
     def has(self, config: DecoderConfig) -> bool:
         # They are Llama's.
         return False
+
+    def read(self, c: Config) -> DecoderConfig:
+        for name in _FACTORS:
+            factor = c.get(name, 1.0)
+            if not isinstance(factor, int | float) or not 0 < factor < math.inf:
+                raise FolderError(f"config.json: {name} must be a positive number; got {factor!r}")
+        return super().read(c)
 
     def scales(self, c: Config, tied_head: bool) -> dict[str, float]:
         embedding, update = c.get("embedding_multiplier", 1.0), c.get("residual_multiplier", 1.0)

@@ -9,7 +9,12 @@ import numpy as np
 
 from bdia_jax.interop.checkpoint import Checkpoint, FolderError
 from bdia_jax.interop.families.family import BLOCKS, Config, Family, Names, Source, expect, spans
-from bdia_jax.interop.families.rotary import read_gguf_rope, read_rope, write_rope
+from bdia_jax.interop.families.rotary import (
+    DEFAULT_THETA,
+    read_gguf_rope,
+    read_rope,
+    write_rope,
+)
 from bdia_jax.nn import DecoderConfig, llama
 
 _LINEAR = {
@@ -38,6 +43,8 @@ class Llama(Family):
     """Whether llama.cpp rotates features 2i and 2i + 1, and reorders queries and keys for that."""
     usual_head_dim: ClassVar[int | None] = None
     """Where a configuration does not say; None for a share of the width."""
+    usual_theta: ClassVar[float] = DEFAULT_THETA
+    """The base of the wavelengths, where a configuration does not say."""
 
     def details(self, c: Config) -> dict[str, bool]:
         """Which linear layers have biases, and whether queries and keys are normalized."""
@@ -76,7 +83,7 @@ class Llama(Family):
                 f"config.json: layer_types must be {' or '.join(sorted(kinds))}; got "
                 f"{', '.join(sorted(other))}"
             )
-        theta, scaling = read_rope(c)
+        theta, scaling = read_rope(c, self.usual_theta)
         return llama(
             vocab_size=c["vocab_size"],
             # In a sequence that is no longer than the window, all tokens before one are in it.

@@ -23,8 +23,12 @@ _PLACES = ("rope_parameters", "rope_scaling")
 """Since version 5 of transformers, and before."""
 
 
-def read_rope(c: Config) -> tuple[float, RotaryScaling | None]:
+def read_rope(c: Config, usual_theta: float) -> tuple[float, RotaryScaling | None]:
     """The base of the wavelengths, and how they are stretched.
+
+    Args:
+      c: contents of a config.json.
+      usual_theta: the base, where they do not say.
 
     Raises:
       FolderError: for another kind of scaling; for two places that contradict each other.
@@ -57,7 +61,7 @@ def read_rope(c: Config) -> tuple[float, RotaryScaling | None]:
                     f"config.json: {place} may have {', '.join(sorted(known))}; got {name}: {got}"
                 )
     theta = value("rope_theta")
-    theta = DEFAULT_THETA if theta is None else float(theta)
+    theta = usual_theta if theta is None else float(theta)
     if kind == "default":
         return theta, None
     settings = {ours: value(theirs) for theirs, ours in _LLAMA3.items()}
