@@ -294,6 +294,7 @@ def pretrained(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [2, 3])
 def test_the_head_is_fitted(photos, classes):
     """The network classifies as scikit-learn says that the fitted head does."""

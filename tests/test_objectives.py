@@ -45,6 +45,7 @@ def log_probability(model, example):
     return each[np.asarray(example.learned[1:])].sum()
 
 
+@pytest.mark.slow
 def test_preferences_by_the_equation():
     before, model = (Decoder(TINY, rngs=nnx.Rngs(seed)) for seed in (0, 1))
     pairs = answers(5)
@@ -68,6 +69,7 @@ def test_preferences_by_the_equation():
     assert task.evaluate(before, batch).means()["loss"] == pytest.approx(np.log(2), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_distillation_by_the_equation():
     student, teacher = (Decoder(TINY, rngs=nnx.Rngs(seed)) for seed in (0, 1))
     packed = pack([drawn(2, 9), drawn(1, 5), drawn(1, 12)], 12)

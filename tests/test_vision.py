@@ -61,6 +61,7 @@ def folder(request, tmp_path_factory):
     return request.param, model, place
 
 
+@pytest.mark.slow
 def test_logits_and_back(folder, tmp_path):
     _, model, place = folder
     ours = interop.load_vision(place, method="standard")
@@ -76,6 +77,7 @@ def test_logits_and_back(folder, tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_images_of_another_size(folder, tmp_path):
     kind, model, place = folder
     images = jnp.asarray(np.random.default_rng(1).normal(size=(2, 36, 36, 3)), jnp.float32)
@@ -90,6 +92,7 @@ def test_images_of_another_size(folder, tmp_path):
     np.testing.assert_allclose(logits(again, images), expected, rtol=1e-4, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_tower_without_a_head(folder, tmp_path):
     transformers = pytest.importorskip("transformers")
     kind, model, place = folder
@@ -114,9 +117,11 @@ def test_a_tower_without_a_head(folder, tmp_path):
     assert [*again.config.id2label.values()] == list("abcdefg")
 
 
-@pytest.mark.parametrize("parts", [False, True])
-def test_reversible_in_bfloat16(folder, parts):
-    _, _, place = folder
+@pytest.mark.slow
+@pytest.mark.optimized
+def test_reversible_in_bfloat16(folder):
+    kind, _, place = folder
+    parts = kind in ("vit", "dinov2")
     model = interop.load_vision(
         place, method="bdia", gamma=1 / 16, signs="sample", dtype="bfloat16", parts_as_steps=parts
     )
@@ -126,6 +131,7 @@ def test_reversible_in_bfloat16(folder, parts):
     assert found.mismatched == 0
 
 
+@pytest.mark.slow
 def test_low_rank_updates_are_trained_and_merged(folder, tmp_path):
     _, model, place = folder
     ours = interop.load_vision(place, method="standard")
