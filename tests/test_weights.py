@@ -70,8 +70,9 @@ MATRIX = 4 * 3 * 16 * 24
 @pytest.mark.slow
 @pytest.mark.parametrize("resume", [False, True])
 def test_every_weight_is_held_once(resume, tmp_path, at_a_step):
-    # While a checkpoint is written, there is a copy of it on the host, which here is the device.
-    changes = {"checkpoint_every": 8}
+    # While a checkpoint is written (as after a best evaluation), there is a copy of it on the host,
+    # which here is the device.
+    changes = {"checkpoint_every": 8, "eval_every": 8}
     if resume:
         _toy.run(tmp_path / "run", model=_toy.Toy(block=Wide), stop_at=2, **changes)
         at_a_step.clear()
