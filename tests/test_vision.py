@@ -119,9 +119,10 @@ def test_a_tower_without_a_head(folder, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.optimized
+@pytest.mark.parametrize("folder", ["dinov2", "siglip"], indirect=True)
 def test_reversible_in_bfloat16(folder):
     kind, _, place = folder
-    parts = kind in ("vit", "dinov2")
+    parts = kind == "dinov2"
     model = interop.load_vision(
         place, method="bdia", gamma=1 / 16, signs="sample", dtype="bfloat16", parts_as_steps=parts
     )
@@ -132,6 +133,7 @@ def test_reversible_in_bfloat16(folder):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("folder", ["clip"], indirect=True)
 def test_low_rank_updates_are_trained_and_merged(folder, tmp_path):
     _, model, place = folder
     ours = interop.load_vision(place, method="standard")
