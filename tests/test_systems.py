@@ -90,8 +90,8 @@ def test_coupled_streams_are_taken_back_with_errors_that_grow():
     params, state = streams(jnp.float32, blocks=24)
     errors = coupling.reconstruction_errors(half("f"), half("g"), params, state, key=KEY)
     assert errors.shape == (24,)
-    # The first step back may happen to be exact.
-    assert errors[0] > errors[-1] >= 0
+    # The first step back may happen to be exact, all of them cannot.
+    assert errors[0] > errors[-1]
     assert errors[0] < 1e-3
 
 

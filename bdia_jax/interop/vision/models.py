@@ -99,8 +99,8 @@ def load_vision(
         read = families.read(folder.config)
         config = dataclasses.replace(
             read,
-            **{"num_classes": num_classes or read.num_classes}
-            | {"image_size": image_size or read.image_size}
+            **{"num_classes": read.num_classes if num_classes is None else num_classes}
+            | {"image_size": read.image_size if image_size is None else image_size}
             | settings,
         )
         layout = families.family_of(folder.config).layout(config, folder)
