@@ -226,6 +226,10 @@ def caption(about: dict[str, Any]) -> str:
         machine = f"compiled for {about['compiled for']} with jax {about['versions']['jax']}"
     commit = "no commit" if about["commit"] is None else f"commit {about['commit'][:7]}"
     commit += "" if about["clean"] else ", changed"
+    if again := about.get("again"):
+        commit += (
+            f" ({again['commit'][:7]} gives the same {again['numbers']} numbers in a short run)"
+        )
     note = f"{about['note']} " if "note" in about else ""
     return f"<sub>{note}{machine}; {about['date']}, {commit}; `{about['command']}`</sub>"
 
@@ -241,15 +245,26 @@ def written(page: pathlib.Path, folder: pathlib.Path = records.COMMITTED) -> str
     return MARKED.sub(lambda m: f"{m[1]}{render(m[2], page, folder)}\n{m[4]}", page.read_text())
 
 
-def stale(folder: pathlib.Path = records.COMMITTED) -> Iterator[str]:
-    """What is wrong with the results: those of code that has changed since."""
+def changed(folder: pathlib.Path = records.COMMITTED) -> list[pathlib.Path]:
+    """The results of other code than is here, but for those that it was shown to give, too."""
+    found = []
     for path in sorted(folder.glob("*.jsonl")):
         about = records.read(path).about
-        if (now := sources.digest(about["depends"])) != about["code"]:
-            yield (
-                f"{path.name} is of other code than is here ({about['code']}, now {now}): make it "
-                f"again with {about['command']}, or remove it"
-            )
+        shown = {about["code"], about.get("again", {}).get("code")}
+        if sources.digest(about["depends"]) not in shown:
+            found.append(path)
+    return found
+
+
+def stale(folder: pathlib.Path = records.COMMITTED) -> Iterator[str]:
+    """What is wrong with the results: those of code that has changed since."""
+    for path in changed(folder):
+        about = records.read(path).about
+        yield (
+            f"{path.name} is of other code than is here ({about['code']}, now "
+            f"{sources.digest(about['depends'])}): show with still.py that the code here gives the "
+            f"same numbers, make it again with {about['command']}, or remove it"
+        )
 
 
 def main() -> None:

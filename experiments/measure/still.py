@@ -1,0 +1,193 @@
+"""Shows that changed code gives the same numbers as the code that a result was made with.
+
+    python experiments/measure/still.py small-text-tinyshakespeare-cpu    # some
+    python experiments/measure/still.py                                   # all that need it
+
+A result of hours need not be made again because a file that it depends on has a new option. Its
+command is run twice, with the code of its commit and with the code that is here, on this machine:
+some of its networks, for a few steps, with whole evaluations. If all numbers are the same, to the
+last bit, the result says so, with both commits, and is no longer stale.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import pathlib
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+HERE = pathlib.Path(__file__).resolve().parents[2]
+STEPS = 3
+MADE = re.compile("second|commit|clean|date|folder|versions|command|cores|error")
+"""Fields that say how a row was made, and when."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """What of a command is run."""
+
+    words: str
+    """Options that make it short."""
+    networks: str = ""
+    """A pattern of the runs that are trained; all by default."""
+
+
+PARTS = {
+    "small-text": Part("--seeds 1 --gammas 0.5 0.0625"),
+    "translation": Part("--seeds 1 --gamma 0.5 0.0625 --decode 20"),
+    "vision": Part("--seeds 1"),
+    "gamma-finetuning": Part(
+        "--seeds 1 --validation 20 --inputs 4",
+        "standard-seed|γ-chosen|1-2--block|checkpoints-of-4",
+    ),
+    "gamma-exactness": Part("--parts exactness --rows 1"),
+    "gamma-gradients": Part("--parts gradients --rows 1"),
+    "gamma-perturbation": Part("--rows 1"),
+    "few-bits": Part("--seeds 1"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Still:
+    """Shows that changed code gives the same numbers."""
+
+    names: tuple[str, ...] = ()
+    """Files of results, without .jsonl; by default those of code that has changed."""
+
+
+def main(s: Still) -> None:
+    """Compares; notes what is the same in the file of the result.
+
+    Raises:
+      ValueError: where a number is another one.
+    """
+    from bdia_jax import files
+    from measure import pages, records
+
+    for name in s.names or [path.stem for path in pages.changed()]:
+        path = records.COMMITTED / f"{name}.jsonl"
+        if (part := part_of(name)) is None:
+            print(f"{name}: has no short command; make it again")
+            continue
+        result = records.read(path)
+        about = result.about
+        print(f"{name}: {about['commit'][:7]} and the code that is here", flush=True)
+        then, now = both(name, about, part)
+        if found := [*different(then, now)]:
+            raise ValueError(f"{name}: the code that is here gives other numbers: {found[0]}")
+        again = records.made(about["depends"])
+        del again["versions"], again["command"]
+        again |= {"words": part.words, "networks": part.networks, "steps": STEPS}
+        again["numbers"] = sum(1 for _ in numbers(now))
+        lines = [about | {"again": again}, *result.rows]
+        files.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+        print(f"{name}: {again['numbers']} numbers are the same")
+
+
+def part_of(name: str) -> Part | None:
+    """What of a result's command is run."""
+    return next((part for start, part in PARTS.items() if name.startswith(start)), None)
+
+
+def both(name: str, about: dict[str, Any], part: Part) -> tuple[list[Any], list[Any]]:
+    """The rows of a short run with the code of a result's commit, and with the code here."""
+    with tempfile.TemporaryDirectory() as folder:
+        old = pathlib.Path(folder) / "code"
+        old.mkdir()
+        archive = subprocess.run(
+            ["git", "-C", str(HERE), "archive", about["commit"]], check=True, capture_output=True
+        )
+        subprocess.run(["tar", "-x", "-C", str(old)], input=archive.stdout, check=True)
+        return tuple(
+            short_run(name, root, about["command"], part, pathlib.Path(folder) / of)
+            for of, root in (("then", old), ("now", HERE))
+        )
+
+
+def short_run(
+    name: str, root: pathlib.Path, command: str, part: Part, folder: pathlib.Path
+) -> list[dict[str, Any]]:
+    """The rows that a command writes in a folder, with the code in ``root``."""
+    folder.mkdir()
+    (folder / "data").symlink_to((HERE / "data").resolve())
+    _, script, *words = shlex.split(command)
+    child = [sys.executable, __file__, "--in", str(root), part.networks, script, *words]
+    subprocess.run(
+        [*child, *shlex.split(part.words)],
+        check=True,
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(root)},
+        stdout=subprocess.DEVNULL,
+    )
+    (path,) = folder.glob(f"experiments/results/{name}.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()[1:]]
+
+
+def shortened(root: pathlib.Path, networks: str, script: str, words: list[str]) -> None:
+    """Runs a script of the code in ``root``; what it trains, it trains for a few steps."""
+    sys.argv = [script, *words]
+    sys.path[:1] = [str(root), str(root / "experiments")]
+    from bdia_jax import train as training
+
+    whole = training.train
+
+    def few(model: Any, task: Any, settings: Any, *rest: Any, **options: Any) -> Any:
+        changes = {"steps": STEPS, "warmup_steps": min(settings.warmup_steps, 1), "log_every": 1}
+        changes |= {"eval_every": STEPS, "checkpoint_every": STEPS}
+        return whole(model, task, dataclasses.replace(settings, **changes), *rest, **options)
+
+    training.train = few
+    from measure import runs
+
+    run_all = runs.run_all
+
+    def some(all_runs: Any, *rest: Any, **options: Any) -> Any:
+        chosen = [run for run in all_runs if re.search(networks, run.name)]
+        return run_all(chosen, *rest, **options)
+
+    runs.run_all = some
+    runpy.run_path(str(root / script), run_name="__main__")
+
+
+def numbers(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
+    """Everything that is no dictionary or list, and does not say how or when it was made."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            if not MADE.search(key):
+                yield from numbers(inner, f"{at}.{key}")
+    elif isinstance(value, list):
+        for i, inner in enumerate(value):
+            yield from numbers(inner, f"{at}[{i}]")
+    else:
+        yield at, value
+
+
+def different(then: Any, now: Any) -> Iterator[str]:
+    """What is not the same, to the last bit."""
+    before, after = dict(numbers(then)), dict(numbers(now))
+    for at in dict.fromkeys([*before, *after]):
+        a, b = before.get(at), after.get(at)
+        nan = isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b)
+        if a != b and not nan:
+            yield f"{at}: {a!r}, now {b!r}"
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--in"]:
+        _, _, root, networks, script, *words = sys.argv
+        shortened(pathlib.Path(root), networks, script, words)
+    else:
+        sys.path.insert(0, str(HERE / "experiments"))
+        import command
+
+        command.run(main, Still, __doc__, told=logging.WARNING)
