@@ -45,6 +45,7 @@ from bdia_jax.gradients import (
     zeros_for,
     zeros_of_consts,
 )
+from bdia_jax.memories import fetch, put_away
 from bdia_jax.pinning import barrier, fence, pinned_vjp
 from bdia_jax.states import checksum, everywhere, in_range, nan_unless, per_sample
 from bdia_jax.steps import Down
@@ -104,7 +105,8 @@ def up(scan: Scan, inputs: Inputs, wanted: Inputs | None):
                 h, _, sign, alive = pinned(scan, p, split, params, n, k, part_key, sign)
                 n_next, y = scan.step.up(n_prev, n, h, sign)
                 witness = (n_prev, y) if scan.audit else None
-                kept.append(Kept(scan.step.keep(n_prev), checksum(n_prev) + alive, witness))
+                side = put_away(scan.step.keep(n_prev), scan.keep_in)
+                kept.append(Kept(side, checksum(n_prev) + alive, witness))
             n_prev, n, finite = n, n_next, finite & in_range(y, n_next)
         return (n_prev, n, finite), tuple(kept)
 
@@ -134,7 +136,7 @@ def down(scan: Scan, saved: Saved, cotangents) -> Inputs:
         for p in reversed(range(len(scan.parts))):
             sign, part_key = scan.draw(saved.key, key, k, p)
             h, vjp, sign, alive = pinned(scan, p, wanted, params, n, k, part_key, sign)
-            found = step.down(n_next, n, h, sign, kept[p].side)
+            found = step.down(n_next, n, h, sign, fetch(kept[p].side, scan.keep_in))
             # An Euler step cannot be taken back; there q itself is compared with what came of it.
             intact = jnp.where(
                 sign == 0,

@@ -241,7 +241,7 @@ def test_stochastic_rounding_is_right_on_average():
 
 
 def test_why_bfloat16_is_not_rounded_to_the_nearest():
-    """What would come of it, with moments of bfloat16: steps that are lost, a second moment that never decays."""
+    """What would come of it: steps that are lost; a second moment that never decays."""
     w = jnp.asarray(np.linspace(0.01, 1, 100), jnp.bfloat16)
     adam = optax.adam(5e-5)
     state = adam.init(w)

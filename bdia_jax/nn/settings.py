@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from bdia_jax.adjoints import Adjoint, Checkpoint, Direct, Online
 from bdia_jax.arguments import check_combination
+from bdia_jax.memories import Memory
 from bdia_jax.steps import BDIA, Euler, Midpoint, Signs, Step
 
 Method = Literal[
@@ -98,11 +99,20 @@ class ReversibleSettings:
     parts_as_steps: bool = False
     """Whether attention and feed-forward network are a step each, rather than their block: less
     memory for the derivative, side information for twice as many steps."""
+    keep_in: Memory = "device"
+    """Where what each step keeps waits for the way back: on the device, or in the memory of the
+    host, whence it is copied."""
     dtype: Dtype = "float32"
     """What the blocks compute in."""
 
     def __post_init__(self):
         check_names(self)
+        adjoint = MEANINGS[self.method].adjoint if self.method in MEANINGS else None
+        if self.keep_in != "device" and not isinstance(adjoint, Online | Checkpoint):
+            raise ValueError(
+                f"keep_in={self.keep_in!r} is for methods that keep something per step and compute "
+                f"it again; got method={self.method!r}"
+            )
         if self.method in MEANINGS:
             check_combination(self.step(), self.adjoint())
 
@@ -112,7 +122,12 @@ class ReversibleSettings:
 
     def adjoint(self) -> Adjoint:
         """How that is differentiated."""
-        return COUPLED[self.method] if self.method in COUPLED else MEANINGS[self.method].adjoint
+        if self.method in COUPLED:
+            return COUPLED[self.method]
+        adjoint = MEANINGS[self.method].adjoint
+        if self.keep_in == "device" or isinstance(adjoint, Direct):
+            return adjoint
+        return dataclasses.replace(adjoint, keep_in=self.keep_in)
 
     def of_stack(self, depth: int, parts: tuple[str, ...] | None = None) -> dict[str, Any]:
         """Keyword arguments of a :class:`bdia_jax.nn.ReversibleStack`.
