@@ -78,6 +78,9 @@ class Online:
       update: what becomes of a block's gradient; None to return the gradient.
       keep_in: where the bits wait; "host" leaves the device nothing that grows with the depth, at
         m + r bits per element and step that are copied there and back.
+      narrow_cotangents: whether the two cotangents wait, from block to block, in the dtype that
+        the blocks see, rather than in float32. The states are as exact as before; of bfloat16,
+        gradients are rounded once more per block, and the loop holds 4 bytes per element less.
 
     Source: Zhang, Lewis, Kleijn, ICML 2025 (arXiv 2407.09093).
     """
@@ -85,6 +88,7 @@ class Online:
     probe: BackwardReport | None = None
     update: Update | None = None
     keep_in: Memory = "device"
+    narrow_cotangents: bool = False
 
     def __post_init__(self):
         _check_memory(self.keep_in)

@@ -48,6 +48,8 @@ class Scan(NamedTuple):
     checkpoint_bits: int | None = None
     keep_in: Memory = "device"
     """Where what is kept of a block waits."""
+    narrow_cotangents: bool = False
+    """Whether the cotangents of the stream have the dtype that the blocks see."""
     audit: bool = False
     """Whether all states are kept, and compared with the reconstructed ones integer by integer."""
 
@@ -161,6 +163,7 @@ def prepare(
         None if update is None else _checked(update.function),
         adjoint.bits if isinstance(adjoint, Checkpoint) else None,
         "device" if isinstance(adjoint, Direct) else adjoint.keep_in,
+        isinstance(adjoint, Online) and adjoint.narrow_cotangents,
     )
     inputs = Inputs(
         params,

@@ -28,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, Key, PyTree, UInt, UInt32
@@ -135,6 +136,17 @@ def down(scan: Scan, saved: Saved, cotangents) -> Inputs:
     """Down through the blocks: the cotangents of the inputs."""
     step, wanted = scan.step, saved.wanted
     gradient = gradient_of(scan, wanted, saved.update_state)
+    a, a_next = (
+        jnp.zeros_like(n, c.aval.dtype) if is_zero(c) else c
+        for n, c in zip((saved.n_prev, saved.n), cotangents)
+    )
+    for n, expected in zip((saved.n_prev, saved.n), saved.checksums):
+        a_next = nan_unless(checksum(n) == expected, a_next)
+    wide, waiting = a.dtype, scan.dtype if scan.narrow_cotangents else a.dtype
+
+    def pull(c: Cotangents, intact, sign):
+        c = in_dtype(c, wide)
+        return step.pull(nan_unless(intact, c.a_next), c.a, sign)
 
     def block(carry, inputs):
         n, d, c = carry
@@ -154,33 +166,34 @@ def down(scan: Scan, saved: Saved, cotangents) -> Inputs:
             if not scan.audit:
                 report = report._replace(mismatched=jnp.sum(~intact, dtype=jnp.float32))
             reports.append(report)
-            d_h, _, _ = step.pull(nan_unless(intact, c.a_next), c.a, sign)
+            d_h, _, _ = pull(c, intact, sign)
             d_part, d_x, d_consts = vjp(d_h)
             # What is left of the cotangents after the derivative, or it would be alive during it.
             d_x, c, intact = barrier((d_x, c, intact))
-            _, a, a_prev = step.pull(nan_unless(intact, c.a_next), c.a, sign)
-            d_params = plus(d_params, d_part)
-            c = Cotangents(a + d_x.astype(a.dtype), a_prev, plus(c.consts, d_consts), None)
+            _, a, a_prev = pull(c, intact, sign)
+            d_params, d_consts = plus(d_params, d_part), plus(c.consts, d_consts)
+            c = Cotangents(a + d_x.astype(a.dtype), a_prev, d_consts, None)
+            c = in_dtype(c, waiting)
             if p:
                 # One part after the other, or both parts' residuals would be alive at once.
                 n, d, c, d_params = barrier((n, d, c, d_params))
         blocks = gradient.write(blocks, k, zeros_for(d_params, params))
         return (n, d, c._replace(params=blocks)), of_parts(reports)
 
-    a, a_next = (
-        jnp.zeros_like(n, c.aval.dtype) if is_zero(c) else c
-        for n, c in zip((saved.n_prev, saved.n), cotangents)
-    )
-    for n, expected in zip((saved.n_prev, saved.n), saved.checksums):
-        a_next = nan_unless(checksum(n) == expected, a_next)
     start = Cotangents(a_next, a, zeros_of_consts(wanted), gradient.start())
     (_, _, c), report = lax.scan(
         block,
-        (saved.n_prev, saved.n - saved.n_prev, start),
+        (saved.n_prev, saved.n - saved.n_prev, in_dtype(start, waiting)),
         (jnp.arange(scan.blocks), saved.keys, saved.kept),
         reverse=True,
     )
-    return cotangents_of_inputs(gradient, wanted, c, report)
+    return cotangents_of_inputs(gradient, wanted, in_dtype(c, wide), report)
+
+
+def in_dtype(c: Cotangents, dtype) -> Cotangents:
+    """The cotangents of the stream in another dtype."""
+    a_next, a = jax.tree.map(lambda a: a.astype(dtype), (c.a_next, c.a))
+    return c._replace(a_next=a_next, a=a)
 
 
 def pinned(scan: Scan, p: int, split: Wanted, params, n, k, key, sign):

@@ -102,6 +102,10 @@ class ReversibleSettings:
     keep_in: Memory = "device"
     """Where what each step keeps waits for the way back: on the device, or in the memory of the
     host, whence it is copied."""
+    narrow_cotangents: bool = False
+    """Whether the cotangents between blocks have the dtype that the blocks compute in, rather than
+    float32: 4 bytes per element less with bfloat16, and gradients that are rounded once more. For
+    bdia and midpoint."""
     dtype: Dtype = "float32"
     """What the blocks compute in."""
 
@@ -125,9 +129,10 @@ class ReversibleSettings:
         if self.method in COUPLED:
             return COUPLED[self.method]
         adjoint = MEANINGS[self.method].adjoint
-        if self.keep_in == "device" or isinstance(adjoint, Direct):
-            return adjoint
-        return dataclasses.replace(adjoint, keep_in=self.keep_in)
+        changes: dict[str, Any] = {} if isinstance(adjoint, Direct) else {"keep_in": self.keep_in}
+        if isinstance(adjoint, Online):
+            changes["narrow_cotangents"] = self.narrow_cotangents
+        return dataclasses.replace(adjoint, **changes)
 
     def of_stack(self, depth: int, parts: tuple[str, ...] | None = None) -> dict[str, Any]:
         """Keyword arguments of a :class:`bdia_jax.nn.ReversibleStack`.
