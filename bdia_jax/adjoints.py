@@ -18,10 +18,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
+
+from bdia_jax.memories import Memory
 
 
 class BackwardReport(NamedTuple):
@@ -74,12 +76,22 @@ class Online:
     Args:
       probe: :meth:`BackwardReport.zeros`, for a report.
       update: what becomes of a block's gradient; None to return the gradient.
+      keep_in: where the bits wait; "host" leaves the device nothing that grows with the depth, at
+        m + r bits per element and step that are copied there and back.
+      narrow_cotangents: whether the two cotangents wait, from block to block, in the dtype that
+        the blocks see, rather than in float32. The states are as exact as before; of bfloat16,
+        gradients are rounded once more per block, and the loop holds 4 bytes per element less.
 
     Source: Zhang, Lewis, Kleijn, ICML 2025 (arXiv 2407.09093).
     """
 
     probe: BackwardReport | None = None
     update: Update | None = None
+    keep_in: Memory = "device"
+    narrow_cotangents: bool = False
+
+    def __post_init__(self):
+        _check_memory(self.keep_in)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +105,7 @@ class Checkpoint:
         a scale per 64 features: the forward pass is exact, the gradient is that at the rounded
         inputs. For ``Euler()`` without a grid.
       probe, update: as in :class:`Online`.
+      keep_in: where the inputs wait, "device" or "host".
 
     Sources: Chen, Xu, Zhang, Guestrin, "Training Deep Nets with Sublinear Memory Cost", 2016. For
     ``bits``: Chen et al., "ActNN", ICML 2021.
@@ -101,8 +114,10 @@ class Checkpoint:
     bits: int | None = None
     probe: BackwardReport | None = None
     update: Update | None = None
+    keep_in: Memory = "device"
 
     def __post_init__(self):
+        _check_memory(self.keep_in)
         whole = hasattr(self.bits, "__index__") and not isinstance(self.bits, bool)
         if self.bits is not None and not (whole and 2 <= self.bits <= 8):
             raise ValueError(f"bits must be an int in 2 … 8, or None; got {self.bits!r}")
@@ -117,3 +132,8 @@ class Direct:
 
 
 Adjoint = Online | Checkpoint | Direct
+
+
+def _check_memory(keep_in: Memory) -> None:
+    if keep_in not in get_args(Memory):
+        raise ValueError(f"keep_in must be one of {', '.join(get_args(Memory))}; got {keep_in!r}")

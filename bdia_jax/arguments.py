@@ -13,6 +13,7 @@ from jaxtyping import Array, ArrayLike, Float, Int32, Key, PyTree
 
 from bdia_jax import grid
 from bdia_jax.adjoints import Adjoint, BackwardReport, Checkpoint, Direct, Online, Update
+from bdia_jax.memories import Memory
 from bdia_jax.steps import Step
 
 Block = Callable[..., Array]
@@ -45,6 +46,10 @@ class Scan(NamedTuple):
     update: Callable | None
     """The function of an :class:`bdia_jax.Update`."""
     checkpoint_bits: int | None = None
+    keep_in: Memory = "device"
+    """Where what is kept of a block waits."""
+    narrow_cotangents: bool = False
+    """Whether the cotangents of the stream have the dtype that the blocks see."""
     audit: bool = False
     """Whether all states are kept, and compared with the reconstructed ones integer by integer."""
 
@@ -157,6 +162,8 @@ def prepare(
         int(start),
         None if update is None else _checked(update.function),
         adjoint.bits if isinstance(adjoint, Checkpoint) else None,
+        "device" if isinstance(adjoint, Direct) else adjoint.keep_in,
+        isinstance(adjoint, Online) and adjoint.narrow_cotangents,
     )
     inputs = Inputs(
         params,

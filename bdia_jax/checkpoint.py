@@ -35,6 +35,7 @@ from bdia_jax.gradients import (
     zeros_for,
     zeros_of_consts,
 )
+from bdia_jax.memories import fetch, put_away
 from bdia_jax.pinning import barrier
 from bdia_jax.side_bits import pack_bits, unpack_bits
 from bdia_jax.trees import combine
@@ -75,7 +76,8 @@ def up(scan: Scan, inputs: Inputs, wanted: Inputs | None):
             sign, part_key = scan.draw(inputs.key, key, k, p)
             x = c.x.astype(scan.dtype)
             if wanted is not None:
-                kept.append(x if scan.checkpoint_bits is None else rounded(x, scan.checkpoint_bits))
+                some = x if scan.checkpoint_bits is None else rounded(x, scan.checkpoint_bits)
+                kept.append(put_away(some, scan.keep_in))
             h = pin(part.function(*pin((params, x, part_key, inputs.consts))))
             c = direct.advance(scan, c, h, sign)
         return c, tuple(kept)
@@ -97,7 +99,7 @@ def down(scan: Scan, saved: Saved, cotangents) -> Inputs:
         for p, part in reversed([*enumerate(scan.parts)]):
             sign, part_key = scan.draw(saved.key, key, k, p)
             (some, fixed), (consts, fixed_consts) = wanted.read_by(part, params, k)
-            x = kept[p]
+            x = fetch(kept[p], scan.keep_in)
             if p < len(scan.parts) - 1:
                 # One part after the other, or both parts' residuals would be alive at once.
                 x, c, d_params = barrier((x, c, d_params))

@@ -51,7 +51,7 @@ def coupled_scan(
     Returns:
       The pair after the last block.
     """
-    if not isinstance(adjoint, Online | Direct):
+    if adjoint not in (Online(), Direct()):
         raise TypeError(f"adjoint must be Online() or Direct(); got {adjoint!r}")
     keys = _keys(key, len(jax.tree.leaves(stacked_params)[0]))
     run = _online if isinstance(adjoint, Online) else _forward

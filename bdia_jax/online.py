@@ -14,6 +14,9 @@ block k again, takes its step back to find x_{k-1}, and back-propagates through 
 
 A block of several parts takes such a step per part, in one loop body.
 
+The loops hold d = n_k - n_{k-1}, or n_{k+1} - n_k on the way down, beside n_k: each replaces itself
+in place, where the two states would change places, for which compilers copy both.
+
 Both passes must compute q to the last bit alike. They run the block as one pinned sub-program
 (:mod:`bdia_jax.pinning` says how, and why); everything else is integer arithmetic, or float
 arithmetic written so that every compilation rounds it alike (:func:`bdia_jax.maps.pre_rounding`).
@@ -25,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, Key, PyTree, UInt, UInt32
@@ -45,6 +49,7 @@ from bdia_jax.gradients import (
     zeros_for,
     zeros_of_consts,
 )
+from bdia_jax.memories import fetch, put_away
 from bdia_jax.pinning import barrier, fence, pinned_vjp
 from bdia_jax.states import checksum, everywhere, in_range, nan_unless, per_sample
 from bdia_jax.steps import Down
@@ -92,10 +97,11 @@ def up(scan: Scan, inputs: Inputs, wanted: Inputs | None):
     split = Wanted.of(inputs, wanted)
 
     def block(carry, numbers):
-        n_prev, n, finite = carry
+        n, d, finite = carry
         k, key = numbers
         params, kept = read(split.params, k), []
         for p in range(len(scan.parts)):
+            n_prev = n - d
             sign, part_key = scan.draw(inputs.key, key, k, p)
             if wanted is None:
                 h, sign = alone(scan, p, split, params, n, k, part_key, sign)
@@ -104,14 +110,19 @@ def up(scan: Scan, inputs: Inputs, wanted: Inputs | None):
                 h, _, sign, alive = pinned(scan, p, split, params, n, k, part_key, sign)
                 n_next, y = scan.step.up(n_prev, n, h, sign)
                 witness = (n_prev, y) if scan.audit else None
-                kept.append(Kept(scan.step.keep(n_prev), checksum(n_prev) + alive, witness))
-            n_prev, n, finite = n, n_next, finite & in_range(y, n_next)
-        return (n_prev, n, finite), tuple(kept)
+                side = put_away(scan.step.keep(n_prev), scan.keep_in)
+                kept.append(Kept(side, checksum(n_prev) + alive, witness))
+            d, finite = barrier(n_next - n), finite & in_range(y, n_next)
+            n = n + d
+        return (n, d, finite), tuple(kept)
 
-    start = (grid.to_grid(x, scan.step.grid_bits) for x in (inputs.x_prev, inputs.x))
-    (n_prev, n, finite), kept = lax.scan(
-        block, (*start, starts_in_range(scan, inputs)), (jnp.arange(scan.blocks), inputs.keys)
+    n_prev, n = (grid.to_grid(x, scan.step.grid_bits) for x in (inputs.x_prev, inputs.x))
+    (n, d, finite), kept = lax.scan(
+        block,
+        (n, n - n_prev, starts_in_range(scan, inputs)),
+        (jnp.arange(scan.blocks), inputs.keys),
     )
+    n_prev = n - d
     output = tuple(
         nan_unless(finite, grid.from_grid(n, scan.step.grid_bits, scan.wide)) for n in (n_prev, n)
     )
@@ -125,49 +136,64 @@ def down(scan: Scan, saved: Saved, cotangents) -> Inputs:
     """Down through the blocks: the cotangents of the inputs."""
     step, wanted = scan.step, saved.wanted
     gradient = gradient_of(scan, wanted, saved.update_state)
-
-    def block(carry, inputs):
-        n_next, n, c = carry
-        k, key, kept = inputs
-        blocks, params = gradient.read(c.params, k)
-        c, d_params, reports = c._replace(params=None), no_gradient(params), []
-        for p in reversed(range(len(scan.parts))):
-            sign, part_key = scan.draw(saved.key, key, k, p)
-            h, vjp, sign, alive = pinned(scan, p, wanted, params, n, k, part_key, sign)
-            found = step.down(n_next, n, h, sign, kept[p].side)
-            # An Euler step cannot be taken back; there q itself is compared with what came of it.
-            intact = jnp.where(
-                sign == 0,
-                everywhere(found.q == n_next),
-                checksum(found.n_prev) + alive == kept[p].checksum,
-            )
-            d_h, a, a_prev = step.pull(nan_unless(intact, c.a_next), c.a, sign)
-            d_part, d_x, d_consts = vjp(d_h)
-            d_params = plus(d_params, d_part)
-            c = Cotangents(a + d_x.astype(a.dtype), a_prev, plus(c.consts, d_consts), None)
-            report, n_prev = audited(found, n_next, sign, intact, kept[p].witness)
-            reports.append(report)
-            n_next, n = n, n_prev
-            if p:
-                # One part after the other, or both parts' residuals would be alive at once.
-                n_next, n, c, d_params = barrier((n_next, n, c, d_params))
-        blocks = gradient.write(blocks, k, zeros_for(d_params, params))
-        return (n_next, n, c._replace(params=blocks)), of_parts(reports)
-
     a, a_next = (
         jnp.zeros_like(n, c.aval.dtype) if is_zero(c) else c
         for n, c in zip((saved.n_prev, saved.n), cotangents)
     )
     for n, expected in zip((saved.n_prev, saved.n), saved.checksums):
         a_next = nan_unless(checksum(n) == expected, a_next)
+    wide, waiting = a.dtype, scan.dtype if scan.narrow_cotangents else a.dtype
+
+    def pull(c: Cotangents, intact, sign):
+        c = in_dtype(c, wide)
+        return step.pull(nan_unless(intact, c.a_next), c.a, sign)
+
+    def block(carry, inputs):
+        n, d, c = carry
+        k, key, kept = inputs
+        blocks, params = gradient.read(c.params, k)
+        c, d_params, reports = c._replace(params=None), no_gradient(params), []
+        for p in reversed(range(len(scan.parts))):
+            sign, part_key = scan.draw(saved.key, key, k, p)
+            h, vjp, sign, alive = pinned(scan, p, wanted, params, n, k, part_key, sign)
+            found = step.down(n + d, n, h, sign, fetch(kept[p].side, scan.keep_in))
+            n_prev, fits, report = audited(found, n + d, sign, kept[p].witness)
+            # All that is asked of n_{k+1} is asked before it is written over.
+            d, fits, report = barrier((n - n_prev, fits, report))
+            n = n - d
+            # An Euler step cannot be taken back; there q itself is compared with what came of it.
+            intact = jnp.where(sign == 0, fits, checksum(n) + alive == kept[p].checksum)
+            if not scan.audit:
+                report = report._replace(mismatched=jnp.sum(~intact, dtype=jnp.float32))
+            reports.append(report)
+            d_h, _, _ = pull(c, intact, sign)
+            d_part, d_x, d_consts = vjp(d_h)
+            # What is left of the cotangents after the derivative, or it would be alive during it.
+            d_x, c, intact = barrier((d_x, c, intact))
+            _, a, a_prev = pull(c, intact, sign)
+            d_params, d_consts = plus(d_params, d_part), plus(c.consts, d_consts)
+            c = Cotangents(a + d_x.astype(a.dtype), a_prev, d_consts, None)
+            c = in_dtype(c, waiting)
+            if p:
+                # One part after the other, or both parts' residuals would be alive at once.
+                n, d, c, d_params = barrier((n, d, c, d_params))
+        blocks = gradient.write(blocks, k, zeros_for(d_params, params))
+        return (n, d, c._replace(params=blocks)), of_parts(reports)
+
     start = Cotangents(a_next, a, zeros_of_consts(wanted), gradient.start())
     (_, _, c), report = lax.scan(
         block,
-        (saved.n, saved.n_prev, start),
+        (saved.n_prev, saved.n - saved.n_prev, in_dtype(start, waiting)),
         (jnp.arange(scan.blocks), saved.keys, saved.kept),
         reverse=True,
     )
-    return cotangents_of_inputs(gradient, wanted, c, report)
+    return cotangents_of_inputs(gradient, wanted, in_dtype(c, wide), report)
+
+
+def in_dtype(c: Cotangents, dtype) -> Cotangents:
+    """The cotangents of the stream in another dtype."""
+    a_next, a = jax.tree.map(lambda a: a.astype(dtype), (c.a_next, c.a))
+    return c._replace(a_next=a_next, a=a)
 
 
 def pinned(scan: Scan, p: int, split: Wanted, params, n, k, key, sign):
@@ -194,15 +220,19 @@ def fenced(scan: Scan, p: int, split: Wanted, params, n, k, key, sign):
     return fence((params, x, key, consts, sign))
 
 
-def audited(found: Down, n_next, sign, intact, witness):
-    """What is told of a step, and the state from which to go on down."""
+def audited(found: Down, n_next, sign, witness):
+    """The state to go on from, whether q fits n_{k+1} per sample, and what is told of a step.
+
+    Without a witness, mismatched samples are for the checksums to tell.
+    """
+    fits = everywhere(found.q == n_next)
     report = BackwardReport(
-        jnp.sum(~intact, dtype=jnp.float32),
+        jnp.float32(0),
         jnp.sum(found.error != 0, dtype=jnp.float32),
         jnp.max(jnp.abs(found.error)).astype(jnp.float32),
     )
     if witness is None:
-        return report, found.n_prev
+        return found.n_prev, fits, report
     n_prev, y = witness
     wrong = jnp.where(per_sample(sign, y) == 0, found.q != n_next, found.n_prev != n_prev)
     report = report._replace(
@@ -210,7 +240,7 @@ def audited(found: Down, n_next, sign, intact, witness):
         deviation=jnp.max(jnp.abs(found.y - y)).astype(jnp.float32),
     )
     # On from the true state, so that every step is judged by itself.
-    return report, n_prev
+    return n_prev, fits, report
 
 
 def of_parts(reports: list[BackwardReport]) -> BackwardReport:

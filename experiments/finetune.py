@@ -137,7 +137,8 @@ class FineTune:
     param_dtype: str | None = None
     """What the weights are kept in: float32, or bfloat16. By default float32; but frozen ones, of
     which there are low-rank updates, stay in bfloat16 if they are so in the folder. The folder
-    that is saved has the same; updates are added in float32, and the sum is rounded."""
+    that is saved has the same; updates are added in float32, and the sum is rounded. Trained ones
+    of bfloat16 are rounded stochastically, so that small steps are not lost."""
     quantize: Kind | None = None
     """nf4, int4 or int8: keep the frozen kernels of linear layers in so few bits (QLoRA), with
     low-rank updates. The folder that is saved has the network that was trained: the kernels that

@@ -71,6 +71,7 @@ SOME = TrainSettings(
     learning_rate=2e-3,
     warmup_steps=100,
     weight_decay=0.01,
+    decayed="all",
     log_every=50,
     eval_every=150,
     checkpoint_every=150,

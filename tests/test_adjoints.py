@@ -24,6 +24,7 @@ from bdia_jax import (
     to_grid,
 )
 from bdia_jax.checkpoint import GROUP, restored, rounded
+from bdia_jax.nn import ReversibleSettings
 
 KEY = jax.random.key(7, impl="unsafe_rbg")
 ONCE = {"online": Online(), "checkpoint": Checkpoint()}
@@ -561,6 +562,53 @@ def test_what_is_kept_per_element_and_block(step, adjoint, bits):
     slope = (needed[1] - needed[0]) / 32
     own = 320 * 4 + 2 * 4 + 64
     assert bits * x.size / 8 <= slope <= bits * x.size / 8 + own
+
+
+@pytest.mark.parametrize(
+    ("step", "adjoint"),
+    [(BDIA(), Online()), (BDIA(), Checkpoint()), (Euler(), Checkpoint(bits=8))],
+    ids=str,
+)
+def test_what_waits_in_the_memory_of_the_host_is_the_same(step, adjoint):
+    params, x = 0.3 * draw(5, 8, 8), draw(2, 3, 8, seed=1)
+    expected, found = (
+        jax.jit(jax.grad(scalar(dataclasses.replace(adjoint, keep_in=memory), step), (0, 1)))(
+            params, x
+        )
+        for memory in ("device", "host")
+    )
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_narrow_cotangents():
+    """States are as exact; the gradient is that of wide ones, rounded once more per block."""
+    params, x = 0.3 * draw(12, 8, 8), draw(2, 3, 8, seed=1)
+
+    def gradients(narrow, dtype):
+        def function(probe, params, x):
+            adjoint = Online(probe, narrow_cotangents=narrow)
+            return scalar(adjoint, BDIA())(params.astype(dtype), x.astype(dtype))
+
+        return jax.jit(jax.grad(function, (0, 1)))(BackwardReport.zeros(12), params, x)
+
+    (report, narrow), (_, wide) = (gradients(narrow, jnp.bfloat16) for narrow in (True, False))
+    assert not report.mismatched.any()
+    assert not np.array_equal(narrow, wide)
+    # A bfloat16 is right to 2^-9; each of 12 blocks rounds two cotangents, by chance.
+    difference = jnp.linalg.norm(jnp.float32(narrow) - jnp.float32(wide))
+    assert difference < 2**-9 * 24**0.5 * jnp.linalg.norm(jnp.float32(wide))
+    # Where the blocks compute in float32, nothing is rounded.
+    for found, expected in zip(gradients(True, jnp.float32), gradients(False, jnp.float32)):
+        chex.assert_trees_all_equal(found, expected)
+
+
+def test_another_memory():
+    for adjoint in (Online, Checkpoint):
+        with pytest.raises(ValueError, match="keep_in must be one of device, host; got 'disk'"):
+            adjoint(keep_in="disk")
+    with pytest.raises(ValueError, match=r"keep_in='host' is for .*; got method='standard'"):
+        ReversibleSettings(method="standard", keep_in="host")
+    assert ReversibleSettings(keep_in="host").adjoint() == Online(keep_in="host")
 
 
 @once

@@ -37,6 +37,7 @@ ROWS = covering(
     dropout=[0.1, 0.0],
     parts=[1, 3],
     update=[False, True],
+    keep_in=["device", "host"],
 )
 
 
@@ -55,7 +56,7 @@ def in_compute_dtype(block):
     return cast
 
 
-def train_step(block, depth, step, update=False):
+def train_step(block, depth, step, update=False, keep_in="device"):
     """Loss, gradients and the report of the backward pass, in one program."""
 
     def descend(params, grads, state):
@@ -72,7 +73,7 @@ def train_step(block, depth, step, update=False):
                 key=key,
                 consts=(shift, mask),
                 step=step,
-                adjoint=Online(probe, updating),
+                adjoint=Online(probe, updating, keep_in),
             )
             return jnp.mean(jnp.sin(y.astype(jnp.float32)))
 
@@ -104,7 +105,7 @@ def test_nothing_is_mismatched(row):
             dtype=row["dtype"],
             param_dtype=row["param_dtype"],
         )
-        train = train_step(in_compute_dtype(block), depth, step, row["update"])
+        train = train_step(in_compute_dtype(block), depth, step, row["update"], row["keep_in"])
         assert_exact(train, (params, x, *consts))
 
 

@@ -21,7 +21,6 @@ from bdia_jax.train import (
     State,
     TrainSettings,
     make_optimizer,
-    optimizers,
     plot_curves,
     read_metrics,
 )
@@ -103,13 +102,6 @@ def test_state_is_updated_in_place(tmp_path):
     new, _ = programs.step(state)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state.params))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(new))
-
-
-def test_schedules():
-    s = optimizers.make_schedule("cosine", 1.0, 10, 2)
-    np.testing.assert_allclose([s(0), s(1), s(2), s(6), s(10)], [0, 0.5, 1, 0.5, 0], atol=1e-6)
-    s = optimizers.make_schedule("constant", 0.5, 10, 0)
-    assert [s(0), s(9)] == [0.5, 0.5]
 
 
 def test_clipping_bounds_the_step():
@@ -246,7 +238,7 @@ def no_compiling(monkeypatch):
         ({"steps": True}, "got True"),
         ({"batch_size": -1}, "batch_size"),
         ({"accumulate": 3}, "accumulate must divide batch_size = 8; got 3"),
-        ({"optimizer": "adan"}, "optimizer must be one of adam, adamw, set-adam, sgd.*'adan'"),
+        ({"optimizer": "adan"}, "optimizer must be one of adam, .*'adan'"),
         ({"schedule": "linear"}, "schedule must be one of constant, cosine; got 'linear'"),
         ({"learning_rate": 0.0}, "learning_rate must be positive; got 0.0"),
         ({"learning_rate": float("nan")}, "learning_rate must be finite"),

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from bdia_jax.adjoints import Adjoint, Checkpoint, Direct, Online
 from bdia_jax.arguments import check_combination
+from bdia_jax.memories import Memory
 from bdia_jax.steps import BDIA, Euler, Midpoint, Signs, Step
 
 Method = Literal[
@@ -98,11 +99,24 @@ class ReversibleSettings:
     parts_as_steps: bool = False
     """Whether attention and feed-forward network are a step each, rather than their block: less
     memory for the derivative, side information for twice as many steps."""
+    keep_in: Memory = "device"
+    """Where what each step keeps waits for the way back: on the device, or in the memory of the
+    host, whence it is copied."""
+    narrow_cotangents: bool = False
+    """Whether the cotangents between blocks have the dtype that the blocks compute in, rather than
+    float32: 4 bytes per element less with bfloat16, and gradients that are rounded once more. For
+    bdia and midpoint."""
     dtype: Dtype = "float32"
     """What the blocks compute in."""
 
     def __post_init__(self):
         check_names(self)
+        adjoint = MEANINGS[self.method].adjoint if self.method in MEANINGS else None
+        if self.keep_in != "device" and not isinstance(adjoint, Online | Checkpoint):
+            raise ValueError(
+                f"keep_in={self.keep_in!r} is for methods that keep something per step and compute "
+                f"it again; got method={self.method!r}"
+            )
         if self.method in MEANINGS:
             check_combination(self.step(), self.adjoint())
 
@@ -112,7 +126,13 @@ class ReversibleSettings:
 
     def adjoint(self) -> Adjoint:
         """How that is differentiated."""
-        return COUPLED[self.method] if self.method in COUPLED else MEANINGS[self.method].adjoint
+        if self.method in COUPLED:
+            return COUPLED[self.method]
+        adjoint = MEANINGS[self.method].adjoint
+        changes: dict[str, Any] = {} if isinstance(adjoint, Direct) else {"keep_in": self.keep_in}
+        if isinstance(adjoint, Online):
+            changes["narrow_cotangents"] = self.narrow_cotangents
+        return dataclasses.replace(adjoint, **changes)
 
     def of_stack(self, depth: int, parts: tuple[str, ...] | None = None) -> dict[str, Any]:
         """Keyword arguments of a :class:`bdia_jax.nn.ReversibleStack`.

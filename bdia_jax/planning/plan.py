@@ -203,7 +203,8 @@ def _need(name: str, config: DecoderConfig, p: _Planned) -> Need:
     # Networks that are evaluated alike share what is found.
     on_grid = stack.step.network.frac_bits is not None
     alike = {"method": "standard", "quantize_standard": on_grid, "gamma": 0.5, "signs": "block"}
-    evaluation = _evaluation(dataclasses.replace(config, **alike, tolerance_bits=0), p)
+    alike |= {"tolerance_bits": 0, "keep_in": "device"}
+    evaluation = _evaluation(dataclasses.replace(config, **alike), p)
     side = side_information(stack, settings.batch_size, p.length, config.width)
     return Need(
         name,
@@ -226,12 +227,15 @@ def _evaluation(config: DecoderConfig, p: _Planned) -> int:
 
 
 def side_information(stack: ReversibleStack, batch: int, length: int, width: int) -> int:
-    """Bytes of the side information and the checksums that a stack keeps for its backward pass."""
+    """Bytes of the side information and the checksums that a stack keeps on the device."""
     if not isinstance(stack.adjoint, Online):
         return 0
-    bits, checksum = stack.step.bits, 4
-    row = jax.eval_shape(lambda x: pack_bits(x, bits), jax.ShapeDtypeStruct((width,), jnp.uint32))
-    packed = length * row.size * row.dtype.itemsize if bits else 0
+    bits, packed = stack.step.bits, 0
+    if bits and stack.adjoint.keep_in == "device":
+        values = jax.ShapeDtypeStruct((width,), jnp.uint32)
+        row = jax.eval_shape(lambda x: pack_bits(x, bits), values)
+        packed = length * row.size * row.dtype.itemsize
+    checksum = 4
     return stack.depth * len(stack.parts or (None,)) * batch * (packed + checksum)
 
 

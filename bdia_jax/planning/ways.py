@@ -17,7 +17,7 @@ from flax import nnx
 from bdia_jax.adjoints import Adjoint, Checkpoint
 from bdia_jax.nn import ReversibleSettings, ReversibleStack
 from bdia_jax.nn.settings import Method
-from bdia_jax.planning.rivals import InHostMemory, Nested
+from bdia_jax.planning.rivals import Nested
 from bdia_jax.steps import Step
 from bdia_jax.train.settings import TrainSettings
 
@@ -79,6 +79,7 @@ class Way:
 
 WHOLE = {"parts_as_steps": False}
 PARTS = {"parts_as_steps": True}
+HOST = {"keep_in": "host"}
 
 WAYS: dict[str, Way] = {
     "standard": Way("standard"),
@@ -89,8 +90,8 @@ WAYS: dict[str, Way] = {
     "checkpointed, chunks": Way("standard-checkpoint", WHOLE, chunks=True),
     "checkpointed, nested": Way("standard", WHOLE, by=Nested),
     "checkpointed, nested, chunks": Way("standard", WHOLE, by=Nested, chunks=True),
-    "checkpointed, in host memory": Way("standard", WHOLE, by=InHostMemory),
-    "checkpointed, in host memory, chunks": Way("standard", WHOLE, by=InHostMemory, chunks=True),
+    "checkpointed, in host memory": Way("standard-checkpoint", WHOLE | HOST),
+    "checkpointed, in host memory, chunks": Way("standard-checkpoint", WHOLE | HOST, chunks=True),
     "checkpointed, updated in backward": Way("standard-checkpoint", WHOLE, update_in_backward=True),
     "checkpointed, chunks, updated in backward": Way(
         "standard-checkpoint", WHOLE, chunks=True, update_in_backward=True
@@ -101,6 +102,7 @@ WAYS: dict[str, Way] = {
     "BDIA, chunks": Way("bdia", WHOLE, chunks=True),
     "BDIA, r = 1": Way("bdia", WHOLE | {"tolerance_bits": 1}),
     "BDIA, parts, chunks": Way("bdia", PARTS, chunks=True),
+    "BDIA, chunks, bits in host memory": Way("bdia", WHOLE | HOST, chunks=True),
     "BDIA, updated in backward": Way("bdia", WHOLE, update_in_backward=True),
     "BDIA, parts, updated in backward": Way("bdia", PARTS, update_in_backward=True),
     "BDIA, parts, chunks, updated in backward": Way(

@@ -1,18 +1,16 @@
 """The optimizer in the backward pass: a step of one block as soon as its gradient is known.
 
 The idea is that of LOMO (Lv et al., "Full Parameter Fine-tuning for Large Language Models with
-Limited Resources", 2023), here for any optimizer of optax whose update of an array depends on that
-array alone (SGD, Adam, AdamW, SET-Adam, with schedules and weight decay), and in place.
+Limited Resources", 2023), here for any optimizer of optax whose update of a block depends on that
+block alone (:mod:`bdia_jax.train.per_block`), and in place.
 
-An optimizer's state is a tree in which some nodes are as the parameters (moments), and the others
-are shared (a count of steps). A stack's part of the former goes along with its blocks, in a
-:class:`Slot`: differentiated by the slots, the loss gives their new values. The blocks read their
-parameters from the slots alone; whatever else differentiates them is an error.
+A stack's parameters and moments go along with its blocks, in a :class:`Slot`: differentiated by the
+slots, the loss gives their new values. The blocks read their parameters from the slots alone;
+whatever else differentiates them is an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -23,18 +21,25 @@ from jaxtyping import Array, Float
 
 from bdia_jax import Checkpoint, Online, Update
 from bdia_jax.nn.stack import ReversibleStack
+from bdia_jax.train.per_block import (
+    Path,
+    PerBlock,
+    below,
+    joined,
+    moments,
+    name,
+    with_moments,
+    without,
+)
 from bdia_jax.train.step import Recipe, State, StepReport, draw, judge, keep_if, shard
-
-Path = tuple[str | int, ...]
-"""Of the stacked blocks in a model."""
 
 
 class Slot(NamedTuple):
     """What a stack brings into the backward pass, to be replaced by new values block by block."""
 
     params: nnx.State
-    moments: list[nnx.State]
-    """Its part of every node of the optimizer's state that is as the parameters."""
+    moments: list[Array]
+    """What the optimizer keeps for each block."""
     squares: Float[Array, "blocks"]
     """Replaced by the sum of squares of each block's gradient."""
 
@@ -74,16 +79,21 @@ def updating_step(
 ) -> tuple[State, StepReport]:
     """:func:`bdia_jax.train.step.train_step`, with the blocks updated in the backward pass."""
     clip_norm, opt_state = recipe.settings.clip_norm, state.opt_state
+    optimizer = recipe.optimizer
+    assert isinstance(optimizer, PerBlock)
     batch, (key,) = draw(recipe, state, arrays)
     batch = shard(recipe, batch)
     whole = opt_state if clip_norm is None else opt_state["optimizer"]
-    others, others_state = (without(tree, stacks) for tree in (state.params, whole))
+    own = {path: whole["stacks"][name(path)] for path in stacks}
+    others = without(state.params, stacks)
+    rest_of_stacks = {n: of for n, of in whole["stacks"].items() if n not in map(name, stacks)}
+    others_state = whole | {"stacks": rest_of_stacks}
     slots = {
-        path: Slot(below(state.params, path), part(whole, path), jnp.zeros(blocks))
+        path: Slot(below(state.params, path), moments(own[path]), jnp.zeros(blocks))
         for path, blocks in stacks.items()
     }
 
-    def backward(block_step: BlockStep | None):
+    def backward(scale: Float[Array, ""] | float | None):
         """The sums, and gradients by the others, the probes and the slots."""
         updated = set()
 
@@ -91,7 +101,8 @@ def updating_step(
             guarded = {path: guard(slot.params, path) for path, slot in slots.items()}
             model = nnx.merge(recipe.graph, joined(others, guarded), probes, rest)
             for path, slot in slots.items():
-                install(model, path, slot, block_step, updated)
+                step = None if scale is None else BlockStep(optimizer.blocks, own[path], scale)
+                install(model, path, slot, step, updated)
             sums = recipe.task.loss(model, batch, key)
             return sums.means()["loss"], sums
 
@@ -101,7 +112,7 @@ def updating_step(
         if missed := slots.keys() - updated:
             # The "gradients" of these slots are zeros, which must not become their weights.
             raise ValueError(
-                f"update_in_backward: the loss does not depend on {', '.join(map(_name, missed))}; "
+                f"update_in_backward: the loss does not depend on {', '.join(map(name, missed))}; "
                 "freeze its weights (bdia_jax.nn.freeze), or set update_in_backward=False"
             )
         return sums, *grads
@@ -117,17 +128,18 @@ def updating_step(
             _, d_others, _, untouched = backward(None)
             norm = norm_of(d_others, untouched)
         scale = jnp.minimum(1.0, clip_norm / norm)
-    sums, d_others, probes, slots = backward(BlockStep(recipe.optimizer, whole, scale))
+    sums, d_others, probes, slots = backward(scale)
     norm = norm_of(d_others, slots)
     fine, report = judge(recipe, state.step, sums, norm, probes)
 
-    d_others = scaled(d_others, scale)
-    updates, new_state = recipe.optimizer.update(d_others, others_state, others)
+    updates, new_state = optimizer.update(scaled(d_others, scale), others_state, others)
+    for path, slot in slots.items():
+        others_state["stacks"][name(path)] = with_moments(own[path], slot.moments)
+        new_state["stacks"][name(path)] = optimizer.counted(slot.params, own[path], slot.moments)
     new, new_state = keep_if(
         fine, (optax.apply_updates(others, updates), new_state), (others, others_state)
     )
     params = joined(new, {path: slot.params for path, slot in slots.items()})
-    new_state = joined(new_state, {path: slot.moments for path, slot in slots.items()})
     if clip_norm is not None:
         new_state = {"optimizer": new_state, "norm": jnp.where(fine, norm, opt_state["norm"])}
     return State(state.step + fine.astype(jnp.int32), params, new_state, state.key), report
@@ -138,20 +150,16 @@ class BlockStep(NamedTuple):
 
     optimizer: optax.GradientTransformation
     state: optax.OptState
-    """Of all parameters; what is shared is taken from here."""
+    """Of the stack; what the blocks share is taken from here."""
     scale: Float[Array, ""] | float
     """Of the gradient."""
 
-    def __call__(self, params: nnx.State, grads: nnx.State, moments: list[nnx.State]):
+    def __call__(self, params: nnx.State, grads: nnx.State, own: list[Array]):
         """New parameters and moments; the old ones, if the gradient is not finite."""
         grads = scaled(grads, self.scale)
-        items, structure = jax.tree.flatten(self.state, is_leaf=_is_state)
-        own = iter(moments)
-        state = structure.unflatten([next(own) if _is_state(item) else item for item in items])
-        updates, state = self.optimizer.update(grads, state, params)
-        new = [item for item in jax.tree.leaves(state, is_leaf=_is_state) if _is_state(item)]
+        updates, state = self.optimizer.update(grads, with_moments(self.state, own), params)
         fine = jnp.isfinite(optax.tree.norm(grads))
-        return keep_if(fine, (optax.apply_updates(params, updates), new), (params, moments))
+        return keep_if(fine, (optax.apply_updates(params, updates), moments(state)), (params, own))
 
 
 def install(
@@ -165,11 +173,11 @@ def install(
 
     def function(params, grads, state):
         updated.add(path)
-        moments, _ = state
+        own, _ = state
         squares = optax.tree.norm(grads) ** 2
         if step is not None:
-            params, moments = step(params, grads, moments)
-        return params, (moments, squares.astype(jnp.float32))
+            params, own = step(params, grads, own)
+        return params, (own, squares.astype(jnp.float32))
 
     stack: Any = dict(nnx.iter_modules(model))[path[:-1]]
     stack.updates(Update(function, slot.params, (slot.moments, slot.squares)))
@@ -188,7 +196,7 @@ def guard(params: nnx.State, path: Path) -> nnx.State:
 
     def backward(_, cotangents):
         raise ValueError(
-            f"update_in_backward: the loss depends on the weights of {_name(path)} in another way "
+            f"update_in_backward: the loss depends on the weights of {name(path)} in another way "
             "than through the call of the stack (a penalty on them, for instance), and there is no "
             "gradient to add that to: use weight_decay, or set update_in_backward=False"
         )
@@ -200,57 +208,3 @@ def guard(params: nnx.State, path: Path) -> nnx.State:
 def scaled(grads: nnx.State, scale: Float[Array, ""] | float) -> nnx.State:
     """The gradient, scaled in its own dtype."""
     return jax.tree.map(lambda d: d * jnp.asarray(scale, d.dtype), grads)
-
-
-def part(state: optax.OptState, path: Path) -> list[nnx.State]:
-    """A stack's part of every node that is as the parameters."""
-    nodes = jax.tree.leaves(state, is_leaf=_is_state)
-    return [below(node, path) for node in nodes if _is_state(node)]
-
-
-def below(state: nnx.State, path: Path) -> nnx.State:
-    """What a state has below a path."""
-    flat = nnx.to_flat_state(state)
-    return nnx.from_flat_state([(p[len(path) :], leaf) for p, leaf in flat if _is_below(p, path)])
-
-
-def without(tree: Any, paths: dict[Path, Any]) -> Any:
-    """Every node that is as the parameters, without the parts of the stacks."""
-
-    def cut(node):
-        if not _is_state(node):
-            return node
-        flat = nnx.to_flat_state(node)
-        return nnx.from_flat_state(
-            [(p, leaf) for p, leaf in flat if not any(_is_below(p, path) for path in paths)]
-        )
-
-    return jax.tree.map(cut, tree, is_leaf=_is_state)
-
-
-def joined(tree: Any, parts: Mapping[Path, nnx.State | list[nnx.State]]) -> Any:
-    """The inverse of :func:`without`; ``parts`` has a state per node that is as the parameters."""
-    items, structure = jax.tree.flatten(tree, is_leaf=_is_state)
-    lists = {path: iter(p if isinstance(p, list) else [p]) for path, p in parts.items()}
-
-    def join(node):
-        if not _is_state(node):
-            return node
-        flat = [*nnx.to_flat_state(node)]
-        for path, some in lists.items():
-            flat += [((*path, *p), leaf) for p, leaf in nnx.to_flat_state(next(some))]
-        return nnx.from_flat_state(flat)
-
-    return structure.unflatten([join(item) for item in items])
-
-
-def _is_state(node: Any) -> bool:
-    return isinstance(node, nnx.State)
-
-
-def _is_below(path: tuple, stack: Path) -> bool:
-    return path[: len(stack)] == stack
-
-
-def _name(path: Path) -> str:
-    return ".".join(map(str, path[:-1])) or "the model"

@@ -98,7 +98,7 @@ def train(
     folder = check_run_folder(folder, resume)
     check_batch_size(task, settings.batch_size)
     if optimizer is None:
-        check_trained_dtypes(model, settings)
+        check_trained_dtypes(model)
     if main:
         weights_and_biases.check_installed(settings.wandb)
     described = describe_run(settings, task, about, optimizer is not None)
@@ -123,6 +123,8 @@ def train(
                         f"the run in {folder} is at step {step}; got steps={settings.steps}"
                     )
                 log.info("resumed at step %d", step)
+            if optimizer is None and settings.weight_decay:
+                log.info("%s", wording.about_decay(state.params, settings))
             programs.share_arrays(model, state)
             project = None
             if main and settings.wandb is not None:

@@ -16,6 +16,7 @@ from bdia_jax.nn.losses import Sums
 from bdia_jax.nn.stack import Probe
 from bdia_jax.train import gap, in_backward
 from bdia_jax.train import mesh as meshes
+from bdia_jax.train.per_block import PerBlock, without
 from bdia_jax.train.settings import TrainSettings
 from bdia_jax.train.step import Recipe, State, StepReport, train_step
 from bdia_jax.train.tasks import Task
@@ -48,10 +49,13 @@ class Programs:
         graph, params, probes, rest = nnx.split(model, nnx.Param, Probe, ...)
         # Zeros, also where the model is abstract.
         probes = jax.tree.map(lambda p: jnp.zeros(p.shape, p.dtype), probes)
-        schedule = None
         if optimizer is None:
-            schedule, optimizer = settings.make_schedule(), settings.make_optimizer()
-        self.recipe = Recipe(graph, probes, task, settings, optimizer, schedule, mesh)
+            schedule, used = settings.make_schedule(), settings.make_optimizer()
+        else:
+            schedule, used = None, optimizer
+            if settings.update_in_backward:
+                used = PerBlock(optimizer, optimizer)
+        self.recipe = Recipe(graph, probes, task, settings, used, schedule, mesh)
 
         self._shapes = jax.eval_shape(self._new_state, params)
         self._shardings = None if mesh is None else meshes.state_shardings(mesh, self._shapes)
@@ -155,7 +159,7 @@ class Programs:
             "parameters": state.params,
             "frozen": self._rest,
             "optimizer": state.opt_state,
-            "gradients": in_backward.without(state.params, self._stacks),
+            "gradients": without(state.params, self._stacks),
         }
 
     def _place(self, tree, shardings=None):

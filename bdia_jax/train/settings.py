@@ -10,12 +10,13 @@ import optax
 
 from bdia_jax.train.optimizers import (
     OPTIMIZERS,
-    SCHEDULES,
+    Decayed,
     Optimizer,
-    Schedule,
     make_optimizer,
-    make_schedule,
+    make_per_block,
 )
+from bdia_jax.train.per_block import PerBlock
+from bdia_jax.train.schedules import SCHEDULES, Schedule, make_schedule
 
 HARMLESS = (
     "log_every",
@@ -43,15 +44,21 @@ class TrainSettings:
     accumulate: int = 1
     """Micro-batches that a batch is computed in, one after the other; divides batch_size."""
     optimizer: Optimizer = "adamw"
-    """By its name; sgd has momentum 0.9."""
+    """By its name; sgd has momentum 0.9. muon is for the blocks' matrices, with AdamW for all
+    else, and steps as large as AdamW's; adafactor keeps a row and a column of each matrix."""
     learning_rate: float = 1e-3
     """Highest learning rate."""
     schedule: Schedule = "cosine"
-    """constant, or cosine: half a cosine to 0 at the last step."""
+    """constant; cosine or linear: half a cosine, or a line, to 0 at the last step; wsd: constant,
+    then a line to 0 over cooldown_steps."""
     warmup_steps: int = 0
     """Steps in which the learning rate rises from 0; never more than half of all steps."""
+    cooldown_steps: int | None = None
+    """Steps of wsd's line to 0; None for a fifth of all steps."""
     weight_decay: float = 0.0
-    """Weight decay, for optimizers that have it (adamw)."""
+    """Weight decay, for optimizers that have it (adamw, lion, muon, adafactor)."""
+    decayed: Decayed = "matrices"
+    """What decays: arrays of two axes or more in a block, or all. Norms and biases have one."""
     clip_norm: float | None = 1.0
     """The gradient is scaled down to this global norm; None for no clipping."""
     update_in_backward: bool = False
@@ -103,6 +110,14 @@ class TrainSettings:
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), at_least=1, or_none=True)
         _check_int("warmup_steps", self.warmup_steps, at_least=0)
+        if self.cooldown_steps is not None:
+            _check_int("cooldown_steps", self.cooldown_steps, at_least=1, or_none=True)
+            if self.schedule != "wsd" or self.cooldown_steps > self.steps - self.warmup:
+                raise ValueError(
+                    "cooldown_steps needs the schedule wsd, and at most as many steps as follow "
+                    f"the warmup ({self.steps - self.warmup}); got {self.cooldown_steps} with "
+                    f"{self.schedule!r}"
+                )
         _check_int("seed", self.seed)
         if self.batch_size % self.accumulate:
             raise ValueError(
@@ -111,6 +126,7 @@ class TrainSettings:
         for name, allowed in (
             ("optimizer", OPTIMIZERS),
             ("schedule", SCHEDULES),
+            ("decayed", ("matrices", "all")),
             ("clip_by", ("previous", "second-pass")),
         ):
             if getattr(self, name) not in allowed:
@@ -140,18 +156,27 @@ class TrainSettings:
         """Steps in which the learning rate rises: a short run has a short warmup."""
         return min(self.warmup_steps, self.steps // 2)
 
+    @property
+    def cooldown(self) -> int:
+        """Steps in which the learning rate of wsd falls to 0."""
+        left = self.steps - self.warmup
+        return (
+            min(-(-self.steps // 5), left) if self.cooldown_steps is None else self.cooldown_steps
+        )
+
     def make_schedule(self) -> optax.Schedule:
         """The learning rate, by step."""
-        return make_schedule(self.schedule, self.learning_rate, self.steps, self.warmup)
-
-    def make_optimizer(self) -> optax.GradientTransformation:
-        """The optimizer, with its schedule; and clipping, unless the backward pass updates."""
-        return make_optimizer(
-            self.optimizer,
-            self.make_schedule(),
-            weight_decay=self.weight_decay,
-            clip_norm=None if self.update_in_backward else self.clip_norm,
+        return make_schedule(
+            self.schedule, self.learning_rate, self.steps, self.warmup, self.cooldown
         )
+
+    def make_optimizer(self) -> optax.GradientTransformation | PerBlock:
+        """The optimizer, with its schedule; and clipping, unless the backward pass updates."""
+        schedule = self.make_schedule()
+        decay: dict[str, Any] = {"weight_decay": self.weight_decay, "decayed": self.decayed}
+        if self.update_in_backward:
+            return make_per_block(self.optimizer, schedule, **decay)
+        return make_optimizer(self.optimizer, schedule, **decay, clip_norm=self.clip_norm)
 
     def described(self) -> dict[str, Any]:
         """What decides the trained weights, for comparing a run with its continuation."""

@@ -5,33 +5,30 @@ from __future__ import annotations
 import logging
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
-
-from bdia_jax.train.settings import TrainSettings
 
 log = logging.getLogger("bdia_jax")
 
 
-def check_trained_dtypes(model: nnx.Module, settings: TrainSettings) -> None:
-    """A ``ValueError`` for trained weights in which an optimizer's steps would be lost.
+def check_trained_dtypes(model: nnx.Module) -> None:
+    """A ``ValueError`` for trained weights of float16, in which steps and squares are lost.
 
-    A bfloat16 has 8 significant bits: a step of less than 2^-9 of a weight is rounded away (that is
-    most steps at ordinary learning rates), and Adam's second moment, multiplied by 0.999, rounds
-    back to itself, so that it never decays. In float16, squares of small gradients are 0.
+    Those of bfloat16 are rounded stochastically (:mod:`bdia_jax.train.rounding`), which is said.
     """
-    narrow = {}
+    kinds: dict[str, list[str]] = {}
     for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param)):
-        dtype = leaf.get_value().dtype
-        if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).nmant < 23:
-            narrow.setdefault(str(dtype), []).append(".".join(map(str, path)))
-    for dtype, names in narrow.items():
+        kinds.setdefault(str(leaf.get_value().dtype), []).append(".".join(map(str, path)))
+    if names := kinds.get("bfloat16"):
+        log.info("%d trained arrays are of bfloat16: steps are rounded stochastically", len(names))
+    allowed = ("bfloat16", "float32", "float64")
+    for dtype, names in kinds.items():
+        if dtype in allowed:
+            continue
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise ValueError(
-            f"trained weights must be float32 (or float64); got {dtype} for "
-            f"{', '.join(names[:3])}{more}: steps of {settings.optimizer} with learning_rate = "
-            f"{settings.learning_rate:g} would be rounded away. Set param_dtype to float32 "
-            "(frozen weights may stay as they are), or give train() an optimizer of your own"
+            f"trained weights must be float32, float64 or bfloat16; got {dtype} for "
+            f"{', '.join(names[:3])}{more}. Set param_dtype to one of these (frozen weights may "
+            "stay as they are), or give train() an optimizer of your own"
         )
 
 

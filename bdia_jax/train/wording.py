@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
+
+from bdia_jax.train.optimizers import decay_mask
 from bdia_jax.train.pace import COUNTED
+from bdia_jax.train.settings import TrainSettings
 
 NOT_METRICS = ("step", "split", "seconds", "per_second", "tokens_per_second", "peak_bytes")
 """Fields of a record that say when, where and how fast."""
@@ -55,6 +59,19 @@ def about_evaluation(record: dict[str, Any], end: int, best: dict[str, Any], met
         else f"the best is {name} {number(best[name])} at step {best['step']}"
     )
     return f"step {record['step']} of {end}, evaluation: {_listed(record)}; {compared}"
+
+
+def about_decay(params: Any, settings: TrainSettings) -> str:
+    """The line about what decays."""
+    if settings.decayed == "all":
+        return f"weight decay {settings.weight_decay:g} of all parameters"
+    decays = jax.tree.leaves(decay_mask(params))
+    sizes = [leaf.size for leaf in jax.tree.leaves(params)]
+    share = sum(size for size, does in zip(sizes, decays, strict=True) if does) / sum(sizes)
+    return (
+        f"weight decay {settings.weight_decay:g} of {share:.2%} of the parameters; norms, biases "
+        "and other arrays of one axis do not decay"
+    )
 
 
 def beside_a_bar(record: dict[str, Any], unit: str) -> str:

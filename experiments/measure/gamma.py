@@ -51,6 +51,7 @@ SOME = TrainSettings(
     learning_rate=1e-4,
     warmup_steps=4,
     weight_decay=0.01,
+    decayed="all",
     log_every=10,
     eval_every=40,
     checkpoint_every=40,

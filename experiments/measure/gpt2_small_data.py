@@ -56,6 +56,7 @@ SOME = TrainSettings(
     learning_rate=1e-3,
     warmup_steps=100,
     weight_decay=0.1,
+    decayed="all",
     log_every=250,
     eval_every=250,
 )

@@ -47,6 +47,7 @@ WAYS = (
     "checkpointed, in host memory, chunks",
     "BDIA, chunks",
     "BDIA, parts, chunks",
+    "BDIA, chunks, bits in host memory",
 )
 
 
