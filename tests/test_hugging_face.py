@@ -72,8 +72,10 @@ def theirs(family):
         "seed_oss": lambda: transformers.SeedOssConfig(
             head_dim=16, attention_bias=True, attention_out_bias=False, **LLAMA, **COMMON
         ),
-        # Of which grouped queries make parts of unequal size.
-        "phi3": lambda: transformers.Phi3Config(tie_word_embeddings=False, **LLAMA, **COMMON),
+        # Of which grouped queries make parts of unequal size; of 8 features, 6 are rotated.
+        "phi3": lambda: transformers.Phi3Config(
+            tie_word_embeddings=False, partial_rotary_factor=0.75, **LLAMA, **COMMON
+        ),
         # Factors that are no powers of 2.
         "granite": lambda: transformers.GraniteConfig(
             embedding_multiplier=12.0,

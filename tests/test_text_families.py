@@ -22,6 +22,18 @@ OLD_GEMMA3 = {
     "sliding_window": 8,
 }
 
+PHI = {
+    "model_type": "phi3",
+    "partial_rotary_factor": 0.75,
+    "original_max_position_embeddings": 16,
+    "rope_scaling": {
+        "type": "longrope",
+        "short_factor": [1.0, 1.1, 1.5],
+        "long_factor": [1.0, 2.0, 4.0],
+    },
+}
+"""As configurations of Phi-4-mini are written."""
+
 
 @pytest.fixture(scope="module")
 def gemma3(tmp_path_factory):
@@ -62,9 +74,34 @@ def test_padding(family, tmp_path):
         assert new == expected[0, len(text) :].tolist()
 
 
+@pytest.mark.slow
+def test_long_factors(tmp_path):
+    """Short texts have the short ones; in a network of long sequences, all have the long ones."""
+    torch = pytest.importorskip("torch", reason="parity with transformers needs torch")
+    transformers = pytest.importorskip("transformers", reason="parity needs transformers")
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(**PHI, **LLAMA, **COMMON)
+    model = transformers.AutoModelForCausalLM.from_config(config).double().eval()
+    model.save_pretrained(tmp_path / "theirs")
+    for length, settings in ((16, {}), (17, {"max_length": 64})):
+        ours = interop.load(tmp_path / "theirs", method="standard", **settings)
+        ours.eval()
+        assert ours.config.max_length == settings.get("max_length", 16)
+        tokens = np.arange(length)[None]
+        with torch.no_grad():
+            expected = model(torch.tensor(tokens)).logits.numpy()
+        np.testing.assert_allclose(ours(jnp.asarray(tokens)), expected, atol=1e-4, rtol=1e-4)
+    interop.save(ours, tmp_path / "ours")
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").double()
+    with torch.no_grad():
+        found = back(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
+        ("phi3", {n: v for n, v in PHI.items() if n != "model_type"}),
         ("mistral", {}),
         ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}),
         ("qwen3", {"use_sliding_window": True, "max_window_layers": 0}),
@@ -88,7 +125,7 @@ def test_settings_that_are_not_given(family, settings):
     """What transformers makes of them, in an old form or left out, is read as they are."""
     transformers = pytest.importorskip("transformers", reason="names are those of transformers")
     given = LLAMA | COMMON | settings
-    if family not in ("mistral", "qwen2", "qwen3", "gemma"):
+    if family not in ("mistral", "qwen2", "qwen3", "gemma", "phi3"):
         # Of those, as many as there are large models' heads.
         del given["num_key_value_heads"]
     whole = transformers.AutoConfig.for_model(family, **json.loads(json.dumps(given))).to_dict()
@@ -122,6 +159,9 @@ def test_settings_that_are_not_given(family, settings):
         ("mistral", WINDOWS, "one for all blocks, because transformers ignores them in mistral"),
         ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers must .* = 3; got 1"),
         ("qwen2", WINDOWS, "layer_types must be full_attention; got sliding_attention"),
+        ("llama", {"rope_scaling": PHI["rope_scaling"]}, "rope_type must be .*; got 'longrope'"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1; got 0.5"),
+        ("phi3", {"rope_scaling": YARN}, "rope_type must be one of default, longrope; got 'yarn'"),
     ],
 )
 def test_refused(family, settings, message):

@@ -23,7 +23,7 @@ from bdia_jax.nn.lora import Frozen, LowRankLinear, add_lora, freeze, merge_lora
 from bdia_jax.nn.losses import cross_entropy
 from bdia_jax.nn.quantized import QuantizedLinear, expand_base, quantize_base
 from bdia_jax.nn.resnet import ResNet
-from bdia_jax.nn.rotary_scaling import LinearScaling, RotaryScaling, YarnScaling
+from bdia_jax.nn.rotary_scaling import LinearScaling, LongScaling, RotaryScaling, YarnScaling
 from bdia_jax.nn.settings import METHODS, ReversibleSettings
 from bdia_jax.nn.stack import CoupledStack, Probe, ReversibleStack
 from bdia_jax.nn.vision import VisionTower, VisionTowerConfig
@@ -43,6 +43,7 @@ __all__ = [
     "GroupedQueryAttention",
     "LinearAttention",
     "LinearScaling",
+    "LongScaling",
     "LowRankLinear",
     "Probe",
     "QuantizedLinear",

@@ -155,7 +155,7 @@ class Decoder(nnx.Module):
         found = [
             rotary_angles(jnp.zeros_like(positions), c.turned)
             if kind is None
-            else rotary_angles(positions, c.turned, theta=kind.theta, scaling=kind.scaling)
+            else rotary_angles(positions, c.turned, longest=c.max_length, **kind._asdict())
             for kind in kinds
         ]
         return found[0] if len(found) == 1 else jax.tree.map(lambda *a: jnp.stack(a), *found)

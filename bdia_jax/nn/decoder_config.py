@@ -8,7 +8,7 @@ from typing import Literal
 
 from bdia_jax.nn.attention.kernels import KERNELS, KernelName
 from bdia_jax.nn.positions import Rotation
-from bdia_jax.nn.rotary_scaling import Scaling
+from bdia_jax.nn.rotary_scaling import LongScaling, Scaling
 from bdia_jax.nn.settings import ReversibleSettings, check_dropout, check_sizes
 
 ParamDtype = Literal["float32", "bfloat16", "float64"]
@@ -123,6 +123,13 @@ class DecoderConfig(ReversibleSettings):
             raise ValueError(
                 f"rotary_dim must be at most head_dim = {self.size_of_head}; got {self.rotary_dim}"
             )
+        if isinstance(s := self.rope_scaling, LongScaling):
+            for name in ("short", "long"):
+                if len(factors := getattr(s, name)) != self.turned // 2:
+                    raise ValueError(
+                        f"{name} factors of rope_scaling must be {self.turned // 2}, one for each "
+                        f"pair of features that is rotated; got {len(factors)}"
+                    )
         self._check_kinds_of_blocks()
         check_dropout(self)
         if self.zero_centered_norm and self.norm != "rms":

@@ -29,6 +29,7 @@ def rotary_angles(
     *,
     theta: float = 10_000.0,
     scaling: Scaling | None = None,
+    longest: int = 0,
 ) -> Angles:
     """Angles that grow with the position (Su et al., "RoFormer", 2021).
 
@@ -37,11 +38,12 @@ def rotary_angles(
       head_dim: features that are rotated per head, of which i and i + head_dim/2 are a pair.
       theta: base of the wavelengths.
       scaling: for contexts longer than those of the first training.
+      longest: positions of the longest sequence of the network, for ``scaling``.
     """
     pairs = head_dim // 2
     frequency = theta ** (-jnp.arange(pairs, dtype=jnp.float32) / pairs)
     if scaling is not None:
-        frequency = scaling.frequencies(frequency, theta)
+        frequency = scaling.frequencies(frequency, theta, longest)
     angle = positions[..., None].astype(jnp.float32) * frequency[None, None]
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     if scaling is not None and scaling.amplitude != 1:

@@ -31,7 +31,9 @@ class RotaryScaling:
         """What cosines and sines are multiplied by."""
         return 1.0
 
-    def frequencies(self, frequency: Float[Array, "pair"], theta: float) -> Float[Array, "pair"]:
+    def frequencies(
+        self, frequency: Float[Array, "pair"], theta: float, longest: int
+    ) -> Float[Array, "pair"]:
         """Those of the pairs, stretched."""
         turns = self.original_length * frequency / (2 * math.pi)
         share = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
@@ -57,7 +59,9 @@ class LinearScaling:
         """What cosines and sines are multiplied by."""
         return 1.0
 
-    def frequencies(self, frequency: Float[Array, "pair"], theta: float) -> Float[Array, "pair"]:
+    def frequencies(
+        self, frequency: Float[Array, "pair"], theta: float, longest: int
+    ) -> Float[Array, "pair"]:
         """Those of the pairs, stretched."""
         return frequency / self.factor
 
@@ -85,7 +89,9 @@ class YarnScaling:
     truncate: bool = True
     """Whether the ramp begins and ends at whole pairs."""
 
-    def frequencies(self, frequency: Float[Array, "pair"], theta: float) -> Float[Array, "pair"]:
+    def frequencies(
+        self, frequency: Float[Array, "pair"], theta: float, longest: int
+    ) -> Float[Array, "pair"]:
         """Those of the pairs, stretched."""
         pairs = len(frequency)
 
@@ -102,4 +108,34 @@ class YarnScaling:
         return share * frequency + (1 - share) * frequency / self.factor
 
 
-Scaling = RotaryScaling | LinearScaling | YarnScaling
+@dataclasses.dataclass(frozen=True)
+class LongScaling:
+    """A factor for every pair: one set of them for short sequences, another one for long ones.
+
+    Which one it is, the longest sequence of the network says, so that a text, and what is cached of
+    it, never changes from one to the other. (Ding et al., "LongRoPE: Extending LLM Context Window
+    Beyond 2 Million Tokens", 2024.)
+    """
+
+    kind: Literal["long"] = "long"
+    """Tells it from others in a file of settings."""
+    short: tuple[float, ...] = ()
+    """What the frequencies of the pairs are divided by in a network of short sequences."""
+    long: tuple[float, ...] = ()
+    """The same in one of long sequences."""
+    original_length: int = 4096
+    """Positions in the first training; sequences that are longer are long."""
+    amplitude: float = 1.0
+    """What cosines and sines are multiplied by."""
+
+    def frequencies(
+        self, frequency: Float[Array, "pair"], theta: float, longest: int
+    ) -> Float[Array, "pair"]:
+        """Those of the pairs, stretched."""
+        factors = self.long if longest > self.original_length else self.short
+        return frequency / jnp.asarray(factors, frequency.dtype)
+
+
+Scaling = RotaryScaling | LinearScaling | YarnScaling | LongScaling
+"""Each is asked for ``frequencies`` of the pairs, of a base ``theta``, in a network whose longest
+sequence has ``longest`` positions."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy as np
 from bdia_jax.interop.checkpoint import FolderError
 from bdia_jax.interop.families.family import Config, agree
 from bdia_jax.interop.families.windows import FULL, SLIDING
-from bdia_jax.nn import LinearScaling, RotaryScaling, YarnScaling
+from bdia_jax.nn import LinearScaling, LongScaling, RotaryScaling, YarnScaling
 from bdia_jax.nn.rotary_scaling import Scaling
 
 DEFAULT_THETA = 10_000.0
@@ -32,26 +32,39 @@ _NAMES: dict[str, dict[str, str]] = {
         "attention_factor": "amplitude",
         "truncate": "truncate",
     },
+    "longrope": {
+        "short_factor": "short",
+        "long_factor": "long",
+        "original_max_position_embeddings": "original_length",
+        "attention_factor": "amplitude",
+    },
 }
 """What settings of every kind are called, there and here."""
 _OPTIONAL = {"beta_fast", "beta_slow", "attention_factor", "truncate"}
-_ALSO = {"yarn": {"mscale", "mscale_all_dim"}}
+_ALSO = {"yarn": {"mscale", "mscale_all_dim"}, "longrope": {"factor"}}
 """Settings from which others follow."""
 _KINDS: dict[str, type[Scaling]] = {
     "llama3": RotaryScaling,
     "linear": LinearScaling,
     "yarn": YarnScaling,
+    "longrope": LongScaling,
 }
+USUAL_KINDS = ("default", "llama3", "linear", "yarn")
+_OLD_NAMES = {"su": "longrope"}
 _PLACES = ("rope_parameters", "rope_scaling")
 """Since version 5 of transformers, and before."""
 
 
-def read_rope(c: Config, usual_theta: float) -> tuple[float, Scaling | None]:
+def read_rope(
+    c: Config, usual_theta: float, allowed: tuple[str, ...] = USUAL_KINDS, *, partial: bool = False
+) -> tuple[float, Scaling | None]:
     """The base of the wavelengths, and how they are stretched.
 
     Args:
       c: contents of a config.json.
       usual_theta: the base, where they do not say.
+      allowed: kinds of scaling.
+      partial: whether there may be features that are not rotated (:func:`read_share`).
 
     Raises:
       FolderError: for another kind of scaling; for two places that contradict each other.
@@ -67,16 +80,17 @@ def read_rope(c: Config, usual_theta: float) -> tuple[float, Scaling | None]:
         if not {"rope_type", "type"} & set(values):
             kinds[f"{place}.rope_type (not given)"] = "default"
     kind = agree(kinds) or "default"
-    if kind not in _NAMES:
+    kind = _OLD_NAMES.get(kind, kind)
+    if kind not in allowed:
         raise FolderError(
-            f"config.json: rope_type must be one of {', '.join(_NAMES)}; got {kind!r}"
+            f"config.json: rope_type must be one of {', '.join(allowed)}; got {kind!r}"
         )
 
     def value(name: str) -> Any:
         outside = {name: c.get(name)} if name not in ("factor",) else {}
         return agree(outside | {f"{place}.{name}": v.get(name) for place, v in given.items()})
 
-    if (share := value("partial_rotary_factor")) not in (None, 1):
+    if (share := read_share(c)) != 1 and not partial:
         raise FolderError(f"config.json: partial_rotary_factor must be 1; got {share!r}")
     known = {*_NAMES[kind], *_ALSO.get(kind, ())}
     known |= {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
@@ -99,13 +113,44 @@ def read_rope(c: Config, usual_theta: float) -> tuple[float, Scaling | None]:
         if found is None and theirs not in _OPTIONAL:
             raise KeyError(theirs)
         if found is not None:
-            of = {"original_length": int, "truncate": bool}.get(ours, float)
-            settings[ours] = of(found)
+            settings[ours] = _TYPES.get(ours, float)(found)
     if kind == "yarn" and "amplitude" not in settings:
         settings["amplitude"] = _amplitude(
             settings["factor"], value("mscale"), value("mscale_all_dim")
         )
+    if kind == "longrope" and "amplitude" not in settings:
+        longest, original = c["max_position_embeddings"], settings["original_length"]
+        factor = value("factor") or longest / original
+        stretched = math.sqrt(1 + math.log(max(factor, 1)) / math.log(original))
+        settings["amplitude"] = stretched
     return theta, _KINDS[kind](**settings)
+
+
+def _floats(values: Iterable[float]) -> tuple[float, ...]:
+    return tuple(map(float, values))
+
+
+_TYPES: dict[str, Callable[[Any], Any]] = {
+    "original_length": int,
+    "truncate": bool,
+    "short": _floats,
+    "long": _floats,
+}
+"""Of settings that are no floats."""
+
+
+def read_share(c: Config) -> float:
+    """Which share of the features of a head is rotated.
+
+    Raises:
+      FolderError: for two places that contradict each other.
+    """
+    name = "partial_rotary_factor"
+    places = {name: c.get(name)}
+    for place in _PLACES:
+        places[f"{place}.{name}"] = (c.get(place) or {}).get(name)
+    share = agree(places)
+    return 1.0 if share is None else float(share)
 
 
 def _amplitude(factor: float, mscale: float | None, mscale_all_dim: float | None) -> float:
