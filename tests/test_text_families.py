@@ -1,12 +1,14 @@
 """Families of decoders whose blocks differ, or have norms, windows and caps of their own."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file
 from test_hugging_face import COMMON, LLAMA, WINDOWS, YARN, theirs
 
 from bdia_jax import BDIA, interop
@@ -153,10 +155,12 @@ def test_settings_that_are_not_given(family, settings):
             {"rope_parameters": {"sliding_attention": YARN}},
             "rope_type of sliding_attention must be default, because",
         ),
+        ("gemma3", {"text_config": {}, "tie_word_embeddings": False}, "must be True; got False"),
         ("gemma", {"hidden_activation": "relu"}, "hidden_activation must be .*; got 'relu'"),
         ("gemma2", {"layer_types": ["chunked_attention"] * 3}, "got chunked_attention"),
         ("olmo3", {"layer_types": ["full_attention"] * 2}, "num_hidden_layers = 3; got 2"),
-        ("mistral", WINDOWS, "one for all blocks, because transformers ignores them in mistral"),
+        ("mistral", WINDOWS, "must be sliding_attention, because transformers ignores them"),
+        ("phi3", WINDOWS | {"layer_types": ["full_attention"] * 3}, "transformers ignores them"),
         ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers must .* = 3; got 1"),
         ("qwen2", WINDOWS, "layer_types must be full_attention; got sliding_attention"),
         ("llama", {"rope_scaling": PHI["rope_scaling"]}, "rope_type must be .*; got 'longrope'"),
@@ -167,6 +171,42 @@ def test_settings_that_are_not_given(family, settings):
 def test_refused(family, settings, message):
     with pytest.raises(interop.FolderError, match=message):
         FAMILIES[family].read(LLAMA | COMMON | settings)
+
+
+@pytest.mark.slow
+def test_the_decoder_of_a_model_of_images(tmp_path):
+    """Is read from its folder, and is a text model by itself; its updates are the whole one's."""
+    torch, text = theirs("gemma3_text")
+    transformers = pytest.importorskip("transformers", reason="parity needs transformers")
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "image_size": 28}
+    text.config.tie_word_embeddings = True
+    config = transformers.Gemma3Config(
+        text_config=text.config,
+        vision_config=sizes | {"num_attention_heads": 1},
+        image_token_index=60,
+    )
+    model = transformers.Gemma3ForConditionalGeneration(config)
+    model.model.language_model.load_state_dict(text.model.state_dict())
+    model.save_pretrained(tmp_path / "theirs")
+    ours = interop.load(tmp_path / "theirs", method="standard")
+    ours.eval()
+    tokens = np.arange(20)[None]
+    with torch.no_grad():
+        expected = model.double().eval()(torch.tensor(tokens)).logits.numpy()
+    np.testing.assert_allclose(ours(jnp.asarray(tokens)), expected, atol=1e-4, rtol=1e-4)
+    interop.save(ours, tmp_path / "ours", like=tmp_path / "theirs")
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert isinstance(back, transformers.Gemma3ForCausalLM)
+    for name, tensor in text.model.state_dict().items():
+        assert torch.equal(back.model.state_dict()[name], tensor), name
+
+    # What peft gives updates to is the whole network.
+    add_lora(ours, 2, rngs=nnx.Rngs(0))
+    interop.save_adapter(ours, tmp_path / "adapter", like=tmp_path / "theirs")
+    names = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    layers = {re.sub(r"^base_model.model.|lora_[AB]\.", "", name) for name in names}
+    assert len(layers) == 6
+    assert layers <= set(model.state_dict())
 
 
 @pytest.mark.slow

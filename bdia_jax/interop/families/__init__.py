@@ -7,7 +7,7 @@ from typing import Any
 from bdia_jax.interop.checkpoint import FolderError
 from bdia_jax.interop.families.ernie import Ernie
 from bdia_jax.interop.families.family import Config, Family, Names, Source, agree
-from bdia_jax.interop.families.gemma import Gemma, Gemma2, Gemma3
+from bdia_jax.interop.families.gemma import Gemma, Gemma2, Gemma3, Gemma3WithImages
 from bdia_jax.interop.families.gpt2 import GPT2
 from bdia_jax.interop.families.granite import Granite
 from bdia_jax.interop.families.llama import Llama, Mistral, Qwen2, Qwen3, SeedOss
@@ -20,7 +20,8 @@ FAMILIES: dict[str, Family] = {
     f.name: f
     for f in (
         *(GPT2(), Llama(), Qwen2(), Qwen3(), Mistral(), SeedOss(), Phi3()),
-        *(Granite(), Ernie(), SmolLM3(), Gemma(), Gemma2(), Gemma3(), Olmo2(), Olmo3()),
+        *(Granite(), Ernie(), SmolLM3(), Olmo2(), Olmo3()),
+        *(Gemma(), Gemma2(), Gemma3(), Gemma3WithImages()),
     )
 }
 NORM_AFTER_SUM = (

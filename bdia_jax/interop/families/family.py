@@ -63,6 +63,13 @@ class Family(abc.ABC):
     architecture: ClassVar[str]
     """The class in ``transformers``."""
 
+    others: ClassVar[tuple[str, ...]] = ()
+    """How names of tensors begin that belong to another network in the folder."""
+
+    def alone(self, c: Config) -> Config:
+        """The config.json of a folder with this network alone, which is what is written."""
+        return c
+
     def scales(self, c: Config, tied_head: bool) -> dict[str, float]:
         """What tensors are multiplied with, by the name of our parameter; 1 of all others.
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from bdia_jax.interop.checkpoint import Checkpoint, FolderError
-from bdia_jax.interop.families.family import Config, expect
+from bdia_jax.interop.families.family import Config, Names, Source, expect
 from bdia_jax.interop.families.llama import Llama
 from bdia_jax.interop.families.rotary import (
     DEFAULT_THETA,
@@ -15,6 +15,8 @@ from bdia_jax.interop.families.rotary import (
 )
 from bdia_jax.interop.families.windows import layer_types, read_windows
 from bdia_jax.nn import DecoderConfig
+
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 class Gemma(Llama):
@@ -145,3 +147,36 @@ class Gemma3(Gemma2):
         local = config.window_rope_theta
         found = write_ropes_by_type(config.rope_theta, config.rope_scaling, local)
         return found | {"rope_local_base_freq": local}
+
+
+class Gemma3WithImages(Gemma3):
+    """The decoder of those that see images, too: the rest of the folder is left alone.
+
+    It is written as a text model, unless what is written are low-rank updates: they have the names
+    that their layers have in the whole network.
+    """
+
+    name = "gemma3"
+    architecture = "Gemma3ForConditionalGeneration"
+    others = ("vision_tower.", "multi_modal_projector.")
+
+    def has(self, config: DecoderConfig) -> bool:
+        # They are those of the text models.
+        return False
+
+    def alone(self, c: Config) -> Config:
+        tokens = {name: c[name] for name in _TOKENS if name in c}
+        of_text = {"model_type": Gemma3.name, "architectures": [Gemma3.architecture]}
+        return tokens | c["text_config"] | of_text | {"tie_word_embeddings": True}
+
+    def read(self, c: Config) -> DecoderConfig:
+        expect(c, "tie_word_embeddings", (True,), True)
+        return super().read(self.alone(c))
+
+    def layout(self, config: DecoderConfig, names: Names | None) -> dict[str, Source]:
+        # What files call the layers, and what the network itself does, and with it peft.
+        prefix = "model.language_model." if names is None else "language_model.model."
+        return {
+            ours: source._replace(name=prefix + source.name.removeprefix("model."))
+            for ours, source in super().layout(config, names).items()
+        }

@@ -15,7 +15,7 @@ from bdia_jax.interop.families.rotary import (
     read_rope,
     write_rope,
 )
-from bdia_jax.interop.families.windows import layer_types, read_windows
+from bdia_jax.interop.families.windows import layer_types, read_one_window, read_windows
 from bdia_jax.nn import DecoderConfig, llama
 
 _LINEAR = {
@@ -191,15 +191,7 @@ class Mistral(Llama):
         return {}
 
     def windows(self, c: Config) -> dict[str, Any]:
-        window = c.get("sliding_window", 4096)
-        every = (window is not None,) * c["num_hidden_layers"]
-        found = read_windows(c, window, usual=every)
-        if found["windowed"] is not None:
-            raise FolderError(
-                "config.json: layer_types must be one for all blocks, because transformers ignores "
-                f"them in {self.name}; got {', '.join(c['layer_types'])}"
-            )
-        return found
+        return read_one_window(c, c.get("sliding_window", 4096))
 
     def write_windows(self, config: DecoderConfig) -> dict[str, Any]:
         return {"sliding_window": config.window}

@@ -10,7 +10,7 @@ from bdia_jax.interop.checkpoint import Checkpoint, FolderError
 from bdia_jax.interop.families.family import BLOCKS, Config, Names, Source, spans
 from bdia_jax.interop.families.llama import PLAIN, Llama
 from bdia_jax.interop.families.rotary import read_rope, read_share, write_rope
-from bdia_jax.interop.families.windows import read_windows
+from bdia_jax.interop.families.windows import read_one_window
 from bdia_jax.nn import DecoderConfig, LongScaling
 
 _QKV = ("attention.q", "attention.k", "attention.v")
@@ -35,9 +35,7 @@ class Phi3(Llama):
         return {}
 
     def windows(self, c: Config) -> dict[str, Any]:
-        # Its models with layer types are of other architectures.
-        window = c.get("sliding_window")
-        return read_windows(c, window, usual=(window is not None,) * c["num_hidden_layers"])
+        return read_one_window(c, c.get("sliding_window"))
 
     def write_windows(self, config: DecoderConfig) -> dict[str, Any]:
         return {"sliding_window": config.window}

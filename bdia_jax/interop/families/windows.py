@@ -40,6 +40,21 @@ def read_windows(c: Config, window: int | None, usual: tuple[bool, ...]) -> dict
     return {"window": window, "windowed": None if all(usual) else usual}
 
 
+def read_one_window(c: Config, window: int | None) -> dict[str, Any]:
+    """The same of architectures that have it in all blocks.
+
+    Raises:
+      FolderError: for layer types that differ, which transformers ignores in them.
+    """
+    found = read_windows(c, window, usual=(window is not None,) * c["num_hidden_layers"])
+    if found["windowed"] is not None or (window is not None and found["window"] is None):
+        raise FolderError(
+            f"config.json: with sliding_window = {window}, layer_types must be {SLIDING}, because "
+            f"transformers ignores them in this architecture; got {', '.join(c['layer_types'])}"
+        )
+    return found
+
+
 def layer_types(config: DecoderConfig) -> list[str]:
     """The inverse: a name for every block."""
     every = (config.window is not None,) * config.depth
