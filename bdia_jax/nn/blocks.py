@@ -101,11 +101,12 @@ class FeedForward(nnx.Module):
         self.gate = linear(width, hidden) if gated else None
         self.down = linear(hidden, width)
         self.dropout = Dropout(dropout, rngs=rngs)
-        self.gated = _GATED[activation]
+        self.activation = activation
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         """Applied to every position alike."""
-        y = _gelu(self.up(x)) if self.gate is None else self.gated(self.gate(x), self.up(x))
+        gated = _GATED[self.activation]
+        y = _gelu(self.up(x)) if self.gate is None else gated(self.gate(x), self.up(x))
         return self.dropout(self.down(self.dropout(y)))
 
 
