@@ -28,6 +28,23 @@ CONFIGS = {
     "gpt2": DecoderConfig(**TEXT),
     "gpt2-plain": DecoderConfig(**TEXT, attention="plain", ffn_chunk=5),
     "llama": llama(**TEXT, kv_heads=2, qk_norm=True, rope_scaling=RotaryScaling(original_length=8)),
+    "gemma": llama(
+        **TEXT,
+        norm_place="both",
+        zero_centered_norm=True,
+        feed_forward="geglu",
+        qk_norm=True,
+        window=5,
+        windowed=(True, False),
+        window_rope_theta=100.0,
+        attention_scale=0.3,
+        attention_cap=2.0,
+        logit_cap=3.0,
+        embedding_scale=4.0,
+    ),
+    "olmo": llama(
+        **TEXT, kv_heads=2, norm_place="after", qk_norm_whole=True, rotated=(True, False)
+    ),
     "encoder-decoder": EncoderDecoderConfig(
         source_vocab=23, max_length=16, width=16, encoder_depth=2, decoder_depth=2, heads=2
     ),

@@ -45,7 +45,30 @@ LLAMA = llama(
 )
 QWEN2 = dataclasses.replace(LLAMA, qkv_bias=True, tied_head=True, rope_scaling=None)
 QWEN3 = dataclasses.replace(LLAMA, qk_norm=True, head_dim=8, rope_scaling=None)
-FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3}
+GEMMA = dataclasses.replace(
+    QWEN3,
+    norm_place="both",
+    zero_centered_norm=True,
+    feed_forward="geglu",
+    window=4,
+    windowed=(True, False, True),
+    window_rope_theta=100.0,
+    attention_scale=0.3,
+    attention_cap=2.0,
+    logit_cap=3.0,
+    embedding_scale=4.0,
+)
+OLMO = dataclasses.replace(
+    LLAMA, norm_place="after", qk_norm_whole=True, window=5, rotated=(True, False, True)
+)
+FAMILIES = {
+    "gpt2": GPT2,
+    "llama": LLAMA,
+    "qwen2": QWEN2,
+    "qwen3": QWEN3,
+    "gemma": GEMMA,
+    "olmo": OLMO,
+}
 
 
 def tokens_of(config, batch=2, length=12, seed=0):
@@ -78,16 +101,16 @@ def attention_inputs(queries, keys, heads=4, kv_heads=2, dim=6, dtype=jnp.float6
 
 
 @pytest.mark.parametrize(
-    ("queries", "keys", "chunk", "causal", "segmented"),
+    ("queries", "keys", "chunk", "causal", "segmented", "window"),
     [
-        (9, 9, 4, True, False),
-        (9, 9, 3, True, True),
-        (7, 10, 4, False, False),
-        (5, 10, 128, False, True),
-        (1, 8, 8, True, False),
+        (9, 9, 4, True, False, None),
+        (9, 9, 3, True, True, 2),
+        (7, 10, 4, False, False, None),
+        (5, 10, 128, False, True, None),
+        (1, 8, 8, True, False, 5),
     ],
 )
-def test_chunked_attention_is_attention(queries, keys, chunk, causal, segmented):
+def test_chunked_attention_is_attention(queries, keys, chunk, causal, segmented, window):
     with jax.enable_x64(True):
         q, k, v, w = attention_inputs(queries, keys)
         offset = keys - queries
@@ -95,6 +118,8 @@ def test_chunked_attention_is_attention(queries, keys, chunk, causal, segmented)
         segments = None
         if causal:
             allowed &= np.arange(keys) <= offset + np.arange(queries)[:, None]
+        if window is not None:
+            allowed &= np.arange(keys) > offset + np.arange(queries)[:, None] - window
         if segmented:
             of_keys = np.array([np.sort(np.arange(keys) % 3), np.arange(keys) // 5])
             segments = of_keys[:, offset:], of_keys
@@ -108,6 +133,7 @@ def test_chunked_attention_is_attention(queries, keys, chunk, causal, segmented)
                 causal=causal,
                 offset=offset,
                 chunk=chunk,
+                window=window,
                 segments=None if segments is None else tuple(map(jnp.asarray, segments)),
             )
             return jnp.sum(y * w), y
@@ -121,6 +147,27 @@ def test_chunked_attention_is_attention(queries, keys, chunk, causal, segmented)
     # Accumulated in float32.
     np.testing.assert_allclose(y, y_expected, rtol=1e-5, atol=1e-6)
     trees_close(grads, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kernel", ["chunked", "plain"])
+def test_capped_scores(kernel):
+    """The equation, in values and gradients; among keys that may not be attended to."""
+    with jax.enable_x64(True):
+        q, k, v, w = attention_inputs(5, 5, kv_heads=4)
+        window = jnp.int32(3)
+
+        def ours(q, k, v):
+            options = {"window": window, "scale": 0.7, "cap": 1.5}
+            return jnp.sum(w * attend(q, k, v, kernel=kernel, causal=True, **options))
+
+        def plain(q, k, v):
+            scores = 1.5 * jnp.tanh(0.7 * jnp.einsum("bqhd,bkhd->bhqk", q, k) / 1.5)
+            allowed = jnp.tril(jnp.ones((5, 5), bool)) & jnp.triu(jnp.ones((5, 5), bool), -2)
+            weights = jax.nn.softmax(jnp.where(allowed, scores, -jnp.inf))
+            return jnp.sum(w * jnp.einsum("bhqk,bkhd->bqhd", weights, v))
+
+        found, expected = (jax.value_and_grad(f, (0, 1, 2))(q, k, v) for f in (ours, plain))
+    trees_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -152,9 +199,13 @@ def test_kernels_agree(causal, segmented):
         segments = jnp.array([[0, 0, 0, 1, 1, 1], [5, 5, 6, 6, 6, 6]])
         segments = segments, segments.at[1, :2].set(7)
 
+    options = {"causal": causal, "segments": segments}
+    if causal:
+        options |= {"window": jnp.int32(4), "scale": 0.5}
+
     def run(kernel):
         def total(q, k, v):
-            return jnp.sum(w * attend(q, k, v, kernel=kernel, causal=causal, segments=segments))
+            return jnp.sum(w * attend(q, k, v, kernel=kernel, **options))
 
         return jax.value_and_grad(total, (0, 1, 2))(q, k, v)
 
@@ -170,6 +221,9 @@ def test_the_table_of_kernels():
         if not kernel.drops:
             with pytest.raises(ValueError, match=f"{name} attention cannot drop weights.*0.1"):
                 attend(q, k, v, kernel=name, dropout=0.1, key=jax.random.key(0))
+        if not kernel.caps:
+            with pytest.raises(ValueError, match=f"{name} attention cannot cap scores; got cap=2"):
+                attend(q, k, v, kernel=name, cap=2.0)
     dropping = attend(q, k, v, kernel="plain", dropout=0.5, key=jax.random.key(0))
     assert jnp.abs(dropping - attend(q, k, v, kernel="plain")).max() > 0.1
 
@@ -468,11 +522,14 @@ def test_fused_attention_is_chosen_where_it_can_be_had(monkeypatch):
         ("gpt2", "xla", 5, 0.0),
         ("qwen3", "xla", 8, 0.0),
         ("llama", "plain", None, 0.0),
+        ("gemma", "chunked", None, 0.0),
+        ("olmo", "chunked", 5, 0.0),
     ],
 )
 def test_every_family_is_reversible_in_bfloat16(family, attention, chunk, dropout):
+    of = FAMILIES[family]
     config = dataclasses.replace(
-        FAMILIES[family],
+        of,
         dtype="bfloat16",
         attention=attention,
         dropout=dropout,
@@ -480,6 +537,7 @@ def test_every_family_is_reversible_in_bfloat16(family, attention, chunk, dropou
         width=64,
         head_dim=16,
         ffn_chunk=chunk,
+        **{name: flags * 2 for name in ("windowed", "rotated") if (flags := getattr(of, name))},
     )
     model = Decoder(config, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (4, 24, 64), jnp.bfloat16)
@@ -523,7 +581,24 @@ def test_the_network_refuses():
             {"attention": "xla", "dropout": 0.1},
             "dropout = 0.1, attention must be one of auto, chunked, plain; got 'xla'",
         ),
+        (
+            {"attention": "cudnn", "attention_cap": 2.0},
+            "attention_cap = 2.0, attention must be one of auto, chunked, plain; got 'cudnn'",
+        ),
         ({"depth": 0}, "depth must be an int >= 1; got 0"),
+        ({"rotary_dim": 3, "positions": "rotary"}, "rotary_dim must be even; got 3"),
+        (
+            {"rotary_dim": 6, "positions": "rotary"},
+            "rotary_dim must be at most head_dim = 4; got 6",
+        ),
+        ({"window": 0}, "window must be an int >= 1; got 0"),
+        ({"windowed": (True,) * 3}, "windowed needs a window; got window = None"),
+        ({"window_rope_theta": 10.0}, "window_rope_theta needs a window; got window = None"),
+        ({"window": 4, "windowed": (True,)}, "windowed must have .* each of 3 blocks; got 1"),
+        ({"rotated": (True,)}, "rotated must have an entry for each of 3 blocks; got 1"),
+        ({"zero_centered_norm": True}, "zero_centered_norm needs norm = 'rms'; got 'layer'"),
+        ({"qk_norm": True, "qk_norm_whole": True}, "exclude each other; got both"),
+        ({"logit_cap": 0.0}, "logit_cap must be positive; got 0.0"),
         ({"ffn_chunk": 0}, "ffn_chunk must be an int >= 1; got 0"),
         (
             {"attention": "flash"},

@@ -125,7 +125,8 @@ LLAMA3 = {
         ({"dtype": "bfloat16", "torch_dtype": "float16"}, "dtype is 'bfloat16', torch_dtype is"),
         ({"architectures": ["MistralForCausalLM"]}, "model_type is 'llama', architectures is Mis"),
         # No contradictions, but nothing that there is an equivalent of.
-        ({"rope_parameters": YARN}, "rope_type must be default or llama3; got 'yarn'"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "one of default, llama3, .*got 'dynamic'"),
+        ({"rope_parameters": YARN}, "lacks 'original_max_position_embeddings'"),
         ({"rope_parameters": {"full_attention": {}}}, "rope_parameters may have .*full_attention"),
         ({"rope_parameters": LLAMA3 | {"factor": None}}, "lacks 'factor'"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1; got 0.5"),

@@ -17,8 +17,7 @@ import translate
 import vit
 from measure import gpt2_small_data
 
-from bdia_jax.nn import DecoderConfig
-from bdia_jax.nn.positions import RotaryScaling
+from bdia_jax.nn import DecoderConfig, LinearScaling, LongScaling, RotaryScaling, YarnScaling
 from bdia_jax.train import TrainSettings, read_settings, settings_file, to_yaml
 from bdia_jax.train.run_folder import make_run_folder
 
@@ -90,6 +89,10 @@ def written(tmp_path, text):
         gpt2_small_data.SmallData(
             model=DecoderConfig(positions="rotary", rope_scaling=RotaryScaling(8.0, 1.0, 4.0, 64))
         ),
+        # The first has no setting that the other kinds do not have, too.
+        DecoderConfig(rope_scaling=LinearScaling(factor=2.0), window=3, windowed=(True, False) * 2),
+        DecoderConfig(rope_scaling=YarnScaling(factor=2.0, amplitude=1.5)),
+        DecoderConfig(rope_scaling=LongScaling(short=(1.0,) * 16, long=(2.0,) * 16)),
         TrainSettings(stop_at=7),
         Everything(1, pathlib.Path("p")),
         Everything(

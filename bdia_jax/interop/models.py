@@ -85,7 +85,8 @@ def load(path: str | os.PathLike, *, quantize: Kind | None = None, **settings: A
                 found = arrays.quantized(name, leaf.shape, layout[name], checkpoint, quantize)
                 for which, value in found._asdict().items():
                     state[*keys[:-1], which] = flat[*keys[:-1], which].replace(value)
-        if unused := checkpoint.unused():
+        unused = [name for name in checkpoint.unused() if not name.startswith(family.others)]
+        if unused:
             raise FolderError(
                 f"{checkpoint.where}: tensors that no parameter is made from: {', '.join(unused)}"
             )

@@ -101,7 +101,7 @@ def _config_json(
 ) -> dict[str, Any]:
     """What is written: what was given, if it is of such a model."""
     plain = families.write(config)
-    written = dict(plain if given is None else given)
+    written = dict(plain if given is None else families.named(given).alone(given))
     # Weights may be untied that were loaded from a folder which says they are tied.
     written["tie_word_embeddings"] = config.tied_head
     if differences := describe(families.read(written), families.read(plain)):

@@ -21,9 +21,9 @@ from bdia_jax.nn.gamma import choose_gamma, set_step
 from bdia_jax.nn.generation import beam_search, generate
 from bdia_jax.nn.lora import Frozen, LowRankLinear, add_lora, freeze, merge_lora, unfreeze
 from bdia_jax.nn.losses import cross_entropy
-from bdia_jax.nn.positions import RotaryScaling
 from bdia_jax.nn.quantized import QuantizedLinear, expand_base, quantize_base
 from bdia_jax.nn.resnet import ResNet
+from bdia_jax.nn.rotary_scaling import LinearScaling, LongScaling, RotaryScaling, YarnScaling
 from bdia_jax.nn.settings import METHODS, ReversibleSettings
 from bdia_jax.nn.stack import CoupledStack, Probe, ReversibleStack
 from bdia_jax.nn.vision import VisionTower, VisionTowerConfig
@@ -42,6 +42,8 @@ __all__ = [
     "Frozen",
     "GroupedQueryAttention",
     "LinearAttention",
+    "LinearScaling",
+    "LongScaling",
     "LowRankLinear",
     "Probe",
     "QuantizedLinear",
@@ -56,6 +58,7 @@ __all__ = [
     "ViTConfig",
     "VisionTower",
     "VisionTowerConfig",
+    "YarnScaling",
     "add_lora",
     "beam_search",
     "choose_gamma",

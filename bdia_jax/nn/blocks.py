@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from bdia_jax.nn.chunks import by_chunks
-from bdia_jax.nn.configs import DecoderConfig
+from bdia_jax.grid import accumulator
 from bdia_jax.nn.dropout import Dropout
-from bdia_jax.nn.settings import DTYPES
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -32,10 +30,44 @@ class RMSNorm(nnx.RMSNorm):
         return jax.checkpoint(super().__call__)(x)
 
 
-class FeedForward(nnx.Module):
-    """Linear, GELU, linear, with dropout after both; or gated, ``down(silu(gate(x)) * up(x))``.
+class ZeroCenteredRMSNorm(nnx.Module):
+    """``x / rms(x) * (1 + scale)``, in float32 (float64), whatever the scale is kept in.
 
-    (SwiGLU: Shazeer, "GLU Variants Improve Transformer", 2020.)
+    Of a small scale, 1 + scale in bfloat16 would lose most (Gemma's norms).
+    """
+
+    def __init__(
+        self,
+        width: int,
+        *,
+        epsilon: float,
+        dtype: jnp.dtype,
+        param_dtype: jnp.dtype,
+        rngs: nnx.Rngs,
+    ):
+        del rngs
+        self.scale = nnx.Param(jnp.zeros(width, param_dtype))
+        self.epsilon, self.dtype = epsilon, dtype
+
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        """Over the last axis; the derivative keeps the argument."""
+
+        @jax.checkpoint
+        def normalized(x, scale):
+            wide = accumulator(x.dtype)
+            x = x.astype(wide)
+            square = jnp.mean(x * x, axis=-1, keepdims=True)
+            x *= jax.lax.rsqrt(square + self.epsilon)
+            factor = 1 + scale.astype(wide).reshape((1,) * (x.ndim - 1) + scale.shape)
+            return (x * factor).astype(self.dtype)
+
+        return normalized(x, self.scale[...])
+
+
+class FeedForward(nnx.Module):
+    """Linear, GELU, linear, with dropout after both; or gated, ``down(act(gate(x)) * up(x))``.
+
+    (SwiGLU and GEGLU: Shazeer, "GLU Variants Improve Transformer", 2020.)
     """
 
     def __init__(
@@ -44,6 +76,7 @@ class FeedForward(nnx.Module):
         hidden: int,
         *,
         gated: bool = False,
+        activation: Literal["silu", "gelu"] = "silu",
         bias: bool = True,
         dropout: float = 0.0,
         dtype: jnp.dtype = jnp.float32,
@@ -51,6 +84,8 @@ class FeedForward(nnx.Module):
         kernel_init: nnx.Initializer | None = None,
         rngs: nnx.Rngs,
     ):
+        """``activation`` is that of a gate."""
+
         def linear(inputs, outputs):
             return nnx.Linear(
                 inputs,
@@ -66,50 +101,22 @@ class FeedForward(nnx.Module):
         self.gate = linear(width, hidden) if gated else None
         self.down = linear(hidden, width)
         self.dropout = Dropout(dropout, rngs=rngs)
+        self.activation = activation
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         """Applied to every position alike."""
-        y = _gelu(self.up(x)) if self.gate is None else _swiglu(self.gate(x), self.up(x))
+        gated = _GATED[self.activation]
+        y = _gelu(self.up(x)) if self.gate is None else gated(self.gate(x), self.up(x))
         return self.dropout(self.down(self.dropout(y)))
 
 
 # Their derivatives keep the arguments only, rather than four arrays of the hidden layer's size;
 # what is computed again is a part of what writing and reading those would cost.
 _gelu = jax.checkpoint(jax.nn.gelu)
-_swiglu = jax.checkpoint(lambda gate, y: jax.nn.silu(gate) * y)
-
-
-def make_norm(config: DecoderConfig, width: int, rngs: nnx.Rngs) -> nnx.Module:
-    """Layer or root-mean-square normalization, as configured."""
-    kind = LayerNorm if config.norm == "layer" else RMSNorm
-    return kind(
-        width,
-        epsilon=config.norm_epsilon,
-        dtype=DTYPES[config.dtype],
-        param_dtype=DTYPES[config.param_dtype],
-        rngs=rngs,
-    )
-
-
-def make_feed_forward(c: DecoderConfig, rngs: nnx.Rngs) -> FeedForward:
-    """The feed-forward network of a block, as configured."""
-    return FeedForward(
-        c.width,
-        c.hidden or 4 * c.width,
-        gated=c.feed_forward == "swiglu",
-        bias=c.ffn_bias,
-        dtype=DTYPES[c.dtype],
-        param_dtype=DTYPES[c.param_dtype],
-        kernel_init=nnx.initializers.normal(0.02),
-        rngs=rngs,
-    )
-
-
-def feed_forward(
-    block: Any, x: Float[Array, "batch length width"]
-) -> Float[Array, "batch length width"]:
-    """``ffn(norm(x))`` of a block; a chunk of positions at a time, if it says so."""
-    return by_chunks(lambda x: block.ffn(block.ffn_norm(x)), x, block.ffn_chunk)
+_GATED = {
+    "silu": jax.checkpoint(lambda gate, y: jax.nn.silu(gate) * y),
+    "gelu": jax.checkpoint(lambda gate, y: jax.nn.gelu(gate) * y),
+}
 
 
 class Block(nnx.Module):

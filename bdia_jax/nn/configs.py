@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from bdia_jax.nn.attention.kernels import KERNELS, KernelName
-from bdia_jax.nn.positions import RotaryScaling
+from bdia_jax.nn.decoder_config import DecoderConfig, ParamDtype, llama
 from bdia_jax.nn.settings import (
     COUPLED,
     CoupledMethod,
@@ -16,7 +15,7 @@ from bdia_jax.nn.settings import (
     check_sizes,
 )
 
-ParamDtype = Literal["float32", "bfloat16", "float64"]
+__all__ = ["DecoderConfig", "EncoderDecoderConfig", "ResNetConfig", "ViTConfig", "llama"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,118 +138,6 @@ class ResNetConfig(ReversibleSettings):
                 f"{len(self.widths)} stages; got {self.image_size}"
             )
         check_dropout(self)
-
-
-@dataclasses.dataclass(frozen=True)
-class DecoderConfig(ReversibleSettings):
-    """A pre-norm decoder. The defaults are GPT-2's kind; :func:`llama` gives the other."""
-
-    vocab_size: int = 256
-    """Number of tokens."""
-    max_length: int = 1024
-    """Most positions of a sequence."""
-    width: int = 128
-    """Features of the residual stream."""
-    depth: int = 4
-    """Number of blocks."""
-    heads: int = 4
-    """Attention heads."""
-    kv_heads: int | None = None
-    """Heads of keys and values, each for heads / kv_heads heads; None for as many as heads."""
-    head_dim: int | None = None
-    """Features per head; None for width / heads."""
-    hidden: int | None = None
-    """Features of the hidden layer of the feed-forward network; None for 4 width."""
-    norm: Literal["layer", "rms"] = "layer"
-    """Layer normalization, or that by the root mean square."""
-    norm_epsilon: float = 1e-5
-    """Added to the variance, or the mean square."""
-    positions: Literal["learned", "rotary"] = "learned"
-    """Learned vectors, added to the embedding; or rotation of queries and keys."""
-    rope_theta: float = 10_000.0
-    """Base of the wavelengths of rotary positions."""
-    rope_scaling: RotaryScaling | None = None
-    """For contexts longer than those of the first training."""
-    feed_forward: Literal["gelu", "swiglu"] = "gelu"
-    """Two matrices and a GELU, or three and a gate."""
-    qkv_bias: bool = True
-    """Whether queries, keys and values have biases."""
-    out_bias: bool = True
-    """Whether the output of attention has a bias."""
-    ffn_bias: bool = True
-    """Whether the feed-forward network has biases."""
-    qk_norm: bool = False
-    """Whether queries and keys are normalized, head by head (Qwen 3)."""
-    tied_head: bool = True
-    """Whether the output matrix is that of the embedding."""
-    dropout: float = 0.0
-    """Probability of dropping: on the embedding, the attention weights and both updates."""
-    attention: KernelName = "auto"
-    """chunked: over the keys in chunks, without the length × length matrix; plain: with it; xla,
-    cudnn: implementations of jax.nn.dot_product_attention (no dropout of the weights; cudnn:
-    NVIDIA's fused one, in bfloat16 or float16; segments are a length × length mask to both). auto:
-    cudnn where it can be had, chunked elsewhere."""
-    ffn_chunk: int | None = None
-    """Positions of which the hidden layer of the feed-forward network exists at a time. It is then
-    computed once more in the backward pass: less memory, more time. None for all positions."""
-    param_dtype: ParamDtype = "float32"
-    """What the parameters are kept in."""
-
-    def __post_init__(self):
-        super().__post_init__()
-        check_sizes(
-            self,
-            "vocab_size",
-            "max_length",
-            "width",
-            "depth",
-            "heads",
-            "kv_heads",
-            "head_dim",
-            "hidden",
-            "ffn_chunk",
-        )
-        if self.head_dim is None and self.width % self.heads:
-            raise ValueError(
-                f"heads must divide width = {self.width}, or head_dim be given; got {self.heads}"
-            )
-        if self.heads % self.num_kv_heads:
-            raise ValueError(f"kv_heads must divide heads = {self.heads}; got {self.num_kv_heads}")
-        if self.positions == "rotary" and self.size_of_head % 2:
-            raise ValueError(
-                f"rotary positions turn pairs: head_dim must be even; got {self.size_of_head}"
-            )
-        check_dropout(self)
-        dropping = ["auto", *(name for name, kernel in KERNELS.items() if kernel.drops)]
-        if self.dropout and self.attention not in dropping:
-            raise ValueError(
-                f"with dropout = {self.dropout}, attention must be one of {', '.join(dropping)}; "
-                f"got {self.attention!r}"
-            )
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Heads of keys and values."""
-        return self.kv_heads or self.heads
-
-    @property
-    def size_of_head(self) -> int:
-        """Features per head."""
-        return self.head_dim or self.width // self.heads
-
-
-def llama(**settings) -> DecoderConfig:
-    """A configuration of the Llama kind: RMS norm, rotary positions, gated, without biases."""
-    kind = {
-        "norm": "rms",
-        "positions": "rotary",
-        "feed_forward": "swiglu",
-        "qkv_bias": False,
-        "out_bias": False,
-        "ffn_bias": False,
-        "tied_head": False,
-    }
-    return DecoderConfig(**(kind | settings))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
+from bdia_jax.nn.caps import soft_cap
 from bdia_jax.nn.configs import DecoderConfig
 from bdia_jax.nn.dropout import Dropout
 from bdia_jax.nn.losses import Sums, cross_entropy, logits
 from bdia_jax.nn.positions import Angles, lookup, rotary_angles
 from bdia_jax.nn.settings import DTYPES
-from bdia_jax.nn.stack import ReversibleStack
+from bdia_jax.nn.stack import PerBlock, ReversibleStack
 from bdia_jax.nn.text_blocks import DecoderBlock, make_norm
 
 
@@ -33,6 +36,7 @@ class Decoder(nnx.Module):
             **c.of_stack(c.depth, DecoderBlock.PARTS),
             rngs=rngs,
         )
+        fill_in(self.blocks, c)
         self.norm = make_norm(c, c.width, rngs)
         self.head = (
             None if c.tied_head else nnx.Param(init(rngs.params(), (c.vocab_size, c.width), dtype))
@@ -68,7 +72,7 @@ class Decoder(nnx.Module):
 
     def logits(self, features: Float[Array, "*batch width"]) -> Float[Array, "*batch vocab"]:
         """In float32 (float64)."""
-        return logits(features, self.output_matrix())
+        return soft_cap(logits(features, self.output_matrix()), self.config.logit_cap)
 
     def output_matrix(self) -> Float[Array, "vocab width"]:
         """That of the head, or of the embedding."""
@@ -94,7 +98,8 @@ class Decoder(nnx.Module):
           chunk: number of tokens; None as in :func:`cross_entropy`.
         """
         x = self.features(tokens, segments=segments, positions=positions, key=key)
-        return cross_entropy(x, self.output_matrix(), targets, weights, chunk=chunk)
+        cap = self.config.logit_cap
+        return cross_entropy(x, self.output_matrix(), targets, weights, cap=cap, chunk=chunk)
 
     def new_cache(self, batch: int, slots: int) -> tuple[Array, Array]:
         """Room for the keys and values of ``slots`` positions, of all blocks."""
@@ -135,14 +140,25 @@ class Decoder(nnx.Module):
         x = lookup(self.embedding[...], tokens)
         if self.positions is not None:
             x += lookup(self.positions[...], positions)
-        return x.astype(DTYPES[self.config.dtype])
+        x, scale = x.astype(DTYPES[self.config.dtype]), self.config.embedding_scale
+        return x if scale is None else x * jnp.asarray(scale, x.dtype)
 
     def angles(self, positions: Int[Array, "batch length"]) -> Angles | None:
-        """Of rotary positions; all blocks are given them."""
+        """Of rotary positions; all blocks are given them, and pick their kind if there are several.
+
+        Of blocks that do not rotate among others that do, the angles are 0.
+        """
         c = self.config
-        if c.positions == "learned":
+        kinds = dict.fromkeys(c.rotations)
+        if [*kinds] == [None]:
             return None
-        return rotary_angles(positions, c.size_of_head, theta=c.rope_theta, scaling=c.rope_scaling)
+        found = [
+            rotary_angles(jnp.zeros_like(positions), c.turned)
+            if kind is None
+            else rotary_angles(positions, c.turned, longest=c.max_length, **kind._asdict())
+            for kind in kinds
+        ]
+        return found[0] if len(found) == 1 else jax.tree.map(lambda *a: jnp.stack(a), *found)
 
     def _check(self, tokens):
         if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
@@ -155,3 +171,16 @@ class Decoder(nnx.Module):
                 f"sequences may have {self.config.max_length} tokens (max_length); "
                 f"got {tokens.shape[1]}"
             )
+
+
+def fill_in(blocks: ReversibleStack, c: DecoderConfig) -> None:
+    """Gives the attention of every block its window and its kind of angles, if these differ."""
+    attention = cast(DecoderBlock, blocks.stacked).attention
+    kinds = [*dict.fromkeys(c.rotations)]
+    for variable, numbers in (
+        # No sequence is as long as that.
+        (attention.window, [window or c.max_length for window in c.windows]),
+        (attention.rotation, [kinds.index(kind) for kind in c.rotations]),
+    ):
+        if isinstance(variable, PerBlock):
+            variable[...] = jnp.asarray(numbers, jnp.int32)

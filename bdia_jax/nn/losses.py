@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from bdia_jax.grid import accumulator
+from bdia_jax.nn.caps import soft_cap
 from bdia_jax.nn.chunks import cut
 
 METRICS: dict[str, Callable[[Array, Array], Array]] = {
@@ -80,6 +81,7 @@ def cross_entropy(
     weights: Float[Array, "batch length"] | None = None,
     *,
     label_smoothing: float = 0.0,
+    cap: float | None = None,
     chunk: int | None = None,
 ) -> Sums:
     """Cross-entropy of ``targets`` under the logits ``features matrixᵀ``, in chunks of tokens.
@@ -93,6 +95,7 @@ def cross_entropy(
       targets: in [0, vocab), or the loss is NaN; anything where the weight is 0.
       weights: of the positions; None for 1.
       label_smoothing: share of the target that is spread over the vocabulary, in [0, 1).
+      cap: of the logits (:func:`bdia_jax.nn.caps.soft_cap`); None for no cap.
       chunk: number of tokens whose logits exist at once (at least one per sequence); None for
         1,024, or fewer if these have more than 2^25 logits.
     """
@@ -121,7 +124,7 @@ def cross_entropy(
 
     @jax.checkpoint
     def part(matrix, features, targets, weights) -> Sums:
-        each = logits(features, matrix)
+        each = soft_cap(logits(features, matrix), cap)
         norm = jax.nn.logsumexp(each, axis=-1)
         # By comparing, not by indexing: the derivative of that would scatter into a copy of each.
         # A product, not a selection, of which the zeros would be kept for the derivative.

@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from bdia_jax.grid import accumulator
+from bdia_jax.nn.rotary_scaling import Scaling
 
-Angles = tuple[Float[Array, "batch length pair"], Float[Array, "batch length pair"]]
-"""Cosines and sines by which pairs of features are rotated."""
+Angles = tuple[Float[Array, "*kind batch length pair"], Float[Array, "*kind batch length pair"]]
+"""Cosines and sines by which pairs of features are rotated; of each kind, if blocks differ."""
 
 
-@dataclasses.dataclass(frozen=True)
-class RotaryScaling:
-    """How Llama 3.1 stretches rotary positions beyond the length it was first trained at."""
+class Rotation(NamedTuple):
+    """How a block rotates queries and keys."""
 
-    factor: float = 8.0
-    """Low frequencies are divided by it."""
-    low_freq_factor: float = 1.0
-    """What turns less often than this over the original length is a low frequency."""
-    high_freq_factor: float = 4.0
-    """What turns more often than this is left as it is; between, a mixture."""
-    original_length: int = 8192
-    """Positions in the first training."""
+    theta: float
+    """Base of the wavelengths."""
+    scaling: Scaling | None = None
+    """For contexts longer than those of the first training."""
 
 
 def rotary_angles(
@@ -33,31 +28,38 @@ def rotary_angles(
     head_dim: int,
     *,
     theta: float = 10_000.0,
-    scaling: RotaryScaling | None = None,
+    scaling: Scaling | None = None,
+    longest: int = 0,
 ) -> Angles:
     """Angles that grow with the position (Su et al., "RoFormer", 2021).
 
     Args:
       positions: of the tokens in their texts.
-      head_dim: features per head, of which i and i + head_dim/2 are a pair.
+      head_dim: features that are rotated per head, of which i and i + head_dim/2 are a pair.
       theta: base of the wavelengths.
       scaling: for contexts longer than those of the first training.
+      longest: positions of the longest sequence of the network, for ``scaling``.
     """
     pairs = head_dim // 2
     frequency = theta ** (-jnp.arange(pairs, dtype=jnp.float32) / pairs)
-    if (s := scaling) is not None:
-        turns = s.original_length * frequency / (2 * math.pi)
-        share = (turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
-        share = jnp.clip(share, 0, 1)
-        frequency = share * frequency + (1 - share) * frequency / s.factor
+    if scaling is not None:
+        frequency = scaling.frequencies(frequency, theta, longest)
     angle = positions[..., None].astype(jnp.float32) * frequency[None, None]
-    return jnp.cos(angle), jnp.sin(angle)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    if scaling is not None and scaling.amplitude != 1:
+        return cos * scaling.amplitude, sin * scaling.amplitude
+    return cos, sin
 
 
 def rotate(
     x: Float[Array, "batch length head dim"], angles: Angles
 ) -> Float[Array, "batch length head dim"]:
-    """Rotates the pairs of features i and i + dim/2; in float32 (float64)."""
+    """Rotates the pairs of features i and i + dim/2; in float32 (float64).
+
+    With angles for fewer pairs, those of the first features, as if the others were not there.
+    """
+    if (turned := 2 * angles[0].shape[-1]) < x.shape[-1]:
+        return jnp.concatenate([rotate(x[..., :turned], angles), x[..., turned:]], axis=-1)
     wide = accumulator(x.dtype)
     cos, sin = (a[:, :, None].astype(wide) for a in angles)
     a, b = jnp.split(x.astype(wide), 2, axis=-1)

@@ -25,6 +25,10 @@ class Probe(nnx.Variable):
     """Holds zeros; the "gradient" by it is the :class:`bdia_jax.BackwardReport` of a stack."""
 
 
+class PerBlock(nnx.Variable):
+    """A number that differs from block to block, and is not trained."""
+
+
 class StackedBlocks(nnx.Module):
     """``depth`` blocks of one kind, with stacked parameters; what runs them is a subclass.
 

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from bdia_jax.nn.attention import GroupedQueryAttention
 from bdia_jax.nn.attention.grouped import KeysValues
-from bdia_jax.nn.blocks import Block, FeedForward, LayerNorm, RMSNorm
+from bdia_jax.nn.blocks import Block, FeedForward, LayerNorm, RMSNorm, ZeroCenteredRMSNorm
 from bdia_jax.nn.chunks import by_chunks
 from bdia_jax.nn.configs import DecoderConfig
 from bdia_jax.nn.dropout import Dropout
 from bdia_jax.nn.positions import Angles
 from bdia_jax.nn.settings import DTYPES
+from bdia_jax.nn.stack import PerBlock
 
 
 def make_norm(config: DecoderConfig, width: int, rngs: nnx.Rngs) -> nnx.Module:
     """Layer or root-mean-square normalization, as configured."""
-    kind = LayerNorm if config.norm == "layer" else RMSNorm
+    rms = ZeroCenteredRMSNorm if config.zero_centered_norm else RMSNorm
+    kind = LayerNorm if config.norm == "layer" else rms
     return kind(
         width,
         epsilon=config.norm_epsilon,
@@ -28,7 +31,8 @@ def make_norm(config: DecoderConfig, width: int, rngs: nnx.Rngs) -> nnx.Module:
 
 
 def make_attention(c: DecoderConfig, *, causal: bool, rngs: nnx.Rngs) -> GroupedQueryAttention:
-    """Attention, as configured."""
+    """Attention, as configured; what differs from block to block is filled in by the decoder."""
+    windows, rotations = set(c.windows), set(c.rotations)
     return GroupedQueryAttention(
         c.width,
         c.heads,
@@ -37,7 +41,14 @@ def make_attention(c: DecoderConfig, *, causal: bool, rngs: nnx.Rngs) -> Grouped
         causal=causal,
         qkv_bias=c.qkv_bias,
         out_bias=c.out_bias,
-        make_norm=(lambda width: make_norm(c, width, rngs)) if c.qk_norm else None,
+        make_norm=(
+            (lambda width: make_norm(c, width, rngs)) if c.qk_norm or c.qk_norm_whole else None
+        ),
+        norm_whole=c.qk_norm_whole,
+        scale=c.attention_scale,
+        cap=c.attention_cap,
+        window=PerBlock(jnp.int32(0)) if len(windows) > 1 else windows.pop(),
+        rotation=PerBlock(jnp.int32(0)) if len(rotations) > 1 else None,
         dropout=c.dropout,
         kernel=c.attention,
         dtype=DTYPES[c.dtype],
@@ -51,7 +62,8 @@ def make_feed_forward(c: DecoderConfig, rngs: nnx.Rngs) -> FeedForward:
     return FeedForward(
         c.width,
         c.hidden or 4 * c.width,
-        gated=c.feed_forward == "swiglu",
+        gated=c.feed_forward != "gelu",
+        activation="gelu" if c.feed_forward == "geglu" else "silu",
         bias=c.ffn_bias,
         dtype=DTYPES[c.dtype],
         param_dtype=DTYPES[c.param_dtype],
@@ -61,16 +73,26 @@ def make_feed_forward(c: DecoderConfig, rngs: nnx.Rngs) -> FeedForward:
 
 
 class DecoderBlock(Block):
-    """``h(x) = a + ffn(norm(x + a))`` with causal ``a = attn(norm(x))`` (or, on request, not)."""
+    """``h(x) = a + ffn(norm(x + a))`` with causal ``a = attn(norm(x))`` (or, on request, not).
+
+    As configured, what the sublayers return is normalized, too, or instead of their argument:
+    ``a = norm(attn(norm(x)))``. The block is still ``x + h(x)``.
+    """
 
     PARTS = ("attend", "feed_forward")
 
     def __init__(self, config: DecoderConfig, *, causal: bool = True, rngs: nnx.Rngs):
         c = config
-        self.attention_norm = make_norm(c, c.width, rngs)
+
+        def norm(*places):
+            return make_norm(c, c.width, rngs) if c.norm_place in places else None
+
+        self.attention_norm = norm("before", "both")
         self.attention = make_attention(c, causal=causal, rngs=rngs)
-        self.ffn_norm = make_norm(c, c.width, rngs)
+        self.attention_update_norm = norm("after", "both")
+        self.ffn_norm = norm("before", "both")
         self.ffn = make_feed_forward(c, rngs)
+        self.ffn_update_norm = norm("after", "both")
         self.dropout = Dropout(c.dropout, rngs=rngs)
         self.ffn_chunk = c.ffn_chunk
 
@@ -81,14 +103,18 @@ class DecoderBlock(Block):
         segments: Int[Array, "batch length"] | None = None,
     ) -> Float[Array, "batch length width"]:
         """``attn(norm(x))``."""
-        return self.dropout(self.attention(self.attention_norm(x), angles, segments))
+        a = self.attention(_normed(self.attention_norm, x), angles, segments)
+        return self.dropout(_normed(self.attention_update_norm, a))
 
     def feed_forward(
         self, x: Float[Array, "batch length width"], *_consts
     ) -> Float[Array, "batch length width"]:
         """``ffn(norm(x))``; a chunk of positions at a time, if so configured."""
-        h = by_chunks(lambda x: self.ffn(self.ffn_norm(x)), x, self.ffn_chunk)
-        return self.dropout(h)
+
+        def update(x):
+            return _normed(self.ffn_update_norm, self.ffn(_normed(self.ffn_norm, x)))
+
+        return self.dropout(by_chunks(update, x, self.ffn_chunk))
 
     def extend(
         self,
@@ -99,8 +125,14 @@ class DecoderBlock(Block):
         present: Int[Array, "batch slot"],
     ) -> tuple[Float[Array, "batch length width"], KeysValues]:
         """The update after what is in a cache, and the longer cache."""
-        a, cache = self.attention.extend(self.attention_norm(x), angles, cache, start, present)
+        z = _normed(self.attention_norm, x)
+        a, cache = self.attention.extend(z, angles, cache, start, present)
+        a = _normed(self.attention_update_norm, a)
         return a + self.feed_forward(x + a), cache
+
+
+def _normed(norm: nnx.Module | None, x: Array) -> Array:
+    return x if norm is None else norm(x)
 
 
 class CrossBlock(Block):

@@ -144,6 +144,7 @@ def plan(
     fused = (
         config.attention == "auto"
         and not config.dropout
+        and config.attention_cap is None
         and fusible(DTYPES[config.dtype], config.size_of_head)
     )
     if targets.is_gpu(device) and fused:

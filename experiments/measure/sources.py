@@ -35,13 +35,13 @@ AUDIT = ("bdia_jax/check.py",)
 COUPLED = ("bdia_jax/coupling.py",)
 LAYERS = (
     *(f"bdia_jax/nn/{n}.py" for n in ("stack", "pure", "blocks", "dropout", "chunks", "configs")),
-    "bdia_jax/nn/settings.py",
+    *(f"bdia_jax/nn/{n}.py" for n in ("settings", "decoder_config", "positions", "rotary_scaling")),
     "bdia_jax/nn/attention/*.py",
 )
 """What models are made of."""
 TEXT_LAYERS = (
     *LAYERS,
-    *(f"bdia_jax/nn/{n}.py" for n in ("text_blocks", "positions", "decoder", "losses")),
+    *(f"bdia_jax/nn/{n}.py" for n in ("text_blocks", "positions", "decoder", "losses", "caps")),
 )
 MODELS = (*TEXT_LAYERS, "bdia_jax/nn/encoder_decoder.py", "bdia_jax/nn/vit.py")
 STEP = tuple(

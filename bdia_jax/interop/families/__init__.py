@@ -7,16 +7,21 @@ from typing import Any
 from bdia_jax.interop.checkpoint import FolderError
 from bdia_jax.interop.families.ernie import Ernie
 from bdia_jax.interop.families.family import Config, Family, Names, Source, agree
+from bdia_jax.interop.families.gemma import Gemma, Gemma2, Gemma3, Gemma3WithImages
 from bdia_jax.interop.families.gpt2 import GPT2
 from bdia_jax.interop.families.granite import Granite
-from bdia_jax.interop.families.llama import Llama, Mistral, Phi3, Qwen2, Qwen3, SeedOss
+from bdia_jax.interop.families.llama import Llama, Mistral, Qwen2, Qwen3, SeedOss
+from bdia_jax.interop.families.olmo import Olmo2, Olmo3
+from bdia_jax.interop.families.phi import Phi3
+from bdia_jax.interop.families.smollm import SmolLM3
 from bdia_jax.nn import DecoderConfig
 
 FAMILIES: dict[str, Family] = {
     f.name: f
     for f in (
         *(GPT2(), Llama(), Qwen2(), Qwen3(), Mistral(), SeedOss(), Phi3()),
-        *(Granite(), Ernie()),
+        *(Granite(), Ernie(), SmolLM3(), Olmo2(), Olmo3()),
+        *(Gemma(), Gemma2(), Gemma3(), Gemma3WithImages()),
     )
 }
 NORM_AFTER_SUM = (
@@ -26,8 +31,8 @@ NORM_AFTER_SUM = (
     *("xlm-roberta", "xlnet"),
 )
 """Values of model_type of networks that normalize the sum of a state and its update."""
-NORM_OF_UPDATE = ("exaone4", "gemma2", "gemma3_text", "glm4", "olmo2", "olmo3")
-"""Those of networks that normalize an update before they add it."""
+NORM_OF_UPDATE = ("exaone4", "glm4")
+"""Those of networks that normalize an update before they add it, and are not known here yet."""
 
 __all__ = [
     "FAMILIES",
@@ -59,8 +64,8 @@ def named(c: Config) -> Family:
         )
     if name in NORM_OF_UPDATE:
         raise FolderError(
-            f"a block of {name} is x + norm(h(x)), which has an inverse, but no such norms are "
-            f"here yet; model_type must be one of {', '.join(FAMILIES)}"
+            f"a block of {name} is x + norm(h(x)), which has an inverse, but its names and "
+            f"settings are not known here yet; model_type must be one of {', '.join(FAMILIES)}"
         )
     if name not in FAMILIES:
         raise FolderError(f"model_type must be one of {', '.join(FAMILIES)}; got {name!r}")
@@ -113,16 +118,7 @@ def read(c: Config) -> DecoderConfig:
 
 def write(config: DecoderConfig) -> dict[str, Any]:
     """The inverse of :func:`read`."""
-    family = family_of(config)
-    return {
-        "model_type": family.name,
-        "architectures": [family.architecture],
-        "vocab_size": config.vocab_size,
-        "tie_word_embeddings": config.tied_head,
-        "bos_token_id": None,
-        "eos_token_id": None,
-        **family.write(config),
-    }
+    return family_of(config).whole(config)
 
 
 def layout(

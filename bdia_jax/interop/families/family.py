@@ -17,6 +17,15 @@ Config = Mapping[str, Any]
 BLOCKS = "blocks.stacked."
 """Where a decoder of ours keeps the parameters of its blocks, each with a leading block axis."""
 
+KIND = (
+    *("norm", "norm_place", "zero_centered_norm", "feed_forward"),
+    *("positions", "rope_theta", "rope_scaling", "rotary_dim", "rotated"),
+    *("window", "windowed", "window_rope_theta"),
+    *("qkv_bias", "out_bias", "ffn_bias", "qk_norm", "qk_norm_whole"),
+    *("attention_scale", "attention_cap", "logit_cap", "embedding_scale"),
+)
+"""Settings of a :class:`bdia_jax.nn.DecoderConfig` that make a kind of network."""
+
 
 class Source(NamedTuple):
     """Where a parameter of ours is found."""
@@ -54,6 +63,13 @@ class Family(abc.ABC):
     architecture: ClassVar[str]
     """The class in ``transformers``."""
 
+    others: ClassVar[tuple[str, ...]] = ()
+    """How names of tensors begin that belong to another network in the folder."""
+
+    def alone(self, c: Config) -> Config:
+        """The config.json of a folder with this network alone, which is what is written."""
+        return c
+
     def scales(self, c: Config, tied_head: bool) -> dict[str, float]:
         """What tensors are multiplied with, by the name of our parameter; 1 of all others.
 
@@ -72,9 +88,26 @@ class Family(abc.ABC):
           FolderError: for one that there is no equivalent of.
         """
 
-    @abc.abstractmethod
     def has(self, config: DecoderConfig) -> bool:
-        """Whether such networks are of this family."""
+        """Whether such networks are of this family: what it writes of one reads back as it."""
+        try:
+            back = self.read(self.whole(config))
+        except (FolderError, ValueError):
+            return False
+        return all(getattr(back, name) == getattr(config, name) for name in KIND)
+
+    def whole(self, config: DecoderConfig) -> dict[str, Any]:
+        """All that is in a config.json."""
+        return {
+            "model_type": self.name,
+            "architectures": [self.architecture],
+            "vocab_size": config.vocab_size,
+            "tie_word_embeddings": config.tied_head,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": None,
+            **self.write(config),
+        }
 
     @abc.abstractmethod
     def write(self, config: DecoderConfig) -> dict[str, Any]:

@@ -60,16 +60,8 @@ class GPT2(Family):
         )
 
     def has(self, config: DecoderConfig) -> bool:
-        c = config
-        return (
-            (c.norm, c.positions, c.feed_forward) == ("layer", "learned", "gelu")
-            and c.qkv_bias
-            and c.out_bias
-            and c.ffn_bias
-            and not c.qk_norm
-            and c.num_kv_heads == c.heads
-            and c.heads * c.size_of_head == c.width
-        )
+        one_size = config.heads * config.size_of_head == config.width
+        return super().has(config) and config.num_kv_heads == config.heads and one_size
 
     def write(self, config: DecoderConfig) -> dict[str, Any]:
         return {

@@ -1,4 +1,4 @@
-"""Llama, and those that differ from it by biases, norms, names, or a window of attention."""
+"""Llama, and those that differ from it by biases, norms of queries and keys, or a window."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any, ClassVar
 import numpy as np
 
 from bdia_jax.interop.checkpoint import Checkpoint, FolderError
-from bdia_jax.interop.families.family import BLOCKS, Config, Family, Names, Source, expect, spans
+from bdia_jax.interop.families.family import BLOCKS, Config, Family, Names, Source, expect
 from bdia_jax.interop.families.rotary import (
     DEFAULT_THETA,
     read_gguf_rope,
     read_rope,
     write_rope,
 )
+from bdia_jax.interop.families.windows import layer_types, read_one_window, read_windows
 from bdia_jax.nn import DecoderConfig, llama
 
 _LINEAR = {
@@ -26,12 +27,7 @@ _LINEAR = {
     "ffn.up": ("mlp.up_proj", "ffn_bias"),
     "ffn.down": ("mlp.down_proj", "ffn_bias"),
 }
-_PLAIN = {"qkv_bias": False, "out_bias": False, "ffn_bias": False, "qk_norm": False}
-_QKV = ("attention.q", "attention.k", "attention.v")
-_NORMS = {
-    "attention_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-}
+PLAIN = {"qkv_bias": False, "out_bias": False, "ffn_bias": False, "qk_norm": False}
 
 
 class Llama(Family):
@@ -45,14 +41,23 @@ class Llama(Family):
     """Where a configuration does not say; None for a share of the width."""
     usual_theta: ClassVar[float] = DEFAULT_THETA
     """The base of the wavelengths, where a configuration does not say."""
+    norms: ClassVar[Mapping[str, str]] = {
+        "attention_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
+    }
+    """Names of ours, and theirs, of a block's norms."""
+    activation: ClassVar[tuple[str, ...]] = ("silu", "swish")
+    """What the gate's may be called; the first name is written."""
+    activation_name: ClassVar[str] = "hidden_act"
+    """The setting that calls it so."""
 
-    def details(self, c: Config) -> dict[str, bool]:
-        """Which linear layers have biases, and whether queries and keys are normalized."""
+    def details(self, c: Config) -> dict[str, Any]:
+        """Settings of ours in which families differ, such as biases."""
         bias = c.get("attention_bias", False)
         ffn_bias = c.get("mlp_bias", False)
         return {"qkv_bias": bias, "out_bias": bias, "ffn_bias": ffn_bias, "qk_norm": False}
 
-    def write_details(self, config: DecoderConfig) -> dict[str, bool]:
+    def write_details(self, config: DecoderConfig) -> dict[str, Any]:
         """The inverse of :meth:`details`."""
         return {"attention_bias": config.qkv_bias, "mlp_bias": config.ffn_bias}
 
@@ -61,33 +66,29 @@ class Llama(Family):
         width = c["hidden_size"] // c["num_attention_heads"]
         return c.get("head_dim") or self.usual_head_dim or width
 
-    def window(self, c: Config) -> int | None:
-        """Before how many tokens back attention ends; None if nowhere."""
-        # What transformers takes where the size is missing.
-        return c.get("sliding_window", 4096) if c.get("use_sliding_window") else None
+    def windows(self, c: Config) -> dict[str, Any]:
+        """Settings of ours: the window of attention, and which blocks have it."""
+        return read_windows(c, None, usual=(False,) * c["num_hidden_layers"])
 
-    def has(self, config: DecoderConfig) -> bool:
-        kind = (config.norm, config.positions, config.feed_forward)
-        read_back = self.details(self.write_details(config))
-        return kind == ("rms", "rotary", "swiglu") and all(
-            getattr(config, name) == value for name, value in read_back.items()
-        )
+    def write_windows(self, config: DecoderConfig) -> dict[str, Any]:
+        """The inverse of :meth:`windows`."""
+        return {}
+
+    def rope(self, c: Config) -> dict[str, Any]:
+        """Settings of ours: of rotary positions."""
+        theta, scaling = read_rope(c, self.usual_theta)
+        return {"rope_theta": theta, "rope_scaling": scaling}
+
+    def write_rope(self, config: DecoderConfig) -> dict[str, Any]:
+        """The inverse of :meth:`rope`."""
+        return write_rope(config.rope_theta, config.rope_scaling)
 
     def read(self, c: Config) -> DecoderConfig:
-        expect(c, "hidden_act", ("silu", "swish"), "silu")
+        expect(c, self.activation_name, self.activation, self.activation[0])
         expect(c, "pretraining_tp", (1, None), 1)
-        window, length = self.window(c), c["max_position_embeddings"]
-        kinds = {"full_attention"} if window is None else {"full_attention", "sliding_attention"}
-        if other := set(c.get("layer_types") or ()) - kinds:
-            raise FolderError(
-                f"config.json: layer_types must be {' or '.join(sorted(kinds))}; got "
-                f"{', '.join(sorted(other))}"
-            )
-        theta, scaling = read_rope(c, self.usual_theta)
         return llama(
             vocab_size=c["vocab_size"],
-            # In a sequence that is no longer than the window, all tokens before one are in it.
-            max_length=length if window is None else min(length, window),
+            max_length=c["max_position_embeddings"],
             width=c["hidden_size"],
             depth=c["num_hidden_layers"],
             heads=c["num_attention_heads"],
@@ -95,9 +96,9 @@ class Llama(Family):
             head_dim=self.head_dim(c),
             hidden=c["intermediate_size"],
             norm_epsilon=c.get("rms_norm_eps", 1e-6),
-            rope_theta=theta,
-            rope_scaling=scaling,
             tied_head=c.get("tie_word_embeddings", False),
+            **self.rope(c),
+            **self.windows(c),
             **self.details(c),
         )
 
@@ -111,9 +112,10 @@ class Llama(Family):
             "head_dim": config.size_of_head,
             "intermediate_size": config.hidden or 4 * config.width,
             "rms_norm_eps": config.norm_epsilon,
-            "hidden_act": "silu",
+            self.activation_name: self.activation[0],
             **self.write_details(config),
-            **write_rope(config.rope_theta, config.rope_scaling),
+            **self.write_windows(config),
+            **self.write_rope(config),
         }
 
     def layout(self, config: DecoderConfig, names: Names | None) -> dict[str, Source]:
@@ -122,13 +124,13 @@ class Llama(Family):
             "embedding": Source("model.embed_tokens.weight"),
             "norm.scale": Source("model.norm.weight"),
         }
-        for ours, theirs in _NORMS.items():
+        for ours, theirs in self.norms.items():
             layout[f"{BLOCKS}{ours}.scale"] = Source(f"{block}{theirs}.weight")
         for ours, (theirs, bias) in _LINEAR.items():
             layout[f"{BLOCKS}{ours}.kernel"] = Source(f"{block}{theirs}.weight", transposed=True)
             if getattr(config, bias):
                 layout[f"{BLOCKS}{ours}.bias"] = Source(f"{block}{theirs}.bias")
-        if config.qk_norm:
+        if config.qk_norm or config.qk_norm_whole:
             for name in ("q_norm", "k_norm"):
                 layout[f"{BLOCKS}attention.{name}.scale"] = Source(
                     f"{block}self_attn.{name}.weight"
@@ -177,30 +179,51 @@ class Llama(Family):
 
 
 class Mistral(Llama):
-    """Jiang et al., "Mistral 7B", 2023: some attend within a window.
-
-    Sequences may be as long as the window, so that this makes no difference.
-    """
+    """Jiang et al., "Mistral 7B", 2023: some attend within a window, in all blocks."""
 
     name = "mistral"
     architecture = "MistralForCausalLM"
 
-    def details(self, c: Config) -> dict[str, bool]:
-        return _PLAIN
+    def details(self, c: Config) -> dict[str, Any]:
+        return PLAIN
 
     def write_details(self, config: DecoderConfig) -> dict[str, Any]:
-        return {"sliding_window": None}
+        return {}
 
-    def window(self, c: Config) -> int | None:
-        return c.get("sliding_window", 4096)
+    def windows(self, c: Config) -> dict[str, Any]:
+        return read_one_window(c, c.get("sliding_window", 4096))
+
+    def write_windows(self, config: DecoderConfig) -> dict[str, Any]:
+        return {"sliding_window": config.window}
 
 
-class Qwen2(Llama):
+class _Qwen(Llama):
+    """Where some blocks have a window, transformers' default are all from one on."""
+
+    turns_neighbors = False
+
+    def windows(self, c: Config) -> dict[str, Any]:
+        # What transformers takes where the size is missing.
+        window = c.get("sliding_window", 4096) if c.get("use_sliding_window") else None
+        first = c.get("max_window_layers", 28)
+        usual = tuple(window is not None and i >= first for i in range(c["num_hidden_layers"]))
+        return read_windows(c, window, usual)
+
+    def write_windows(self, config: DecoderConfig) -> dict[str, Any]:
+        if config.window is None:
+            return {}
+        return {
+            "use_sliding_window": True,
+            "sliding_window": config.window,
+            "layer_types": layer_types(config),
+        }
+
+
+class Qwen2(_Qwen):
     """Yang et al., "Qwen2 Technical Report", 2024: queries, keys and values have biases."""
 
     name = "qwen2"
     architecture = "Qwen2ForCausalLM"
-    turns_neighbors = False
 
     def details(self, c: Config) -> dict[str, bool]:
         return {"qkv_bias": True, "out_bias": False, "ffn_bias": False, "qk_norm": False}
@@ -209,13 +232,12 @@ class Qwen2(Llama):
         return {}
 
 
-class Qwen3(Llama):
+class Qwen3(_Qwen):
     """Yang et al., "Qwen3 Technical Report", 2025: queries and keys are normalized."""
 
     name = "qwen3"
     architecture = "Qwen3ForCausalLM"
     usual_head_dim = 128
-    turns_neighbors = False
 
     def details(self, c: Config) -> dict[str, bool]:
         bias = c.get("attention_bias", False)
@@ -249,49 +271,3 @@ class SeedOss(Llama):
 
     def read_gguf(self, metadata: Mapping[str, Any], tensors: Checkpoint) -> dict[str, Any]:
         raise FolderError("GGUF files of Seed-OSS are not read; give a folder of transformers")
-
-
-class Phi3(Llama):
-    """Abdin et al., "Phi-3 Technical Report", 2024: matrices that are used together are one."""
-
-    name = "phi3"
-    architecture = "Phi3ForCausalLM"
-
-    def details(self, c: Config) -> dict[str, bool]:
-        return _PLAIN
-
-    def write_details(self, config: DecoderConfig) -> dict[str, Any]:
-        return {"sliding_window": None}
-
-    def window(self, c: Config) -> int | None:
-        return c.get("sliding_window")
-
-    def head_dim(self, c: Config) -> int:
-        return c["hidden_size"] // c["num_attention_heads"]
-
-    def has(self, config: DecoderConfig) -> bool:
-        return super().has(config) and config.heads * config.size_of_head == config.width
-
-    def write(self, config: DecoderConfig) -> dict[str, Any]:
-        written = super().write(config)
-        del written["head_dim"]
-        return written
-
-    def layout(self, config: DecoderConfig, names: Names | None) -> dict[str, Source]:
-        layout, block = super().layout(config, names), "model.layers.{}."
-        queries, keys = (
-            heads * config.size_of_head for heads in (config.heads, config.num_kv_heads)
-        )
-        hidden = config.hidden or 4 * config.width
-        for theirs, sizes in (
-            ("self_attn.qkv_proj", dict(zip(_QKV, (queries, keys, keys)))),
-            ("mlp.gate_up_proj", {"ffn.gate": hidden, "ffn.up": hidden}),
-        ):
-            for name, span in zip(sizes, spans(*sizes.values())):
-                layout[f"{BLOCKS}{name}.kernel"] = Source(
-                    f"{block}{theirs}.weight", transposed=True, span=span
-                )
-        return layout
-
-    def read_gguf(self, metadata: Mapping[str, Any], tensors: Checkpoint) -> dict[str, Any]:
-        raise FolderError("GGUF files of Phi-3 are not read; give a folder of transformers")

@@ -3,32 +3,68 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from bdia_jax.interop.checkpoint import FolderError
 from bdia_jax.interop.families.family import Config, agree
-from bdia_jax.nn import RotaryScaling
+from bdia_jax.interop.families.windows import FULL, SLIDING
+from bdia_jax.nn import LinearScaling, LongScaling, RotaryScaling, YarnScaling
+from bdia_jax.nn.rotary_scaling import Scaling
 
 DEFAULT_THETA = 10_000.0
-_LLAMA3 = {
-    "factor": "factor",
-    "low_freq_factor": "low_freq_factor",
-    "high_freq_factor": "high_freq_factor",
-    "original_max_position_embeddings": "original_length",
+_NAMES: dict[str, dict[str, str]] = {
+    "default": {},
+    "llama3": {
+        "factor": "factor",
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "original_max_position_embeddings": "original_length",
+    },
+    "linear": {"factor": "factor"},
+    "yarn": {
+        "factor": "factor",
+        "original_max_position_embeddings": "original_length",
+        "beta_fast": "fast",
+        "beta_slow": "slow",
+        "attention_factor": "amplitude",
+        "truncate": "truncate",
+    },
+    "longrope": {
+        "short_factor": "short",
+        "long_factor": "long",
+        "original_max_position_embeddings": "original_length",
+        "attention_factor": "amplitude",
+    },
 }
+"""What settings of every kind are called, there and here."""
+_OPTIONAL = {"beta_fast", "beta_slow", "attention_factor", "truncate"}
+_ALSO = {"yarn": {"mscale", "mscale_all_dim"}, "longrope": {"factor"}}
+"""Settings from which others follow."""
+_KINDS: dict[str, type[Scaling]] = {
+    "llama3": RotaryScaling,
+    "linear": LinearScaling,
+    "yarn": YarnScaling,
+    "longrope": LongScaling,
+}
+USUAL_KINDS = ("default", "llama3", "linear", "yarn")
+_OLD_NAMES = {"su": "longrope"}
 _PLACES = ("rope_parameters", "rope_scaling")
 """Since version 5 of transformers, and before."""
 
 
-def read_rope(c: Config, usual_theta: float) -> tuple[float, RotaryScaling | None]:
+def read_rope(
+    c: Config, usual_theta: float, allowed: tuple[str, ...] = USUAL_KINDS, *, partial: bool = False
+) -> tuple[float, Scaling | None]:
     """The base of the wavelengths, and how they are stretched.
 
     Args:
       c: contents of a config.json.
       usual_theta: the base, where they do not say.
+      allowed: kinds of scaling.
+      partial: whether there may be features that are not rotated (:func:`read_share`).
 
     Raises:
       FolderError: for another kind of scaling; for two places that contradict each other.
@@ -44,16 +80,23 @@ def read_rope(c: Config, usual_theta: float) -> tuple[float, RotaryScaling | Non
         if not {"rope_type", "type"} & set(values):
             kinds[f"{place}.rope_type (not given)"] = "default"
     kind = agree(kinds) or "default"
-    if kind not in ("default", "llama3"):
-        raise FolderError(f"config.json: rope_type must be default or llama3; got {kind!r}")
+    kind = _OLD_NAMES.get(kind, kind)
+    if kind not in allowed:
+        raise FolderError(
+            f"config.json: rope_type must be one of {', '.join(allowed)}; got {kind!r}"
+        )
 
     def value(name: str) -> Any:
         outside = {name: c.get(name)} if name not in ("factor",) else {}
         return agree(outside | {f"{place}.{name}": v.get(name) for place, v in given.items()})
 
-    if (share := value("partial_rotary_factor")) not in (None, 1):
+    if (share := read_share(c)) != 1 and not partial:
         raise FolderError(f"config.json: partial_rotary_factor must be 1; got {share!r}")
-    known = {*_LLAMA3, "rope_theta", "rope_type", "type", "partial_rotary_factor"}
+    known = {*_NAMES[kind], *_ALSO.get(kind, ())}
+    known |= {"rope_theta", "rope_type", "type", "partial_rotary_factor"}
+    if kind == "default":
+        # They say nothing then.
+        known |= {*_NAMES["llama3"]}
     for place, values in given.items():
         for name, got in values.items():
             if name not in known and got is not None:
@@ -64,25 +107,119 @@ def read_rope(c: Config, usual_theta: float) -> tuple[float, RotaryScaling | Non
     theta = usual_theta if theta is None else float(theta)
     if kind == "default":
         return theta, None
-    settings = {ours: value(theirs) for theirs, ours in _LLAMA3.items()}
-    for theirs, ours in _LLAMA3.items():
-        if settings[ours] is None:
+    settings: dict[str, Any] = {}
+    for theirs, ours in _NAMES[kind].items():
+        found = value(theirs)
+        if found is None and theirs not in _OPTIONAL:
             raise KeyError(theirs)
-        settings[ours] = (int if ours == "original_length" else float)(settings[ours])
-    return theta, RotaryScaling(**settings)
+        if found is not None:
+            settings[ours] = _TYPES.get(ours, float)(found)
+    if kind == "yarn" and "amplitude" not in settings:
+        settings["amplitude"] = _amplitude(
+            settings["factor"], value("mscale"), value("mscale_all_dim")
+        )
+    if kind == "longrope" and "amplitude" not in settings:
+        longest, original = c["max_position_embeddings"], settings["original_length"]
+        factor = value("factor") or longest / original
+        stretched = math.sqrt(1 + math.log(max(factor, 1)) / math.log(original))
+        settings["amplitude"] = stretched
+    return theta, _KINDS[kind](**settings)
 
 
-def write_rope(theta: float, scaling: RotaryScaling | None) -> dict[str, Any]:
+def _floats(values: Iterable[float]) -> tuple[float, ...]:
+    return tuple(map(float, values))
+
+
+_TYPES: dict[str, Callable[[Any], Any]] = {
+    "original_length": int,
+    "truncate": bool,
+    "short": _floats,
+    "long": _floats,
+}
+"""Of settings that are no floats."""
+
+
+def read_share(c: Config) -> float:
+    """Which share of the features of a head is rotated.
+
+    Raises:
+      FolderError: for two places that contradict each other.
+    """
+    name = "partial_rotary_factor"
+    places = {name: c.get(name)}
+    for place in _PLACES:
+        places[f"{place}.{name}"] = (c.get(place) or {}).get(name)
+    share = agree(places)
+    return 1.0 if share is None else float(share)
+
+
+def _amplitude(factor: float, mscale: float | None, mscale_all_dim: float | None) -> float:
+    """That of YaRN, where it is not given; as transformers computes it."""
+
+    def of(scale: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * scale * math.log(factor) + 1.0
+
+    return of(mscale) / of(mscale_all_dim) if mscale and mscale_all_dim else of(1.0)
+
+
+def write_rope(theta: float, scaling: Scaling | None) -> dict[str, Any]:
     """The same settings in both places."""
-    rope: dict[str, Any] = {"rope_theta": theta, "rope_type": "default"}
-    if scaling is not None:
-        rope["rope_type"] = "llama3"
-        rope |= {theirs: getattr(scaling, ours) for theirs, ours in _LLAMA3.items()}
+    rope = _rope(theta, scaling)
     return {
         "rope_parameters": rope,
         "rope_theta": theta,
         "rope_scaling": None if scaling is None else rope,
     }
+
+
+def _rope(theta: float, scaling: Scaling | None) -> dict[str, Any]:
+    if scaling is None:
+        return {"rope_theta": theta, "rope_type": "default"}
+    (kind,) = (name for name, of in _KINDS.items() if isinstance(scaling, of))
+    settings = {theirs: getattr(scaling, ours) for theirs, ours in _NAMES[kind].items()}
+    return {"rope_theta": theta, "rope_type": kind} | settings
+
+
+def read_ropes_by_type(
+    c: Config, usual_theta: float, local_theta: float | None, usual_local: float
+) -> dict[str, Any]:
+    """Settings of ours, of networks whose blocks with a window have wavelengths of their own.
+
+    Args:
+      c: contents of a config.json.
+      usual_theta: the base of the others, where they do not say.
+      local_theta: the base within a window, as a setting says that is older than version 5.
+      usual_local: that base, where nothing says.
+
+    Raises:
+      FolderError: as :func:`read_rope`; and for scaling within a window.
+    """
+    nested = c.get("rope_parameters") or {}
+    if other := set(nested) - {FULL, SLIDING}:
+        raise FolderError(
+            f"config.json: rope_parameters may have {FULL} and {SLIDING}; got "
+            f"{', '.join(sorted(other))}"
+        )
+    theta, scaling = read_rope(dict(c) | {"rope_parameters": nested.get(FULL)}, usual_theta)
+    local, scaled = read_rope(
+        {"rope_theta": local_theta, "rope_parameters": nested.get(SLIDING)}, usual_local
+    )
+    if scaled is not None:
+        raise FolderError(
+            f"config.json: rope_type of {SLIDING} must be default, because positions within a "
+            f"window need no scaling; got {nested[SLIDING]}"
+        )
+    return {"rope_theta": theta, "rope_scaling": scaling, "window_rope_theta": local}
+
+
+def write_ropes_by_type(
+    theta: float, scaling: Scaling | None, local: float | None
+) -> dict[str, Any]:
+    """The inverse."""
+    nested = {FULL: _rope(theta, scaling)}
+    if local is not None:
+        nested[SLIDING] = _rope(local, None)
+    return write_rope(theta, scaling) | {"rope_parameters": nested}
 
 
 def read_gguf_rope(

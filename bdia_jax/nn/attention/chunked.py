@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from bdia_jax.grid import accumulator
+from bdia_jax.nn.caps import soft_cap
 from bdia_jax.nn.chunks import cut, together
 from bdia_jax.nn.dropout import dropped
 from bdia_jax.pinning import barrier
@@ -24,7 +25,9 @@ def chunked_attention(
     causal: bool = False,
     offset: Int[Array, ""] | int = 0,
     segments: tuple[Int[Array, "batch query"], Int[Array, "batch key"]] | None = None,
+    window: Int[Array, ""] | int | None = None,
     scale: float | None = None,
+    cap: float | None = None,
     dropout: float = 0.0,
     key: Key[Array, ""] | None = None,
     chunk: int = 128,
@@ -41,10 +44,12 @@ def chunked_attention(
       q, k, v: ``head`` is a multiple of ``kv_head``: each head of keys and values serves that
         many consecutive heads of queries (grouped-query attention).
       causal: query i attends to keys 0 … i + offset only.
-      offset: position of the first query among the keys, for ``causal``.
+      offset: position of the first query among the keys, for ``causal`` and ``window``.
       segments: numbers of queries and of keys; a query attends to the keys with its number only.
         (For padding: 1 where there is something, 0 where there is not.)
+      window: query i attends to keys j with i + offset - j < window only; may be traced.
       scale: of the logits; by default 1/sqrt(dim).
+      cap: soft cap of the scaled logits (:func:`bdia_jax.nn.caps.soft_cap`).
       dropout: probability with which a weight is dropped; needs ``key``.
       key: PRNG key.
       chunk: number of keys that are looked at together.
@@ -76,12 +81,19 @@ def chunked_attention(
         causal,
         segments is not None,
         float(q.shape[-1] ** -0.5 if scale is None else scale),
+        cap,
         float(dropout),
         min(chunk, k.shape[1]),
         k.shape[1],
     )
     q_segments, k_segments = segments or (None, None)
-    rest = _Rest(jnp.asarray(offset, jnp.int32), q_segments, k_segments, key if dropout else None)
+    rest = _Rest(
+        jnp.asarray(offset, jnp.int32),
+        None if window is None else jnp.asarray(window, jnp.int32),
+        q_segments,
+        k_segments,
+        key if dropout else None,
+    )
     batch, queries, heads, dim = q.shape
     grouped = q.reshape(batch, queries, k.shape[2], heads // k.shape[2], dim)
     attended: Array = _attend(options, grouped, k, v, rest)  # pyright: ignore[reportAssignmentType]
@@ -92,6 +104,7 @@ class _Options(NamedTuple):
     causal: bool
     segmented: bool
     scale: float
+    cap: float | None
     dropout: float
     chunk: int
     keys: int
@@ -101,6 +114,7 @@ class _Rest(NamedTuple):
     """What is not differentiated."""
 
     offset: Int[Array, ""]
+    window: Int[Array, ""] | None
     q_segments: Int[Array, "batch query"] | None
     k_segments: Int[Array, "batch key"] | None
     key: Key[Array, ""] | None
@@ -151,17 +165,24 @@ def _forward(options: _Options, q, k, v, rest: _Rest):
 
 
 def _backward(options: _Options, saved, d_out):
-    """With weights p and D = Σ out · d_out: d_s = p (d_p - D), where d_p = d_out · v."""
+    """With weights p and D = Σ out · d_out: d_s = p (d_p - D), where d_p = d_out · v.
+
+    Of logits s that are capped at c, times the slope of the cap, 1 - (s/c)².
+    """
     q, k, v, rest, out, log_norm = saved
     d_out = d_out.astype(q.dtype)
     inner = jnp.einsum("bqkgd,bqkgd->bkgq", out, d_out, preferred_element_type=accumulator(q.dtype))
 
     def step(d_q, chunk: _Chunk):
-        p = jnp.exp(_logits(options, q, chunk, rest) - log_norm[..., None])
+        s = _logits(options, q, chunk, rest)
+        p = jnp.exp(s - log_norm[..., None])
         d_v = _matmul("bkgqc,bqkgd->bckd", _drop(options, p, chunk, rest).astype(q.dtype), d_out)
         d_p = _matmul("bqkgd,bckd->bkgqc", d_out, chunk.v)
         d_p = _drop(options, d_p, chunk, rest)
-        d_s = (p * (d_p - inner[..., None]) * options.scale).astype(q.dtype)
+        d_s = p * (d_p - inner[..., None]) * options.scale
+        if options.cap is not None:
+            d_s *= 1 - jnp.square(jnp.where(s == -jnp.inf, 0, s) / options.cap)
+        d_s = d_s.astype(q.dtype)
         d_q += _matmul("bkgqc,bckd->bqkgd", d_s, chunk.k)
         d_k = _matmul("bkgqc,bqkgd->bckd", d_s, q)
         return d_q, (d_k.astype(k.dtype), d_v.astype(v.dtype))
@@ -187,7 +208,7 @@ def _unknown(rest: _Rest, q) -> _Rest:
 
 def _logits(options: _Options, q, chunk: _Chunk, rest: _Rest):
     """Scaled products of all queries and a chunk of keys; -inf where there is no attending."""
-    s = _matmul("bqkgd,bckd->bkgqc", q, chunk.k) * options.scale
+    s = soft_cap(_matmul("bqkgd,bckd->bkgqc", q, chunk.k) * options.scale, options.cap)
     allowed = _allowed(options, q, chunk, rest)
     return s if allowed is None else jnp.where(allowed, s, -jnp.inf)
 
@@ -199,6 +220,9 @@ def _allowed(options: _Options, q, chunk: _Chunk, rest: _Rest) -> Bool[Array, ".
     if options.causal:
         positions = rest.offset + jnp.arange(q.shape[1])
         conditions.append((keys[None] <= positions[:, None])[None])
+    if rest.window is not None:
+        positions = rest.offset + jnp.arange(q.shape[1])
+        conditions.append((positions[:, None] - keys[None] < rest.window)[None])
     if rest.q_segments is not None and chunk.segments is not None:
         conditions.append(rest.q_segments[:, :, None] == chunk.segments[:, None, :])
     if options.keys % options.chunk:

@@ -13,6 +13,7 @@ from bdia_jax.nn.attention.chunked import chunked_attention
 from bdia_jax.nn.attention.kernels import KernelName, attend
 from bdia_jax.nn.dropout import Dropout
 from bdia_jax.nn.positions import Angles, rotate
+from bdia_jax.nn.stack import PerBlock
 
 KeysValues = tuple[
     Float[Array, "batch _position kv_head dim"], Float[Array, "batch _position kv_head dim"]
@@ -37,6 +38,11 @@ class GroupedQueryAttention(nnx.Module):
         qkv_bias: bool = False,
         out_bias: bool = False,
         make_norm: Callable[[int], nnx.Module] | None = None,
+        norm_whole: bool = False,
+        scale: float | None = None,
+        cap: float | None = None,
+        window: int | PerBlock | None = None,
+        rotation: PerBlock | None = None,
         dropout: float = 0.0,
         kernel: KernelName = "auto",
         dtype: jnp.dtype = jnp.float32,
@@ -50,14 +56,19 @@ class GroupedQueryAttention(nnx.Module):
           heads, kv_heads, head_dim: numbers of heads, and features of each.
           causal: whether a position attends to itself and those before it only.
           qkv_bias, out_bias: whether the projections have biases.
-          make_norm: of a number of features; makes the norms of queries and of keys, head by head.
+          make_norm: of a number of features; makes the norms of queries and of keys.
+          norm_whole: whether they are over all heads together, rather than head by head.
+          scale, cap, window: as of :func:`bdia_jax.nn.attention.attend`.
+          rotation: which of several kinds of angles it takes.
           dropout: probability with which a weight is dropped.
           kernel: how it is computed, of :data:`bdia_jax.nn.attention.KERNELS`; what is cached is
             always attended to in chunks.
           dtype, param_dtype: of the computation and of the parameters.
           rngs: for the initialization, and for dropout.
         """
-        self.head_dim, self.causal = head_dim, causal
+        self.head_dim, self.causal, self.norm_whole = head_dim, causal, norm_whole
+        self.scale, self.cap = scale, cap
+        self.window, self.rotation = window, rotation
         self.kernel: KernelName = kernel
 
         def linear(inputs, outputs, bias):
@@ -75,8 +86,9 @@ class GroupedQueryAttention(nnx.Module):
         self.k = linear(width, kv_heads * head_dim, qkv_bias)
         self.v = linear(width, kv_heads * head_dim, qkv_bias)
         self.out = linear(heads * head_dim, width, out_bias)
-        self.q_norm = None if make_norm is None else make_norm(head_dim)
-        self.k_norm = None if make_norm is None else make_norm(head_dim)
+        sizes = (heads * head_dim, kv_heads * head_dim) if norm_whole else (head_dim, head_dim)
+        self.q_norm = None if make_norm is None else make_norm(sizes[0])
+        self.k_norm = None if make_norm is None else make_norm(sizes[1])
         self.dropout = Dropout(dropout, rngs=rngs)
 
     def queries(
@@ -92,6 +104,8 @@ class GroupedQueryAttention(nnx.Module):
         return self._heads(self.k(x), self.k_norm, angles), self._heads(self.v(x), None, None)
 
     def _heads(self, y, norm, angles):
+        if norm is not None and self.norm_whole:
+            y, norm = norm(y), None
         y = y.reshape(*y.shape[:2], -1, self.head_dim)
         y = y if norm is None else norm(y)
         return y if angles is None else rotate(y, angles)
@@ -108,7 +122,7 @@ class GroupedQueryAttention(nnx.Module):
 
         Args:
           x: the sequence that asks.
-          angles: of rotary positions.
+          angles: of rotary positions; of each kind, if blocks differ.
           segments: numbers of the texts in ``x``; there is no attention from one to another.
           memory: another sequence, and the segments in it.
         """
@@ -116,6 +130,7 @@ class GroupedQueryAttention(nnx.Module):
         both = None
         if segments is not None and other_segments is not None:
             both = segments, other_segments
+        angles = self._of_block(angles)
         q, (k, v) = self.queries(x, angles), self.keys_values(other, angles)
         dropping = self.dropout.rate and not self.dropout.deterministic
         attended = attend(
@@ -125,6 +140,9 @@ class GroupedQueryAttention(nnx.Module):
             kernel=self.kernel,
             causal=self.causal,
             segments=both,
+            window=self._window(),
+            scale=self.scale,
+            cap=self.cap,
             dropout=self.dropout.rate if dropping else 0.0,
             key=self.dropout.rngs() if dropping and self.dropout.rngs is not None else None,
         )
@@ -147,6 +165,7 @@ class GroupedQueryAttention(nnx.Module):
           start: a number of slots.
           present: 0 for slots that hold padding, 1 for others.
         """
+        angles = self._of_block(angles)
         q, new = self.queries(x, angles), self.keys_values(x, angles)
         k, v = (
             jax.lax.dynamic_update_slice_in_dim(old, y.astype(old.dtype), start, axis=1)
@@ -159,6 +178,9 @@ class GroupedQueryAttention(nnx.Module):
             causal=True,
             offset=start,
             segments=(jnp.ones(x.shape[:2], jnp.int32), present),
+            window=self._window(),
+            scale=self.scale,
+            cap=self.cap,
         )
         return self._out(attended), (k, v)
 
@@ -179,6 +201,17 @@ class GroupedQueryAttention(nnx.Module):
         k, v = (y.astype(q.dtype) for y in keys_values)
         segments = jnp.ones(x.shape[:2], jnp.int32), present
         return self._out(chunked_attention(q, k, v, segments=segments))
+
+    def _of_block(self, angles):
+        """Those of this block's kind."""
+        if angles is None or self.rotation is None:
+            return angles
+        kind = self.rotation[...]
+        cos, sin = (jax.lax.dynamic_index_in_dim(a, kind, keepdims=False) for a in angles)
+        return cos, sin
+
+    def _window(self) -> Int[Array, ""] | int | None:
+        return self.window[...] if isinstance(self.window, PerBlock) else self.window
 
     def _out(self, attended):
         return self.out(attended.reshape(*attended.shape[:2], -1))

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from bdia_jax.grid import accumulator
 from bdia_jax.nn.attention.chunked import chunked_attention
+from bdia_jax.nn.caps import soft_cap
 from bdia_jax.nn.dropout import dropped
 
 KernelName = Literal["auto", "chunked", "xla", "cudnn", "plain"]
@@ -30,10 +31,13 @@ def attend(
     kernel: KernelName = "auto",
     causal: bool = False,
     segments: tuple[Int[Array, "batch query"], Int[Array, "batch key"]] | None = None,
+    window: Int[Array, ""] | int | None = None,
+    scale: float | None = None,
+    cap: float | None = None,
     dropout: float = 0.0,
     key: Key[Array, ""] | None = None,
 ) -> Float[Array, "batch query head dim"]:
-    """``softmax(q kᵀ / √dim) v``.
+    """``softmax(scale q kᵀ) v``.
 
     Args:
       q, k, v: ``head`` is a multiple of ``kv_head``: each head of keys and values serves that
@@ -41,37 +45,47 @@ def attend(
       kernel: a name in :data:`KERNELS`; auto: cudnn where it can be had, otherwise chunked.
       causal: query i attends to keys 0 … i only.
       segments: numbers of queries and of keys; a query attends to the keys with its number only.
+      window: query i attends to keys j with i - j < window only; may be traced. None for all.
+      scale: of the scores; by default 1/sqrt(dim).
+      cap: soft cap of the scaled scores (:func:`bdia_jax.nn.caps.soft_cap`).
       dropout: probability with which a weight is dropped; needs ``key``.
       key: PRNG key.
 
     Raises:
-      ValueError: for dropout with a kernel that cannot drop.
+      ValueError: for dropout with a kernel that cannot drop, a cap with one that cannot cap.
     """
     if kernel == "auto":
-        kernel = _best(q, k, dropout)
+        kernel = _best(q, k, dropout, cap)
     chosen = KERNELS[kernel]
     if dropout and not chosen.drops:
         raise ValueError(f"{kernel} attention cannot drop weights; got dropout={dropout}")
-    return chosen.function(q, k, v, _Options(causal, segments, dropout, key))
+    if cap is not None and not chosen.caps:
+        raise ValueError(f"{kernel} attention cannot cap scores; got cap={cap}")
+    options = _Options(causal, segments, window, scale, cap, dropout, key)
+    return chosen.function(q, k, v, options)
 
 
 class _Options(NamedTuple):
     causal: bool
     segments: tuple[Array, Array] | None
+    window: Array | int | None
+    scale: float | None
+    cap: float | None
     dropout: float
     key: Array | None
 
 
 def _chunked(q, k, v, o: _Options):
-    return chunked_attention(
-        q, k, v, causal=o.causal, segments=o.segments, dropout=o.dropout, key=o.key
-    )
+    return chunked_attention(q, k, v, **o._asdict())
 
 
 def _library(q, k, v, o: _Options, *, implementation: Literal["xla", "cudnn"]):
     mask = None if o.segments is None else _same_segment(*o.segments)
+    if o.window is not None:
+        within = _within(o.window, q.shape[1], k.shape[1])
+        mask = within if mask is None else mask & within
     return jax.nn.dot_product_attention(
-        q, k, v, mask=mask, is_causal=o.causal, implementation=implementation
+        q, k, v, mask=mask, scale=o.scale, is_causal=o.causal, implementation=implementation
     )
 
 
@@ -85,8 +99,11 @@ def _plain(q, k, v, o: _Options):
         mask = jnp.tril(mask)
     if o.segments is not None:
         mask &= _same_segment(*o.segments)
+    if o.window is not None:
+        mask &= _within(o.window, q.shape[2], k.shape[2])
+    scale = q.shape[-1] ** -0.5 if o.scale is None else o.scale
     drop = lambda weights: dropped(weights, o.dropout, o.key)  # noqa: E731
-    attended = weighted(q, k, v, scale=q.shape[-1] ** -0.5, mask=mask, drop=drop)
+    attended = weighted(q, k, v, scale=scale, cap=o.cap, mask=mask, drop=drop)
     # 0 where a query may not attend to any key.
     return jnp.swapaxes(jnp.where(mask.any(-1, keepdims=True), attended, 0), 1, 2)
 
@@ -97,13 +114,15 @@ class Kernel(NamedTuple):
     function: Callable[[Array, Array, Array, _Options], Array]
     drops: bool
     """Whether it can drop weights."""
+    caps: bool
+    """Whether it can cap scores."""
 
 
 KERNELS: dict[str, Kernel] = {
-    "chunked": Kernel(_chunked, drops=True),
-    "xla": Kernel(functools.partial(_library, implementation="xla"), drops=False),
-    "cudnn": Kernel(functools.partial(_library, implementation="cudnn"), drops=False),
-    "plain": Kernel(_plain, drops=True),
+    "chunked": Kernel(_chunked, drops=True, caps=True),
+    "xla": Kernel(functools.partial(_library, implementation="xla"), drops=False, caps=False),
+    "cudnn": Kernel(functools.partial(_library, implementation="cudnn"), drops=False, caps=False),
+    "plain": Kernel(_plain, drops=True, caps=True),
 }
 
 
@@ -113,6 +132,7 @@ def weighted(
     v: Float[Array, "batch head key dim"],
     *,
     scale: Float[Array, ""] | float,
+    cap: float | None = None,
     mask: Bool[Array, "#batch #head query key"] | None = None,
     drop: Callable[[Array], Array] = lambda weights: weights,
 ) -> Float[Array, "batch head query dim"]:
@@ -121,6 +141,7 @@ def weighted(
     Args:
       q, k, v: heads come before positions, which is how matrix products want them.
       scale: of the logits.
+      cap: soft cap of the scaled logits.
       mask: where it is False, there is no attending. (Where it is False for all keys, the weights
         are equal.)
       drop: applied to the weights.
@@ -128,6 +149,7 @@ def weighted(
     wide = accumulator(q.dtype)
     logits = jnp.einsum("bhqd,bhkd->bhqk", q, k, preferred_element_type=wide)
     logits *= jnp.asarray(scale, wide)
+    logits = soft_cap(logits, cap)
     if mask is not None:
         # Finite: for infinities, the softmax of a row without any key would be NaN.
         logits = jnp.where(mask, logits, jnp.finfo(wide).min)
@@ -149,12 +171,17 @@ def has_fused_attention() -> bool:
     return re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= 8
 
 
-def _best(q, k, dropout: float) -> KernelName:
+def _best(q, k, dropout: float, cap: float | None) -> KernelName:
     # Of odd lengths, cuDNN does not take a mask.
     even = q.shape[1] % 2 == k.shape[1] % 2 == 0
-    fused = even and not dropout and fusible(q.dtype, q.shape[-1]) and has_fused_attention()
+    fused = even and not dropout and cap is None and fusible(q.dtype, q.shape[-1])
+    fused = fused and has_fused_attention()
     return "cudnn" if fused else "chunked"
 
 
 def _same_segment(of_queries, of_keys) -> Bool[Array, "batch 1 query key"]:
     return (of_queries[:, :, None] == of_keys[:, None, :])[:, None]
+
+
+def _within(window, queries: int, keys: int) -> Bool[Array, "1 1 query key"]:
+    return (jnp.arange(queries)[:, None] - jnp.arange(keys)[None] < window)[None, None]

@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
 from bdia_jax.adjoints import Direct
+from bdia_jax.nn.caps import soft_cap
 from bdia_jax.nn.chunks import cut
 from bdia_jax.nn.decoder import Decoder
 from bdia_jax.nn.gamma import set_step
@@ -72,10 +73,12 @@ class Distillation(PackedTexts):
         teacher = lax.stop_gradient(model.teacher.features(batch.tokens, **where))
         weights = jnp.ones(batch.tokens.shape) if batch.weights is None else batch.weights
         matrices = model.student.output_matrix(), model.teacher.output_matrix()
+        caps = model.student.config.logit_cap, model.teacher.config.logit_cap
 
         @jax.checkpoint
         def part(matrix, student, teacher, targets, weights):
-            ours, theirs = logits(student, matrix), logits(teacher, matrices[1])
+            ours = soft_cap(logits(student, matrix), caps[0])
+            theirs = soft_cap(logits(teacher, matrices[1]), caps[1])
             return self._sums(ours, lax.stop_gradient(theirs), targets, weights)
 
         def step(sums, chunk):

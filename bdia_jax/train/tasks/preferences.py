@@ -124,7 +124,9 @@ def log_probabilities(model: Decoder, rivals: Rivals, key) -> Float[Array, "pair
 
     @jax.vmap
     def of_one(features, targets, weights):
-        return cross_entropy(features[None], matrix, targets[None], weights[None]).loss
+        return cross_entropy(
+            features[None], matrix, targets[None], weights[None], cap=model.config.logit_cap
+        ).loss
 
     return -of_one(features, targets, weights).reshape(pairs, two)
 
