@@ -71,7 +71,7 @@ FAULTS = [
     Fault(
         "warmup does not bend",
         "train/settings",
-        "min(self.warmup_steps, self.steps // 2)",
+        "min(self.warmup_steps, self.total_steps // 2)",
         "self.warmup_steps",
         ("test_run_folder",),
     ),
