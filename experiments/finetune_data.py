@@ -127,8 +127,9 @@ def tell(task: PackedTexts | MixedTexts, settings: TrainSettings, evaluation: Se
     mix = task.mix
     for i, (source, share) in enumerate(zip(mix.sources, mix.shares)):
         first = mix.first_window(i)
-        source.tell()
         rows = mix.known_rows(i)
+        if rows is None:
+            source.tell(f"of the first {len(first.tokens):,} sequences, ")
         told = f"{rows:,}" if rows else f"about {len(first.tokens) * mix.windows[i]:,}"
         rows = rows or len(first.tokens) * mix.windows[i]
         times = share * settings.total_steps * settings.batch_size / rows

@@ -310,8 +310,10 @@ def test_long_texts_are_told_and_a_source_without_any_is_refused(tmp_path, caplo
     mix = data.Mix([source], 8)
     assert sorted(map(len, texts_of(mix.first_window(0)))) == [*range(1, 9)]
     with caplog.at_level(logging.WARNING, "bdia_jax"):
-        source.tell()
-    assert "a.jsonl: of the texts read so far, 4 texts are left out, of more than 9" in caplog.text
+        source.tell("of some, ")
+        assert mix.epoch_rows(0) == len(mix.first_window(0).tokens)
+    told = "4 texts are left out, of more than 9 tokens"
+    assert [f"a.jsonl: {some}{told}" in caplog.text for some in ("of some, ", "")] == [True, True]
     none = data.TextsOnDisk([path], TOKENIZER, 8, too_long="error")
     with pytest.raises(ValueError, match=r"a\.jsonl, record \d+: the text has \d+ tokens"):
         data.Mix([none], 8).first_window(0)

@@ -82,8 +82,8 @@ def blocks_of(path: pathlib.Path) -> Blocks:
     suffix = path.suffix.lower()
     if suffix == ".json":
         raise ValueError(
-            f"{path}: a .json file is read whole: to read it as the run goes, save it as JSON lines "
-            "(.jsonl) or Parquet"
+            f"{path}: a .json file is read whole: to read it as the run goes, save it as JSON "
+            "lines (.jsonl) or Parquet"
         )
     if not holds_records(path):
         return Passages(path)

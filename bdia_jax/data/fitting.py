@@ -92,6 +92,11 @@ class Fitting:
             "length, or too_long = split"
         )
 
+    def forget(self) -> None:
+        """Begins to count anew."""
+        for counted in (self._cut, self._dropped, self._left_out, self._across):
+            counted.count, counted.first = 0, ""
+
     def tell(self, among: str = "") -> None:
         """Warns of what was cut or left out, as the logger ``bdia_jax``; ``among`` what."""
         for counted in (self._cut, self._dropped, self._left_out, self._across):

@@ -80,7 +80,9 @@ class Index:
         """A ``ValueError`` if a file was written to since the index was made."""
         path = self.files[file].path
         if _stamp(path) != self.stamps[file]:
-            raise ValueError(f"{path} has changed while it was read: keep data as they are in a run")
+            raise ValueError(
+                f"{path} has changed while it was read: keep data as they are in a run"
+            )
 
     def _make(self, folder: pathlib.Path) -> dict[str, Any]:
         folder.mkdir(parents=True, exist_ok=True)

@@ -134,20 +134,25 @@ class Mix:
     def epoch_rows(self, source: int) -> int:
         """Rows of a source's first epoch; others have a few more or less, for they are packed anew.
 
-        All texts are read and tokenized; of a source on disk, the number is kept beside its index.
+        All texts are read and tokenized, and the source tells what was cut. Of one on disk, the
+        number is kept beside its index.
         """
         s, key = self.sources[source], self._key(source)
         if (found := s.counted(key)) is None:
             windows, about = range(self.windows[source]), f"counting the rows of {s.name}"
             with tqdm(windows, about, unit=" windows", disable=None, leave=False) as bar:
+                s.forget()
                 found = sum(self._rows(source, number) for number in bar)
+            s.tell("")
             s.keep(key, found)
         return found
 
     def known_rows(self, source: int) -> int | None:
         """The same, if they were counted, or all texts are in memory."""
         s = self.sources[source]
-        return self.epoch_rows(source) if isinstance(s, TextsInMemory) else s.counted(self._key(source))
+        if isinstance(s, TextsInMemory):
+            return self.epoch_rows(source)
+        return s.counted(self._key(source))
 
     def _key(self, source: int) -> str:
         return f"{self.sources[source].digest} {self.length} {self.seed} {source} {WINDOW}"

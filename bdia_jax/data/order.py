@@ -44,7 +44,10 @@ def permuted(
 
 
 def _scrambled(x):
-    """Of 64 bits, each depends on all of x. (Steele, Lea, Flood, 2014: SplitMix64's finalizer.)"""
+    """64 bits that each depend on all of x, by the finalizer of SplitMix64.
+
+    Source: Steele, Lea, Flood, "Fast Splittable Pseudorandom Number Generators", 2014.
+    """
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

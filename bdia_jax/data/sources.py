@@ -15,15 +15,15 @@ from bdia_jax.data.chats import ChatTemplate
 from bdia_jax.data.example_files import check_template, files_of, found_in, whole
 from bdia_jax.data.examples import Example, cut_up
 from bdia_jax.data.fingerprints import fingerprint
-from bdia_jax.data.fitting import Fitting, Found, TooLong
+from bdia_jax.data.fitting import Fitting, TooLong
 from bdia_jax.data.index import Index
 from bdia_jax.data.records import MESSAGES
 from bdia_jax.data.tokenizers import Tokenizer
 
 BYTES_PER_TOKEN = 4
 """Of text, about; it decides how much is read at a time."""
-HELD_OUT = 1000
-"""Most texts of a source on disk that are held out for evaluation, which are kept in memory."""
+HELD_OUT, HELD_OUT_BYTES = 1000, 2**22
+"""Most texts of a source on disk, and bytes of them, that are held out for evaluation, in memory."""
 
 
 class TextSource(Protocol):
@@ -42,8 +42,12 @@ class TextSource(Protocol):
         """The examples of a block; there may be none."""
         ...
 
-    def tell(self) -> None:
-        """Warns of what was cut or left out so far."""
+    def tell(self, among: str) -> None:
+        """Warns of what was cut or left out since :meth:`forget`, ``among`` which texts."""
+        ...
+
+    def forget(self) -> None:
+        """Begins anew to count what is cut or left out."""
         ...
 
     def counted(self, key: str) -> int | None:
@@ -77,8 +81,11 @@ class TextsInMemory:
     def read(self, block: int) -> list[Example]:
         return [self.examples[block]]
 
-    def tell(self) -> None:
+    def tell(self, among: str) -> None:
         """What was cut or left out was told when they were read."""
+
+    def forget(self) -> None:
+        """Nothing is counted."""
 
     def counted(self, key: str) -> int | None:
         return self._counts.get(key)
@@ -111,8 +118,8 @@ class TextsOnDisk:
           paths: files, and folders of files, of the kinds that
             :func:`bdia_jax.data.read_examples` reads, but for ``.json``.
           tokenizer, length, too_long, template: as there.
-          hold_out: whether every tenth record, or of more than 10,000 so many less that there are
-            at most 1000, is kept for evaluation (:meth:`held_out`).
+          hold_out: whether every tenth record is kept for evaluation (:meth:`held_out`), or fewer,
+            evenly spaced, so that they are at most 1000 and of some 4 MB.
           folder: keeps the index, so that a resumed run need not read all files; None to make it
             anew each time.
 
@@ -137,14 +144,15 @@ class TextsOnDisk:
                 f"{self.name} has {records} records, of which every tenth would be for evaluation: "
                 "give more, or eval_data"
             )
-        self.every = max(10, -(-records // HELD_OUT)) if hold_out else None
+        fewer = max(-(-records // HELD_OUT), -(-self.size // HELD_OUT_BYTES))
+        self.every = min(max(10, fewer), records) if hold_out else None
         """The last of so many records is held out."""
         self.texts = records - (records // self.every if self.every else 0)
         made_of = [
             self.index.sha256,
             tokenizer.inner.to_str(),
             tokenizer.end,
-            template if template is None else (template.source, template.tokens),
+            template if template is None else (template.source, template.tokens, _shown(template)),
             (length, too_long, self.every),
         ]
         self.digest = hashlib.sha256(repr(made_of).encode()).hexdigest()
@@ -160,8 +168,11 @@ class TextsOnDisk:
         blocks = dict.fromkeys(self.index.block_of(int(number)) for number in numbers)
         return [example for block in blocks for example in self._examples(block, held_out=True)]
 
-    def tell(self) -> None:
-        self.fitting.tell("of the texts read so far, ")
+    def tell(self, among: str) -> None:
+        self.fitting.tell(among)
+
+    def forget(self) -> None:
+        self.fitting.forget()
 
     def counted(self, key: str) -> int | None:
         return self.index.counted(key)
@@ -184,3 +195,12 @@ class TextsOnDisk:
             else:
                 passage = whole(values[0], self.tokenizer, ends=stop == file.path.stat().st_size)
                 yield from cut_up(passage, self.tokenizer.begin, self.length)
+
+
+def _shown(template: ChatTemplate) -> str:
+    """What a template makes of a conversation now: some write the day's date into it."""
+    roles = ("user", "assistant")
+    try:
+        return template.text([{"role": role, "content": role} for role in roles])
+    except ValueError:
+        return ""
