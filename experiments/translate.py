@@ -66,6 +66,7 @@ SMALL = EncoderDecoderConfig(
     width=128, heads=4, hidden=256, encoder_depth=3, decoder_depth=3, max_length=128
 )
 SOME = TrainSettings(
+    steps=900,
     batch_size=8,
     learning_rate=2e-3,
     warmup_steps=100,
@@ -75,8 +76,6 @@ SOME = TrainSettings(
     checkpoint_every=150,
     keep_last=1,
 )
-STEPS = 900
-"""If neither steps nor epochs are given."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +134,7 @@ class Translate:
     """The network; a row of pairs has its max_length. Vocabularies, method,
     gamma and signs are set here."""
     train: TrainSettings = SOME
-    """How to train it; a batch has batch_size rows, each full of pairs. 900 steps, unless steps or
-    epochs are given."""
+    """How to train it; a batch has batch_size rows, each full of pairs."""
 
     def __post_init__(self):
         if self.pairs is not None and self.tfds is not None:
@@ -251,7 +249,7 @@ def run_of(
         f"{curves.file_name(name)}_seed={seed}",
         lambda: EncoderDecoder(made, rngs=nnx.Rngs(seed)),
         task,
-        dataclasses.replace(t.train.or_steps(STEPS), seed=seed),
+        dataclasses.replace(t.train, seed=seed),
         {"model": plain(made), **about(t)},
         scored,
     )

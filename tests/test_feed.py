@@ -159,7 +159,7 @@ def test_epochs_are_steps(whole, caplog):
 
 
 def test_steps_or_epochs():
-    with pytest.raises(ValueError, match=r"give steps or epochs.*got steps=9 and epochs=2"):
+    with pytest.raises(ValueError, match=r"give steps or epochs, .*got steps=9 and epochs=2"):
         TrainSettings(steps=9, epochs=2)
     for epochs in (0, -1, float("nan"), float("inf"), "3", True):
         with pytest.raises(ValueError, match="epochs must be"):

@@ -215,8 +215,9 @@ def test_what_is_read_as_it_goes_is_what_is_read_at_once(name, tmp_path):
     length = 64 if name != "a.txt" else 3 * PASSAGE
     whole = data.read_examples(tmp_path / name, TOKENIZER, length, template=CHAT)
     source = data.TextsOnDisk([tmp_path / name], TOKENIZER, length, template=CHAT)
-    blocks = [source.read(block) for block in range(source.blocks)]
-    found = [example for block in blocks for example in block]
+    blocks = [source.read([block]) for block in range(source.blocks)]
+    found = source.read(range(source.blocks))
+    assert found == [example for block in blocks for example in block]
     if name == "a.txt":
         # Passages begin and end at lines; only the last one has an end.
         assert len(blocks) == source.texts > 2
@@ -237,7 +238,7 @@ def test_every_tenth_record_is_held_out(tmp_path):
         whole = data.read_examples(tmp_path / name, TOKENIZER, 64)
         source = data.TextsOnDisk([tmp_path / name], TOKENIZER, 64, hold_out=True)
         assert source.held_out() == [whole[9], whole[19]]
-        found = [example for block in range(source.blocks) for example in source.read(block)]
+        found = source.read(range(source.blocks))
         assert found == [t for i, t in enumerate(whole) if i not in (9, 19)]
         assert source.texts == len(found) == 23
     write_lines(tmp_path / "few.jsonl", RECORDS[:9])
@@ -299,7 +300,7 @@ def test_an_index_is_made_once(tmp_path, monkeypatch):
         data.TextsOnDisk([path], TOKENIZER, 64, folder=folder)
     assert len(read) == 1
     with pytest.raises(ValueError, match="has changed while it was read"):
-        first.read(3)
+        first.read([3])
     monkeypatch.undo()
     assert data.TextsOnDisk([path], TOKENIZER, 64, folder=folder).digest != first.digest
 

@@ -9,6 +9,7 @@ import os
 import pathlib
 import struct
 import tempfile
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,12 +57,14 @@ class Index:
         self.blocks: int = about["blocks"]
         self.size = sum(size for size, *_ in self.stamps)
         """Bytes of all files."""
+        self._lock = threading.Lock()
         self._entries = open(folder / ENTRIES, "rb")  # noqa: SIM115  (as long as the index)
 
     def entry(self, block: int) -> tuple[int, int, int, int]:
         """File, start and stop of a block, and the number of its first record among all."""
-        self._entries.seek(ENTRY.size * block)
-        return ENTRY.unpack(self._entries.read(ENTRY.size))
+        with self._lock:
+            self._entries.seek(ENTRY.size * block)
+            return ENTRY.unpack(self._entries.read(ENTRY.size))
 
     def block_of(self, record: int) -> int:
         """The block that holds a record, by the number of the record among all."""

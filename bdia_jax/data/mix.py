@@ -115,7 +115,7 @@ class Mix:
         epoch, window = divmod(number, self.windows[source])
         places = np.arange(window * size, min((window + 1) * size, s.blocks))
         blocks = permuted(places, s.blocks, (self.seed, source, epoch))
-        examples = [example for block in blocks.tolist() for example in s.read(block)]
+        examples = s.read(blocks.tolist())
         if not examples:
             return None
         packed = pack(examples, self.length)

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pathlib
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -271,14 +272,23 @@ def table(
             ) from None
 
 
+_lock, _limits = threading.Lock(), []
+"""What the limit was when each that reads began; below all, what it was before."""
+
+
 @contextlib.contextmanager
 def _any_length() -> Iterator[None]:
     """The csv module reads texts of any length, not only of up to 131,072 characters."""
-    before = csv.field_size_limit(2**31 - 1)
+    with _lock:
+        _limits.append(csv.field_size_limit(2**31 - 1))
     try:
         yield
     finally:
-        csv.field_size_limit(before)
+        # Others may read still, in threads of their own: the last one sets it back.
+        with _lock:
+            before = _limits.pop()
+            if not _limits:
+                csv.field_size_limit(before)
 
 
 def _shape(fields: tuple[str, ...]) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import functools
 import hashlib
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -15,7 +17,7 @@ from bdia_jax.data.chats import ChatTemplate
 from bdia_jax.data.example_files import check_template, files_of, found_in, whole
 from bdia_jax.data.examples import Example, cut_up
 from bdia_jax.data.fingerprints import fingerprint
-from bdia_jax.data.fitting import Fitting, TooLong
+from bdia_jax.data.fitting import Fitting, Found, TooLong
 from bdia_jax.data.index import Index
 from bdia_jax.data.records import MESSAGES
 from bdia_jax.data.tokenizers import Tokenizer
@@ -23,7 +25,7 @@ from bdia_jax.data.tokenizers import Tokenizer
 BYTES_PER_TOKEN = 4
 """Of text, about; it decides how much is read at a time."""
 HELD_OUT, HELD_OUT_BYTES = 1000, 2**22
-"""Most texts of a source on disk, and bytes of them, that are held out for evaluation, in memory."""
+"""Most texts of a source on disk, and bytes of them, that are held out for evaluation."""
 
 
 class TextSource(Protocol):
@@ -38,8 +40,8 @@ class TextSource(Protocol):
     size: int
     """Bytes of text, about."""
 
-    def read(self, block: int) -> list[Example]:
-        """The examples of a block; there may be none."""
+    def read(self, blocks: Iterable[int]) -> list[Example]:
+        """The examples of some blocks, in their order; there may be none."""
         ...
 
     def tell(self, among: str) -> None:
@@ -78,8 +80,8 @@ class TextsInMemory:
         self.digest = fingerprint([sizes, *flat])
         self._counts: dict[str, int] = {}
 
-    def read(self, block: int) -> list[Example]:
-        return [self.examples[block]]
+    def read(self, blocks: Iterable[int]) -> list[Example]:
+        return [self.examples[block] for block in blocks]
 
     def tell(self, among: str) -> None:
         """What was cut or left out was told when they were read."""
@@ -157,8 +159,8 @@ class TextsOnDisk:
         ]
         self.digest = hashlib.sha256(repr(made_of).encode()).hexdigest()
 
-    def read(self, block: int) -> list[Example]:
-        return [*self._examples(block, held_out=False)]
+    def read(self, blocks: Iterable[int]) -> list[Example]:
+        return self._fitting(blocks, held_out=False)
 
     def held_out(self) -> list[Example]:
         """The texts for evaluation."""
@@ -166,7 +168,7 @@ class TextsOnDisk:
             return []
         numbers = np.arange(self.every - 1, self.index.records, self.every)
         blocks = dict.fromkeys(self.index.block_of(int(number)) for number in numbers)
-        return [example for block in blocks for example in self._examples(block, held_out=True)]
+        return self._fitting(blocks, held_out=True)
 
     def tell(self, among: str) -> None:
         self.fitting.tell(among)
@@ -180,21 +182,31 @@ class TextsOnDisk:
     def keep(self, key: str, count: int) -> None:
         self.index.keep(key, count)
 
-    def _examples(self, block: int, held_out: bool) -> Iterator[Example]:
+    def _fitting(self, blocks: Iterable[int], held_out: bool) -> list[Example]:
+        # Threads, since a tokenizer holds none back; what they find comes in the order of blocks.
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            of_blocks = pool.map(functools.partial(self._found, held_out=held_out), blocks)
+            return [
+                each for texts in of_blocks for text in texts for each in self.fitting.fit(text)
+            ]
+
+    def _found(self, block: int, held_out: bool) -> list[Found]:
         number, start, stop, first = self.index.entry(block)
         self.index.check_unchanged(number)
-        file = self.files[number]
+        file, texts = self.files[number], []
         for i, values in enumerate(file.read(start, stop), first):
             if (self.every is not None and i % self.every == self.every - 1) != held_out:
                 continue
-            if not file.is_text:
-                where = f"record {i + 1}"
-                name, tools = str(file.path), (self.tokenizer, self.template)
-                for found in found_in(name, where, file.fields, values, *tools):
-                    yield from self.fitting.fit(found._replace(where=f"{name}, {where}"))
-            else:
+            name, where = str(file.path), f"record {i + 1}"
+            if file.is_text:
                 passage = whole(values[0], self.tokenizer, ends=stop == file.path.stat().st_size)
-                yield from cut_up(passage, self.tokenizer.begin, self.length)
+                pieces = cut_up(passage, self.tokenizer.begin, self.length)
+                texts += [Found(where, piece) for piece in pieces]
+                continue
+            tools = self.tokenizer, self.template
+            for found in found_in(name, where, file.fields, values, *tools):
+                texts.append(found._replace(where=f"{name}, {where}"))
+        return texts
 
 
 def _shown(template: ChatTemplate) -> str:

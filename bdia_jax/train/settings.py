@@ -127,8 +127,8 @@ class TrainSettings:
             _check_number("epochs", self.epochs, "positive, or None")
             if self.steps is not None:
                 raise ValueError(
-                    "give steps or epochs: either says how long a run is; got steps="
-                    f"{self.steps} and epochs={self.epochs}"
+                    "give steps or epochs, and None for the other one: each says how long a run "
+                    f"is; got steps={self.steps} and epochs={self.epochs}"
                 )
         _check_number("learning_rate", self.learning_rate, "positive")
         _check_number("weight_decay", self.weight_decay, "0 or positive")

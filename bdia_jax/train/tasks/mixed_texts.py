@@ -8,7 +8,7 @@ import numpy as np
 
 from bdia_jax.data.mix import Mix
 from bdia_jax.data.packing import Packed
-from bdia_jax.train.tasks.task import FED
+from bdia_jax.train.tasks.fed import FED
 from bdia_jax.train.tasks.text import NextToken, Rows
 
 
