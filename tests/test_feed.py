@@ -3,6 +3,7 @@
 import json
 import logging
 import sys
+import threading
 import time
 
 import _toy
@@ -95,14 +96,19 @@ class Slow:
         return 4
 
 
-def test_a_feed_is_a_step_ahead_and_knows_where_it_is():
-    task = Slow()
+class Endless(Slow):
+    def feed(self, position, size):
+        return np.full(size, position), position + 1
+
+
+def test_a_feed_is_ahead_and_knows_where_it_is():
+    task, before = Slow(), threading.active_count()
     assert isinstance(task, Fed)
     assert not isinstance(_toy.Regression(), Fed)
     feed = Feed(task, 2, 1)
+    while task.made < 3:
+        time.sleep(0.001)
     for step in (1, 2):
-        while task.made < step:
-            time.sleep(0.001)
         # What was made ahead was not taken: a checkpoint must not skip it.
         assert feed.position == step
         assert [*feed.take()] == [step, step]
@@ -110,6 +116,11 @@ def test_a_feed_is_a_step_ahead_and_knows_where_it_is():
     with pytest.raises(OSError, match="the disk is gone"):
         feed.take()
     feed.close()
+    # One that is full can be closed, too.
+    feed = Feed(Endless(), 1000)
+    assert feed.take()[0] == 0
+    feed.close()
+    assert threading.active_count() == before
 
 
 def test_the_loss_without_noise_is_of_the_batch_that_is_fed(whole):
