@@ -47,7 +47,9 @@ class Index:
         paths = [str(file.path.absolute()) for file in files]
         expected = {"version": VERSION, "files": paths, "stamps": self.stamps}
         about = _read(folder / ABOUT)
-        if any(about.get(name) != value for name, value in expected.items()):
+        if any(about.get(name) != value for name, value in expected.items()) or not _is_whole(
+            folder / ENTRIES, about
+        ):
             about = expected | self._make(folder)
             # Last, and at once: a process that is killed before leaves no index.
             write_json(folder / ABOUT, about)
@@ -115,6 +117,10 @@ def _stamp(path: pathlib.Path) -> list[int]:
     """What tells, without reading a file, whether it was written to: size and times."""
     found = path.stat()
     return [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def _is_whole(entries: pathlib.Path, about: dict[str, Any]) -> bool:
+    return entries.is_file() and entries.stat().st_size == ENTRY.size * about["blocks"]
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
