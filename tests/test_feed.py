@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import sys
 import threading
 import time
@@ -28,46 +29,46 @@ from bdia_jax.train.programs import Programs
 TOKENIZER = data.byte_tokenizer()
 
 
+OFTEN = {"steps": 20, "log_every": 1, "eval_every": 4, "checkpoint_every": 2}
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The folder of the files, and a run that nothing happened to."""
     folder = tmp_path_factory.mktemp("files")
-    _, model = _toy.run(folder / "run", task=_toy.FromFiles(folder))
+    _, model = _toy.run(folder / "run", task=_toy.FromFiles(folder), **OFTEN)
     return folder, _toy.digest(model), _toy.lines(folder / "run")
 
 
 def test_a_run_goes_on_where_it_was(whole, tmp_path):
+    """Also as one of steps, if it began as one of so many epochs."""
     files, digest, lines = whole
-    for stop in (3, 6, None):
-        _, model = _toy.run(
-            tmp_path / "run", task=_toy.FromFiles(files), stop_at=stop, resume=True, log_every=1
+    for changes in ({"steps": None, "epochs": 20 * 8 / 37, "stop_at": 3}, {"stop_at": 14}, {}):
+        result, model = _toy.run(
+            tmp_path / "run", task=_toy.FromFiles(files), resume=True, **OFTEN | changes
         )
+    assert result.step == 20
     assert _toy.digest(model) == digest
-    evaluations = [line for line in lines if line["split"] == "eval"]
-    found = [line for line in _toy.lines(tmp_path / "run") if line["split"] == "eval"]
-    assert [line for line in found if line["step"] in (4, 8)] == evaluations
+    found = _toy.lines(tmp_path / "run")
+    # Where a call ended, it evaluated once more.
+    assert [line for line in found if line["split"] == "train" or not line["step"] % 4] == lines
 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_batches(whole, tmp_path):
-    changes = {"steps": 20, "log_every": 1, "eval_every": 4, "checkpoint_every": 2}
-    given = json.dumps(changes | {"files": str(whole[0])})
+    given = json.dumps(OFTEN | {"files": str(whole[0])})
     command = [sys.executable, _toy.__file__, str(tmp_path / "run"), given]
     assert kill_repeatedly(command, tmp_path / "run", kills=1).kills == 1
     told = json.loads((tmp_path / "run" / "told.json").read_text())
-    _, model = _toy.run(tmp_path / "undisturbed", task=_toy.FromFiles(whole[0]), **changes)
-    assert told["parameters"] == _toy.digest(model)
-    assert told["lines"] == _toy.lines(tmp_path / "undisturbed")
+    assert (told["parameters"], told["lines"]) == whole[1:]
 
 
 def test_other_data_are_refused(whole, tmp_path):
-    files = tmp_path / "files"
-    files.mkdir()
-    _toy.run(tmp_path / "run", task=_toy.FromFiles(files), stop_at=2)
+    files = shutil.copytree(whole[0], tmp_path / "files")
     path = files / "b.jsonl"
     path.write_text(path.read_text().replace("ccc", "ccd"))
     with pytest.raises(ValueError, match=r"another one: data.sha256: .*not those it was started"):
-        _toy.run(tmp_path / "run", task=_toy.FromFiles(files), resume=True)
+        _toy.run(files / "run", task=_toy.FromFiles(files), resume=True, **OFTEN)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -186,20 +187,6 @@ def test_steps_or_epochs():
     given = in_steps(TrainSettings(epochs=5, batch_size=4, learning_rate=1.0), task)
     assert float(given.make_schedule()(10)) == pytest.approx(0, abs=1e-6)
     assert float(given.make_schedule()(9)) > 0
-
-
-def test_a_run_of_epochs(whole, tmp_path):
-    """As one of so many steps, which it may be resumed as."""
-    files = whole[0]
-    result, _ = _toy.run(
-        tmp_path / "run", task=_toy.FromFiles(files), steps=None, epochs=8 * 8 / 37, stop_at=4
-    )
-    assert result.step == 4
-    result, model = _toy.run(tmp_path / "run", task=_toy.FromFiles(files), resume=True)
-    assert result.step == 8
-    assert _toy.digest(model) == whole[1]
-    settings = json.loads((tmp_path / "run/settings.json").read_text())
-    assert settings["train"]["steps"] == 8
 
 
 def test_what_a_mix_must_have(whole):
