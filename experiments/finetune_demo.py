@@ -19,6 +19,7 @@ import shutil
 
 import command
 import finetune
+import finetune_data
 
 from bdia_jax import BDIA, Online, interop
 from bdia_jax.data import Example
@@ -95,7 +96,7 @@ def main(d: Demo) -> list[dict[str, float]]:
         print(f"\n== {name} ==", flush=True)
         path = interop.packaged_model()
         tokenizer = finetune.tokenizer_of(path)
-        _, eval_texts = finetune.split(f, tokenizer, d.length)
+        _, eval_texts = finetune_data.split(f, tokenizer, d.length)
         if not rows:
             said(finetune.load(f, path), tokenizer, eval_texts[0], "before")
         found = finetune.main(f)

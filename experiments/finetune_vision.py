@@ -49,7 +49,6 @@ from bdia_jax.train import (
 )
 
 SOME = TrainSettings(
-    steps=500,
     batch_size=32,
     learning_rate=5e-5,
     warmup_steps=50,
@@ -59,6 +58,8 @@ SOME = TrainSettings(
     checkpoint_every=100,
     keep_last=1,
 )
+STEPS = 500
+"""If neither steps nor epochs are given."""
 BATCHES = 8
 """By which γ is chosen: an image has one loss, where a text has one for each token."""
 MARGIN = 1 / 8
@@ -128,7 +129,7 @@ class FineTuneVision:
     resume: bool = False
     """Continue the run in the folder, if there is one."""
     train: TrainSettings = SOME
-    """How to train."""
+    """How to train; 500 steps, unless steps or epochs are given."""
 
     def __post_init__(self):
         if self.method == "bdia" and self.gamma == "auto" and not self.head_images:
@@ -178,7 +179,9 @@ def main(f: FineTuneVision) -> dict[str, float]:
     about = json.loads(json.dumps(dataclasses.asdict(f), default=str))
     about = {name: about[name] for name in about if name not in ("train", "resume", "out")}
     about["step"] = dataclasses.asdict(model.blocks.step)
-    result = train(model, task, f.train, f.out, resume=f.resume, about={"fine-tuning": about})
+    result = train(
+        model, task, f.train.or_steps(STEPS), f.out, resume=f.resume, about={"fine-tuning": about}
+    )
     plot_curves({f.method: f.out}, f.out / "accuracy.png")
     best = restore_best(f.out, model)
     after = evaluate(model, task, eval_batch_size=eval_batch_size(task, f.train))

@@ -9,6 +9,8 @@ GAMMA = ("test_gamma",)
 CHATS = ("test_chats",)
 TOKENIZERS = ("test_tokenizers", "test_text")
 FILES = ("test_text_files", "test_text")
+MIX = ("test_mix",)
+FEED = ("test_feed",)
 FOLDERS = ("test_model_folders", "test_hugging_face")
 GGUF = ("test_gguf::test_parity", "test_gguf")
 PLANS = ("test_planning",)
@@ -71,7 +73,7 @@ FAULTS = [
     Fault(
         "warmup does not bend",
         "train/settings",
-        "min(self.warmup_steps, self.steps // 2)",
+        "min(self.warmup_steps, self.total_steps // 2)",
         "self.warmup_steps",
         ("test_run_folder",),
     ),
@@ -321,6 +323,81 @@ FAULTS = [
         "    if differences:",
         "    if False:",
         ("test_run_folder",),
+    ),
+    # Texts that are mixed, and read as a run goes; epochs.
+    Fault(
+        "an order has some things twice",
+        "data/order",
+        "found[outside] = encrypted(found[outside])",
+        "found[outside] %= np.uint64(count)",
+        MIX,
+    ),
+    Fault(
+        "every epoch has the same order",
+        "data/mix",
+        "permuted(places, s.blocks, (self.seed, source, epoch))",
+        "permuted(places, s.blocks, (self.seed, source, 0))",
+        MIX,
+    ),
+    Fault(
+        "turns forget the shares", "data/order", "share * n - had if share", "-had if share", MIX
+    ),
+    Fault(
+        "a row is left out",
+        "data/mix",
+        "Place(given + 1, window, row + 1)",
+        "Place(given + 1, window, row + 2)",
+        MIX,
+    ),
+    Fault(
+        "other shares are the same",
+        "data/mix",
+        "self.shares, self.length, self.seed, WINDOW]",
+        "self.length, self.seed, WINDOW]",
+        MIX,
+    ),
+    Fault(
+        "what is held out is learned",
+        "data/sources",
+        "== self.every - 1) != held_out",
+        "== self.every - 1) < held_out",
+        MIX,
+    ),
+    Fault(
+        "every passage ends",
+        "data/sources",
+        "ends=stop == file.path.stat().st_size",
+        "ends=True",
+        MIX,
+    ),
+    Fault(
+        "files may change in a run",
+        "data/index",
+        "if _stamp(path) != self.stamps[file]:",
+        "if False:",
+        MIX,
+    ),
+    Fault(
+        "texts that are dropped are cut",
+        "data/fitting",
+        'if self.too_long == "drop":',
+        "if False:",
+        FILES,
+    ),
+    Fault(
+        "the position is that of what was made ahead",
+        "train/feed",
+        "                self._put((fed, position))\n",
+        "                self._put((fed, position))\n                self.position = position\n",
+        FEED,
+    ),
+    Fault("a resumed run begins its data anew", "train/loop", 'told.get("position")', "None", FEED),
+    Fault(
+        "an epoch has what it leaves out",
+        "train/epochs",
+        "task.samples // batch_size",
+        "task.samples / batch_size",
+        FEED,
     ),
     # Conversations.
     Fault(

@@ -7,6 +7,7 @@ trains it (or resumes), and prints a digest of the parameters and of the lines o
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import logging
@@ -19,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from bdia_jax import data
 from bdia_jax.nn import ReversibleSettings, ReversibleStack
 from bdia_jax.train import Sums, TrainSettings, read_metrics, train
 
@@ -88,6 +90,43 @@ class Regression:
         return sums._replace(loss=sums.loss * jnp.nan) if self.evaluation_poison else sums
 
 
+class FromFiles(Regression):
+    """The sum of four tokens, of two files that are mixed and read as the run goes."""
+
+    name, unit = "toy files", "sequences"
+
+    def __init__(self, folder):
+        super().__init__()
+        for name, count in (("a", 30), ("b", 7)):
+            path = folder / f"{name}.jsonl"
+            if not path.exists():
+                lines = (json.dumps({"text": chr(97 + i % 26) * 3}) for i in range(count))
+                path.write_text("\n".join(lines))
+        made = functools.partial(data.TextsOnDisk, tokenizer=data.byte_tokenizer(), length=4)
+        self.mix = data.Mix([made([folder / f"{name}.jsonl"]) for name in "ab"], 4, weights=(2, 1))
+
+    def arrays(self):
+        digest = np.frombuffer(bytes.fromhex(self.mix.digest), np.uint8)
+        return super().arrays() | {"digest": digest}
+
+    def start(self):
+        return [[*place] for place in self.mix.start()]
+
+    def feed(self, position, size):
+        rows, behind = self.mix.take(position, size)
+        return {"x": rows.tokens / np.float32(64)}, [[*place] for place in behind]
+
+    def fed_shapes(self, size):
+        return {"x": jax.ShapeDtypeStruct((size, 4), np.float32)}
+
+    def epoch(self):
+        return sum(self.mix.epoch_rows(i) for i in (0, 1))
+
+    def batch(self, arrays, key, step, size):
+        x = arrays["fed"]["x"]
+        return x, x.sum(1)
+
+
 SETTINGS = {
     "steps": 8,
     "batch_size": 8,
@@ -143,7 +182,9 @@ def main(folder: pathlib.Path, changes: dict) -> None:
 
         save = Checkpoints.save
         Checkpoints.save = lambda *arguments: (time.sleep(slow_save), save(*arguments))
-    _, model = run(folder, model=Toy(width), resume=True, **changes)
+    files = changes.pop("files", None)
+    task = None if files is None else FromFiles(pathlib.Path(files))
+    _, model = run(folder, model=Toy(width), task=task, resume=True, **changes)
     told = {"parameters": digest(model), "lines": lines(folder)}
     (folder / "told.json").write_text(json.dumps(told))
 

@@ -15,12 +15,13 @@ from flax import nnx
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "experiments"))
 
 import finetune
+import finetune_data
 import translate
 from measure import curves, e2e_metrics, finetune_e2e, gpt2_small_data, pages, records
 
 from bdia_jax import data, interop
 from bdia_jax.nn import Decoder, DecoderConfig, llama
-from bdia_jax.train import TrainSettings
+from bdia_jax.train import TrainSettings, in_steps
 
 E2E = pathlib.Path(__file__).resolve().parents[2] / "shared/data/e2e-dataset.zip"
 TINY = DecoderConfig(max_length=64, width=16, depth=2, heads=2)
@@ -167,6 +168,98 @@ def test_finetune_goes_on_from_an_adapter(tmp_path, capsys):
     written = json.loads((tmp_path / "second/adapter/adapter_config.json").read_text())
     assert (written["r"], written["lora_alpha"]) == (2, 6.0)
     assert "low-rank updates of attention.q, ffn.down, from" in capsys.readouterr().out
+
+
+@pytest.fixture
+def three(tmp_path):
+    """Texts of three kinds."""
+    (tmp_path / "chats.jsonl").write_text(
+        "".join(json.dumps({"text": f"{i} and {i}"}) + "\n" for i in range(60))
+    )
+    (tmp_path / "texts").mkdir()
+    for i in range(4):
+        (tmp_path / "texts" / f"{i}.txt").write_text(f"This is text {i}.\n" * 20)
+    rows = [f"{i} + 1 =, {i + 1}" for i in range(30)]
+    (tmp_path / "pairs.csv").write_text("\n".join(["prompt,completion", *rows]))
+    return tuple(tmp_path / name for name in ("chats.jsonl", "texts", "pairs.csv"))
+
+
+def told_of(f, capsys):
+    """The data of a fine-tuning, and what is said of them."""
+    task, texts = finetune_data.task_of(f, data.byte_tokenizer(), f.length, None)
+    settings = in_steps(f.train.or_steps(500), task)
+    finetune_data.tell(task, settings, texts)
+    return task, settings, capsys.readouterr().out
+
+
+def test_what_is_told_of_a_mix(three, tmp_path, capsys):
+    given = finetune.FineTune(
+        model="none", data=three, out=tmp_path / "run", length=32, weights=(5, 3, 2), train=FEW
+    )
+    task, _, out = told_of(given, capsys)
+    rows = [task.mix.epoch_rows(i) for i in range(3)]
+    first, second, third, last = out.splitlines()
+    assert first.startswith(f"chats.jsonl: 54 texts in {rows[0]} sequences of 32 tokens, ")
+    # Of 4 batches of 4 sequences, 8.
+    times = f"{0.5 * 16 / rows[0]:.3g}"
+    assert first.endswith(f"50.0% of all sequences, so that each text is seen {times} times")
+    assert second.startswith("texts: ")
+    assert "; 30.0% of all" in second
+    assert third.startswith("pairs.csv: 27 texts in ")
+    # Every tenth of 60 records, of 40 pieces of texts, of 30 rows.
+    assert last == f"{6 + 4 + 3} texts for evaluation"
+    # On disk, what a sequence holds is known when it is read; and an epoch is counted.
+    given = dataclasses.replace(given, stream=True, eval_data=three[2])
+    _, _, out = told_of(given, capsys)
+    assert "chats.jsonl: 60 texts in about " in out
+    epochs = dataclasses.replace(given, train=TrainSettings(epochs=2, batch_size=4))
+    task, settings, out = told_of(epochs, capsys)
+    rows = [task.mix.epoch_rows(i) for i in range(3)]
+    assert settings.steps == round(2 * sum(rows) / 4)
+    assert f"pairs.csv: 30 texts in {rows[2]} sequences" in out
+    # Without weights, all are one set; of which each text is seen once in an epoch.
+    whole = dataclasses.replace(epochs, weights=None, train=TrainSettings(epochs=1, batch_size=1))
+    _, _, out = told_of(whole, capsys)
+    assert "chats.jsonl + texts + pairs.csv: 94 texts in" in out
+    assert "100.0% of all sequences, so that each text is seen 1 times" in out
+    _, _, out = told_of(dataclasses.replace(whole, stream=False), capsys)
+    assert "% full; 30 texts for evaluation" in out
+    for weights, message in (((1, 2), "one for each of the 3 data"), ((0, 0, 0), "be positive")):
+        for stream in (False, True):
+            wrong = dataclasses.replace(given, weights=weights, stream=stream)
+            with pytest.raises(ValueError, match=message):
+                told_of(wrong, capsys)
+    with pytest.raises(ValueError, match="texts has 4 records, of which every tenth"):
+        told_of(dataclasses.replace(given, eval_data=None), capsys)
+
+
+@pytest.mark.slow
+def test_finetune_on_a_stream(folder, three, tmp_path, capsys):
+    given = finetune.FineTune(
+        model=str(folder),
+        data=three,
+        eval_data=three[2],
+        out=tmp_path / "run",
+        length=32,
+        gamma=1 / 8,
+        weights=(5, 3, 2),
+        stream=True,
+        samples=0,
+        train=FEW,
+    )
+    found = finetune.main(given)
+    assert found["loss"] < found["loss before"]
+    assert "pairs.csv: 30 texts in about" in capsys.readouterr().out
+    # What is known of the files is taken from the run's folder, unless they were written to.
+    index = tmp_path / "run/index/1/about.json"
+    known = index.stat().st_mtime_ns
+    finetune_data.task_of(given, data.byte_tokenizer(), 32, None)
+    assert index.stat().st_mtime_ns == known
+    (three[1] / "0.txt").write_text("Another text.\n" * 20)
+    with pytest.raises(
+        ValueError, match=r"the data named chats\.jsonl . texts . pairs.csv are not"
+    ):
+        finetune.main(dataclasses.replace(given, resume=True))
 
 
 def test_finetune_with_what_does_not_fit(folder, tmp_path):

@@ -345,14 +345,23 @@ def test_long_texts_are_split(tmp_path, caplog):
 def test_long_texts_are_refused(tmp_path, caplog):
     message = (
         r"line 2: the text has 12 tokens; allowed are 8 tokens \(length \+ 1\): give a larger "
-        "length, a shorter text, or too_long = truncate or split"
+        "length, a shorter text, or too_long = truncate, split or drop"
     )
     with pytest.raises(ValueError, match=message):
         read_mixed(tmp_path, caplog, "error")
-    with pytest.raises(ValueError, match="truncate, split, error; got 'cut'"):
+    with pytest.raises(ValueError, match="truncate, split, drop, error; got 'cut'"):
         read_mixed(tmp_path, caplog, "cut")
     with pytest.raises(ValueError, match=r"no prompt leaves room .* 8 tokens \(length \+ 1\)"):
         read_mixed(tmp_path, caplog, "truncate", [("a" * 8, "b"), ("a" * 9, "c")])
+
+
+def test_long_texts_are_dropped(tmp_path, caplog):
+    (found,), (told,) = read_mixed(tmp_path, caplog, "drop")
+    assert TOKENIZER.decode(found.tokens) == "abcdef"
+    assert "3 texts are left out, of more than 8 tokens (length + 1)" in told
+    assert "(line 2 first)" in told
+    with pytest.raises(ValueError, match=r"a\.jsonl: every text has more than 8 tokens"):
+        read_mixed(tmp_path, caplog, "drop", MIXED[1:])
 
 
 def test_exactly_as_long_is_not_too_long(tmp_path, caplog):

@@ -233,7 +233,7 @@ def no_compiling(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 0}, "steps must be an int >= 1; got 0"),
+        ({"steps": 0}, "steps must be an int >= 1, or None; got 0"),
         ({"steps": 1.5}, "steps must be an int"),
         ({"steps": True}, "got True"),
         ({"batch_size": -1}, "batch_size"),

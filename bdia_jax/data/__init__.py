@@ -15,6 +15,7 @@ from bdia_jax.data.examples import Example, completion
 from bdia_jax.data.fingerprints import fingerprint
 from bdia_jax.data.image_folder import ImageFolder, load_image_folder, read_image
 from bdia_jax.data.images import ImageData, check_classes, load_images
+from bdia_jax.data.mix import Mix
 from bdia_jax.data.packing import Packed, PackedPairs, pack, pack_pairs
 from bdia_jax.data.pairs import cldr_pairs, clean, read_pairs, split_pairs, tfds_pairs
 from bdia_jax.data.reading import read_text
@@ -25,6 +26,7 @@ from bdia_jax.data.records import (
     read_conversations,
     read_records,
 )
+from bdia_jax.data.sources import TextsInMemory, TextsOnDisk, TextSource
 from bdia_jax.data.text import TextData, python_sources, split_text
 from bdia_jax.data.tokenizers import (
     Tokenizer,
@@ -40,10 +42,14 @@ __all__ = [
     "Example",
     "ImageData",
     "ImageFolder",
+    "Mix",
     "Packed",
     "PackedPairs",
     "Record",
     "TextData",
+    "TextSource",
+    "TextsInMemory",
+    "TextsOnDisk",
     "Tokenizer",
     "augment",
     "batch_indices",

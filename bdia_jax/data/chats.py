@@ -180,7 +180,7 @@ def conversed(
 
     (Or ends: a template without special tokens around its messages may make one.)
     """
-    _check(messages)
+    check_messages(messages)
     found = []
     for text, spans in template.generated(messages):
         example = _example(tokenizer, text, spans)
@@ -204,7 +204,8 @@ def _example(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) -> Example:
     return Example(tokens, learned)
 
 
-def _check(messages: Any) -> None:
+def check_messages(messages: Any) -> None:
+    """A ``ValueError`` for what is no list of messages, or has no answer."""
     shape = '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError(f"messages must be a list such as {shape}; got {repr(messages)[:80]}")

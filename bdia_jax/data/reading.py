@@ -79,25 +79,31 @@ def decode(raw: bytes, name: str) -> str:
     Raises:
       ValueError: for no text, another encoding, or a pointer of Git LFS instead of the file.
     """
+    text = decode_part(raw, name)
+    if not text.strip():
+        raise ValueError(f"{name} is empty")
+    return text
+
+
+def decode_part(raw: bytes, name: str, first: int = 1) -> str:
+    """As :func:`decode`, a part that may be empty; ``first`` is the number of its first line."""
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise ValueError(f"{name} is no text in UTF-8, but in UTF-16 or UTF-32: save it in UTF-8")
     raw = raw.removeprefix(codecs.BOM_UTF8)
     try:
         text = raw.decode()
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
+        line = raw.count(b"\n", 0, error.start) + first
         raise ValueError(
             f"{name}, line {line}: no text in UTF-8 ({error.reason}, byte "
             f"0x{raw[error.start]:02x}): save it in UTF-8"
         ) from None
     if "\0" in text:
-        line = text.count("\n", 0, text.index("\0")) + 1
+        line = text.count("\n", 0, text.index("\0")) + first
         raise ValueError(
             f"{name}, line {line}: no text in UTF-8, for it has zero bytes, as binary files and "
             "UTF-16 do: save it in UTF-8"
         )
     if text.startswith(_LFS_POINTER):
         raise ValueError(f"{name} is a pointer of Git LFS to a file, not the file: git lfs pull")
-    if not text.strip():
-        raise ValueError(f"{name} is empty")
     return text

@@ -8,7 +8,8 @@ import io
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from bdia_jax.data.reading import RECORDS, decode, read_bytes
@@ -32,6 +33,9 @@ class Conversation(NamedTuple):
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 """Suffixes of tables, and what separates their columns."""
+
+MESSAGES, TEXT, PAIR = ("messages",), ("text",), ("prompt", "completion")
+"""Fields of the kinds of records that are learned."""
 
 
 def read_records(path: str | os.PathLike, fields: Sequence[str]) -> list[Record]:
@@ -60,11 +64,12 @@ def parse_records(raw: bytes, name: str, fields: Sequence[str]) -> list[Record]:
     """The same, of contents that were read already, say from an archive."""
     suffix, fields = _suffix(name), tuple(fields)
     if suffix in SEPARATORS:
-        records = [*_table(decode(raw, name), name, fields, SEPARATORS[suffix])]
+        lines = io.StringIO(decode(raw, name), newline="")
+        records = [*table(lines, name, fields, SEPARATORS[suffix])]
     else:
         shape = _shape(fields)
         records = [
-            Record(where, _from_object(value, name, where, shape, fields))
+            Record(where, texts_of(value, name, where, fields))
             for where, value in _objects(raw, name, shape)
         ]
     if not records:
@@ -84,18 +89,21 @@ def read_conversations(path: str | os.PathLike) -> list[Conversation]:
         a file without records.
     """
     name = str(pathlib.Path(path).expanduser())
-    if (suffix := _suffix(name)) in SEPARATORS:
-        allowed = ", ".join(each for each in RECORDS if each not in SEPARATORS)
-        raise ValueError(f"{name}: conversations must be in {allowed}; got {suffix!r}")
-    shape = '{"messages": [{"role": "...", "content": "..."}, ...]}'
+    refuse_conversations(name)
+    shape = _shape(MESSAGES)
     found = []
     for where, value in _objects(read_bytes(path), name, shape):
-        if not isinstance(value, dict) or "messages" not in value:
-            raise _unlike(name, where, shape, f"got {repr(value)[:80]}")
-        found.append(Conversation(where, value["messages"]))
+        found.append(Conversation(where, messages_of(value, name, where)))
     if not found:
         raise ValueError(f"{name} has no records")
     return found
+
+
+def refuse_conversations(name: str) -> None:
+    """A ``ValueError`` for a table of separated values, which has no lists."""
+    if (suffix := _suffix(name)) in SEPARATORS:
+        allowed = ", ".join(each for each in RECORDS if each not in SEPARATORS)
+        raise ValueError(f"{name}: conversations must be in {allowed}; got {suffix!r}")
 
 
 def fields_of_first(path: str | os.PathLike) -> tuple[str, ...]:
@@ -119,6 +127,14 @@ def fields_of_first(path: str | os.PathLike) -> tuple[str, ...]:
     except ValueError:
         return ()
     return tuple(value) if isinstance(value, dict) else ()
+
+
+def kind_of(fields: Iterable[str]) -> tuple[str, ...]:
+    """:data:`MESSAGES`, :data:`TEXT` or :data:`PAIR`: what a record with these fields is."""
+    fields = {*fields}
+    if "messages" in fields:
+        return MESSAGES
+    return TEXT if "text" in fields and not fields & {*PAIR} else PAIR
 
 
 def _suffix(name: str) -> str:
@@ -155,17 +171,26 @@ def _json_lines(text: str, name: str, shape: str) -> Iterator[tuple[str, Any]]:
     # texts, such as U+2028.
     lines = text.split("\n")
     for number, line in enumerate(lines, 1):
-        # Files that were put together may each have begun with a byte-order mark.
-        line = line.strip().removeprefix("\ufeff")
+        line = bare(line)
         if not line:
             continue
         where = f"line {number}"
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            cut = "; the file ends in this line: is it cut off?" if number == len(lines) else ""
-            raise _unlike(name, where, shape, f"{_reason(error)}{cut}; got {line[:80]!r}") from None
-        yield where, value
+        yield where, json_object(line, name, where, shape, is_last=number == len(lines))
+
+
+def bare(line: str) -> str:
+    """A line without white space around it, and without a mark before it."""
+    # Files that were put together may each have begun with a byte-order mark.
+    return line.strip().removeprefix("\ufeff")
+
+
+def json_object(line: str, name: str, where: str, shape: str, *, is_last: bool = False) -> Any:
+    """The value of a line in JSON; an error says where it stands, and what is allowed there."""
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        cut = "; the file ends in this line: is it cut off?" if is_last else ""
+        raise _unlike(name, where, shape, f"{_reason(error)}{cut}; got {line[:80]!r}") from None
 
 
 def _json(text: str, name: str, shape: str) -> Iterator[tuple[str, Any]]:
@@ -183,10 +208,16 @@ def _json(text: str, name: str, shape: str) -> Iterator[tuple[str, Any]]:
         yield f"record {number}", each
 
 
-def _from_object(
-    value: Any, name: str, where: str, shape: str, fields: tuple[str, ...]
-) -> tuple[str, ...]:
-    got = repr(value)[:80]
+def messages_of(value: Any, name: str, where: str) -> Any:
+    """The messages of a record, as they are in the file."""
+    if not isinstance(value, dict) or "messages" not in value:
+        raise _unlike(name, where, _shape(MESSAGES), f"got {repr(value)[:80]}")
+    return value["messages"]
+
+
+def texts_of(value: Any, name: str, where: str, fields: tuple[str, ...]) -> tuple[str, ...]:
+    """The texts of a record, in the order of ``fields``."""
+    got, shape = repr(value)[:80], _shape(fields)
     if not isinstance(value, dict):
         raise _unlike(name, where, shape, f"got {got}")
     if missing := [field for field in fields if field not in value]:
@@ -206,9 +237,12 @@ def _from_object(
     return values
 
 
-def _table(text: str, name: str, fields: tuple[str, ...], separator: str) -> Iterator[Record]:
+def table(
+    lines: Iterable[str], name: str, fields: tuple[str, ...], separator: str
+) -> Iterator[Record]:
+    """Records of a table's lines, of which no more are taken than the records so far have."""
     # The line ends are the reader's to judge: they may be part of a text.
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    rows = csv.reader(lines, delimiter=separator, strict=True)
     with _any_length():
         columns: list[str] | None = None
         try:
@@ -238,17 +272,28 @@ def _table(text: str, name: str, fields: tuple[str, ...], separator: str) -> Ite
             ) from None
 
 
+_lock, _limits = threading.Lock(), []
+"""What the limit was when each that reads began; below all, what it was before."""
+
+
 @contextlib.contextmanager
 def _any_length() -> Iterator[None]:
     """The csv module reads texts of any length, not only of up to 131,072 characters."""
-    before = csv.field_size_limit(2**31 - 1)
+    with _lock:
+        _limits.append(csv.field_size_limit(2**31 - 1))
     try:
         yield
     finally:
-        csv.field_size_limit(before)
+        # Others may read still, in threads of their own: the last one sets it back.
+        with _lock:
+            before = _limits.pop()
+            if not _limits:
+                csv.field_size_limit(before)
 
 
 def _shape(fields: tuple[str, ...]) -> str:
+    if fields == MESSAGES:
+        return '{"messages": [{"role": "...", "content": "..."}, ...]}'
     return "{" + ", ".join(f'"{field}": "..."' for field in fields) + "}"
 
 

@@ -15,6 +15,8 @@ pieces               an evaluation and a step, outside of a run
 gamma                γ chosen for a model and its data
 linear_probe         a head for new classes, fitted before training
 gap                  what γ costs: the loss without it, beside that of training
+epochs               epochs as steps
+feed                 batches that the host feeds
 errors               steps that went wrong
 weights              what the model holds before and after
 run_folder           the folder of a run, and whose it is
@@ -33,6 +35,7 @@ memory               what a step will need, and what it did
 
 from bdia_jax.nn.losses import Sums
 from bdia_jax.train.checkpoints import CheckpointError, restore_best
+from bdia_jax.train.epochs import in_steps
 from bdia_jax.train.errors import InexactInverseError, NonFiniteError
 from bdia_jax.train.figures import plot_curves
 from bdia_jax.train.gamma import choose_gamma
@@ -52,8 +55,10 @@ from bdia_jax.train.step import State, StepReport
 from bdia_jax.train.tasks import (
     Distillation,
     Distilled,
+    Fed,
     ImageClassification,
     LanguageModelling,
+    MixedTexts,
     PackedTexts,
     Preferences,
     ResizedImages,
@@ -67,9 +72,11 @@ __all__ = [
     "CheckpointError",
     "Distillation",
     "Distilled",
+    "Fed",
     "ImageClassification",
     "InexactInverseError",
     "LanguageModelling",
+    "MixedTexts",
     "NonFiniteError",
     "PackedTexts",
     "Preferences",
@@ -89,6 +96,7 @@ __all__ = [
     "evaluate",
     "evaluation_memory",
     "fit_head",
+    "in_steps",
     "make_optimizer",
     "plot_curves",
     "read_metrics",

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from bdia_jax.gamma import GammaChoice
 from bdia_jax.nn import gamma
+from bdia_jax.train.feed import first_batches
 from bdia_jax.train.tasks import Task
 
 
@@ -33,11 +33,10 @@ def choose_gamma(
       **options: of :func:`bdia_jax.choose_gamma`.
     """
     data_key, model_key = jax.random.split(jax.random.key(seed))
-    arrays = jax.device_put(task.arrays())
-    make = jax.jit(lambda step: task.batch(arrays, data_key, step, batch_size))
 
     def loss(model, batch, key):
         return task.loss(model, batch, key).means()["loss"]
 
-    arguments = ((make(jnp.int32(i)), jax.random.fold_in(model_key, i)) for i in range(batches))
+    made = first_batches(task, data_key, batch_size, batches)
+    arguments = ((batch, jax.random.fold_in(model_key, i)) for i, batch in enumerate(made))
     return gamma.choose_gamma(model, loss, arguments, **options)

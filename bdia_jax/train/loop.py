@@ -18,7 +18,9 @@ from flax import nnx
 
 from bdia_jax.train import gap, weights_and_biases, wording
 from bdia_jax.train.checkpoints import Checkpoints, score
+from bdia_jax.train.epochs import in_steps
 from bdia_jax.train.errors import raise_if_not_finite, raise_if_wrong, reversibility
+from bdia_jax.train.feed import Feed
 from bdia_jax.train.memory import peak_bytes
 from bdia_jax.train.metrics import MetricsWriter
 from bdia_jax.train.pace import Pace
@@ -36,7 +38,7 @@ from bdia_jax.train.run_folder import (
 from bdia_jax.train.settings import TrainSettings
 from bdia_jax.train.signals import Stop
 from bdia_jax.train.step import State, StepReport
-from bdia_jax.train.tasks import Task, check_batch_size
+from bdia_jax.train.tasks import Fed, Task, check_batch_size
 from bdia_jax.train.weights import check_trained_dtypes, give_back
 
 log = logging.getLogger("bdia_jax")
@@ -70,7 +72,7 @@ def train(
     Args:
       model: ``task`` says how it is called. Its ``nnx.Param`` are trained.
       task: data, loss and metrics.
-      settings: how to train.
+      settings: how to train. Epochs become steps first, which is told.
       folder: of the run (:mod:`bdia_jax.train.run_folder` says what it will hold).
       resume: continue from the newest checkpoint in ``folder``, if there is one.
       about: settings of the model and the data, saved, and compared when a run is resumed.
@@ -101,6 +103,7 @@ def train(
         check_trained_dtypes(model)
     if main:
         weights_and_biases.check_installed(settings.wandb)
+    settings = in_steps(settings, task)
     described = describe_run(settings, task, about, optimizer is not None)
     check_same_run(folder, described, settings)
 
@@ -110,17 +113,17 @@ def train(
     make_run_folder(folder, described, main)
     with logging_to(folder, main) as tell:
         checkpoints = Checkpoints(folder / "checkpoints", settings.keep_last, task.best)
-        writer = run = None
+        writer = run = feed = None
         try:
             restored = checkpoints.restore(programs.abstract_state()) if resume else None
             if restored is None:
-                step, state, spent = 0, programs.first_state(model), 0.0
+                step, state, spent, position = 0, programs.first_state(model), 0.0, None
             else:
                 step, state, told = restored
-                spent = told["seconds"]
-                if step > settings.steps:
+                spent, position = told["seconds"], told.get("position")
+                if step > settings.total_steps:
                     raise ValueError(
-                        f"the run in {folder} is at step {step}; got steps={settings.steps}"
+                        f"the run in {folder} is at step {step}; got steps={settings.total_steps}"
                     )
                 log.info("resumed at step %d", step)
             if optimizer is None and settings.weight_decay:
@@ -131,7 +134,9 @@ def train(
                 project = weights_and_biases.Project(settings.wandb, folder, described)
             writer = MetricsWriter(folder, step, main, project)
             pace = Pace(task.unit, settings.batch_size, spent)
-            run = Run(programs, checkpoints, writer, pace, tell, state, step)
+            if isinstance(task, Fed):
+                feed = Feed(task, settings.batch_size, position)
+            run = Run(programs, checkpoints, writer, pace, tell, state, step, feed)
             with Stop() as stop:
                 run.until_the_end(model, stop, progress, on_evaluation)
                 checkpoints.wait()
@@ -146,6 +151,8 @@ def train(
                 checkpoints.abandon()
             raise
         finally:
+            if feed is not None:
+                feed.close()
             if writer is not None:
                 writer.close()
             if run is not None:
@@ -166,12 +173,15 @@ class Run:
         tell: Callable[[int, str], None],
         state: State,
         step: int,
+        feed: Feed | None = None,
     ):
         """``tell`` is that of :func:`bdia_jax.train.run_folder.logging_to`."""
+        self.feed = feed
         self.programs, self.checkpoints, self.writer = programs, checkpoints, writer
         self.pace, self.tell, self.metric = pace, tell, programs.task.best
         self.settings, self.state, self.step = programs.settings, state, step
-        self.end = min(self.settings.steps, self.settings.stop_at or self.settings.steps)
+        self.last = self.settings.total_steps
+        self.end = min(self.last, self.settings.stop_at or self.last)
         self.history: list[dict[str, Any]] = [*writer.kept]
         self.ending = ""
         """Why no further step is taken."""
@@ -198,7 +208,7 @@ class Run:
 
         s, hidden = self.settings, None if progress is None else not progress
         saved, has_evaluated = self.step, False
-        with tqdm(total=s.steps, initial=self.step, disable=hidden, unit="step") as self._bar:
+        with tqdm(total=self.last, initial=self.step, disable=hidden, unit="step") as self._bar:
             while not self._is_over(stop):
                 logs, evaluates, saves = (
                     self.step + 1 == self.end or (self.step + 1) % every == 0
@@ -228,8 +238,8 @@ class Run:
 
     def _is_over(self, stop: Stop) -> bool:
         """Whether no further step is taken, and why."""
-        at = f"at step {self.step} of {self.settings.steps}"
-        if self.step >= self.settings.steps:
+        at = f"at step {self.step} of {self.last}"
+        if self.step >= self.last:
             self.ending = f"The run is over, {at}."
         elif self._is_out_of_patience():
             best = best_of(evaluations(self.history), self.metric)
@@ -245,8 +255,11 @@ class Run:
 
     def _take_step(self, with_network_loss: bool) -> None:
         # Before the step, which uses up the weights.
-        self._network_loss = self.programs.network_loss(self.state) if with_network_loss else None
-        self.state, report = self.programs.step(self.state)
+        fed = None if self.feed is None else self.feed.take()
+        self._network_loss = (
+            self.programs.network_loss(self.state, fed) if with_network_loss else None
+        )
+        self.state, report = self.programs.step(self.state, fed)
         self.step += 1
         self._evaluated = {}
         self._pending.append(report)
@@ -294,7 +307,7 @@ class Run:
         record = self._write("train", line | speed | ({} if peak is None else {"peak_bytes": peak}))
         self._bar.set_postfix_str(wording.beside_a_bar(record, self.pace.unit))
         left = self.pace.left(self.step, self.end) if self.step < self.end else None
-        told = wording.about_training(record, self.settings.steps, self.pace.unit, left)
+        told = wording.about_training(record, self.last, self.pace.unit, left)
         # A bar shows the same; where there is none, the lines tell that something happens.
         self.tell(logging.INFO if self._bar.disable else logging.DEBUG, told)
         self.checkpoints.sweep()
@@ -307,7 +320,7 @@ class Run:
         record = self._write("eval", self._evaluated)
         self._without_better = self._count_without_better()
         best = best_of(evaluations(self.history), self.metric) or record
-        told = wording.about_evaluation(record, self.settings.steps, best, self.metric)
+        told = wording.about_evaluation(record, self.last, best, self.metric)
         self.tell(logging.INFO, told)
         self.pace.begin(self.step)
 
@@ -335,7 +348,9 @@ class Run:
         # All steps are looked at first: a step that went wrong must never be saved.
         self._log()
         self.writer.sync()
-        about = {"seconds": self.pace.seconds()}
+        about: dict[str, Any] = {"seconds": self.pace.seconds()}
+        if self.feed is not None:
+            about["position"] = self.feed.position
         self.checkpoints.save(self.step, self.state, about, self._evaluated)
         if self._evaluated:
             self._best_saved = max(self._best_saved, score(self.metric, self._evaluated))

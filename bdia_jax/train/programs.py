@@ -19,7 +19,7 @@ from bdia_jax.train import mesh as meshes
 from bdia_jax.train.per_block import PerBlock, without
 from bdia_jax.train.settings import TrainSettings
 from bdia_jax.train.step import Recipe, State, StepReport, train_step
-from bdia_jax.train.tasks import Task
+from bdia_jax.train.tasks import FED, Fed, Task
 
 
 class Programs:
@@ -79,9 +79,9 @@ class Programs:
     # What is run
     # -----------------------------------------------------------------------------------------
 
-    def step(self, state: State) -> tuple[State, StepReport]:
-        """One optimizer step; ``state`` is used up."""
-        return self._step(state, self._rest, self._arrays)
+    def step(self, state: State, fed: Any = None) -> tuple[State, StepReport]:
+        """One optimizer step; ``state`` is used up, ``fed`` is what the host feeds to it."""
+        return self._step(state, self._rest, self._with(fed))
 
     def evaluate(self, params: nnx.State) -> dict[str, float]:
         """Means over the evaluation split."""
@@ -90,9 +90,13 @@ class Programs:
             for i in range(-(-self.task.eval_samples // self._eval_size))
         )
 
-    def network_loss(self, state: State) -> Float[Array, ""]:
+    def network_loss(self, state: State, fed: Any = None) -> Float[Array, ""]:
         """The loss without γ of the batch that the next step takes, before it is taken."""
-        return self._network_loss(state, self._rest, self._arrays)
+        return self._network_loss(state, self._rest, self._with(fed))
+
+    def _with(self, fed: Any) -> Any:
+        """The arrays of a training step."""
+        return self._arrays if fed is None else self._arrays | {FED: self._place(fed)}
 
     def _eval_step(self, params, rest, arrays, i) -> Sums:
         model = nnx.merge(self._eval_graph, params, nnx.merge_state(self.recipe.probes, rest))
@@ -135,14 +139,16 @@ class Programs:
     def trace(self) -> None:
         """Traces all programs, so that what does not fit fails now; jit remembers the result."""
         state = self.abstract_state()
-        self._step.eval_shape(state, self._rest, self._arrays)
+        arrays = self._with(self._fed_shapes())
+        self._step.eval_shape(state, self._rest, arrays)
         self._evaluate.eval_shape(state.params, self._rest, self._arrays, _INDEX)
         if self.has_gap:
-            self._network_loss.eval_shape(state, self._rest, self._arrays)
+            self._network_loss.eval_shape(state, self._rest, arrays)
 
     def compiled_step(self, options: dict[str, str | bool] | None = None) -> jax.stages.Compiled:
         """The training step, compiled for shapes; ``options`` are XLA's."""
-        lowered = self._step.lower(self.abstract_state(), self._rest, self._arrays)
+        arrays = self._with(self._fed_shapes())
+        lowered = self._step.lower(self.abstract_state(), self._rest, arrays)
         return lowered.compile(options)
 
     def compiled_evaluation(
@@ -151,6 +157,10 @@ class Programs:
         """The evaluation of a batch, compiled for shapes."""
         params = self.abstract_state().params
         return self._evaluate.lower(params, self._rest, self._arrays, _INDEX).compile(options)
+
+    def _fed_shapes(self) -> Any:
+        task = self.task
+        return task.fed_shapes(self.settings.batch_size) if isinstance(task, Fed) else None
 
     def trees(self) -> dict[str, Any]:
         """Shapes and shardings of what a step has on the device, besides what it computes."""

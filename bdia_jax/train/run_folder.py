@@ -7,6 +7,7 @@ log.txt             what was told
 tensorboard/        a copy of the metrics
 wandb/, wandb.json  another, and what the run is called there; where that was asked for
 checkpoints/        the last few, and the best
+index/              where the texts are, of data that are read as the run goes
 report.md           what came of it, with report.png
 """
 
@@ -34,6 +35,8 @@ log = logging.getLogger("bdia_jax")
 
 SETTINGS = "settings.json"
 LOG = "log.txt"
+INDEX = "index"
+"""Made before the run, and taken from there when it is resumed."""
 
 
 def check_run_folder(folder: str | pathlib.Path, resume: bool = False) -> pathlib.Path:
@@ -63,7 +66,7 @@ def check_run_folder(folder: str | pathlib.Path, resume: bool = False) -> pathli
                 f"there is a run in {folder}; continue it with resume=True (--resume), or give "
                 "another folder"
             )
-    elif {path.name for path in folder.iterdir()} - {SETTINGS + ".tmp"}:
+    elif {path.name for path in folder.iterdir()} - {SETTINGS + ".tmp", INDEX}:
         raise FileExistsError(f"{folder} is not empty, and holds no run; give another folder")
     return folder
 

@@ -31,14 +31,19 @@ HARMLESS = (
 )
 """Settings that may differ between a run and its continuation: the weights do not depend on them.
 (On another mesh sums are rounded otherwise: the weights are then equal to float tolerance.)"""
+STEPS = 1000
+"""Of a run whose settings give neither steps nor epochs."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings:
     """How to train."""
 
-    steps: int = 1000
-    """Optimizer steps in all."""
+    steps: int | None = None
+    """Optimizer steps in all; by default 1000, or what epochs come to."""
+    epochs: float | None = None
+    """Passes over the training data, in place of steps; a fraction may be given. The run tells how
+    many steps they are."""
     batch_size: int = 128
     """Samples per step."""
     accumulate: int = 1
@@ -97,7 +102,6 @@ class TrainSettings:
 
     def __post_init__(self):
         for name in (
-            "steps",
             "batch_size",
             "accumulate",
             "log_every",
@@ -106,17 +110,22 @@ class TrainSettings:
             "keep_last",
         ):
             _check_int(name, getattr(self, name), at_least=1)
-        for name in ("eval_batch_size", "patience", "stop_at"):
+        for name in ("steps", "eval_batch_size", "patience", "stop_at"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), at_least=1, or_none=True)
         _check_int("warmup_steps", self.warmup_steps, at_least=0)
         if self.cooldown_steps is not None:
             _check_int("cooldown_steps", self.cooldown_steps, at_least=1, or_none=True)
-            if self.schedule != "wsd" or self.cooldown_steps > self.steps - self.warmup:
+            if self.schedule != "wsd":
                 raise ValueError(
-                    "cooldown_steps needs the schedule wsd, and at most as many steps as follow "
-                    f"the warmup ({self.steps - self.warmup}); got {self.cooldown_steps} with "
+                    f"cooldown_steps needs the schedule wsd; got {self.cooldown_steps} with "
                     f"{self.schedule!r}"
+                )
+            # Of epochs, the data say how many steps they are; then it is checked.
+            if self.epochs is None and self.cooldown_steps > self.total_steps - self.warmup:
+                raise ValueError(
+                    f"cooldown_steps must be at most the {self.total_steps - self.warmup} steps "
+                    f"that follow the warmup; got {self.cooldown_steps}"
                 )
         _check_int("seed", self.seed)
         if self.batch_size % self.accumulate:
@@ -135,6 +144,13 @@ class TrainSettings:
                 )
         if self.wandb is not None and (not isinstance(self.wandb, str) or not self.wandb.strip()):
             raise ValueError(f"wandb must be the name of a project, or None; got {self.wandb!r}")
+        if self.epochs is not None:
+            _check_number("epochs", self.epochs, "positive, or None")
+            if self.steps is not None:
+                raise ValueError(
+                    "give steps or epochs, and None for the other one: each says how long a run "
+                    f"is; got steps={self.steps} and epochs={self.epochs}"
+                )
         _check_number("learning_rate", self.learning_rate, "positive")
         _check_number("weight_decay", self.weight_decay, "0 or positive")
         if self.clip_norm is not None:
@@ -151,23 +167,41 @@ class TrainSettings:
                 f"accumulate: accumulate must be 1; got {self.accumulate}"
             )
 
+    def or_steps(self, steps: int) -> TrainSettings:
+        """These settings, with so many steps if they give neither steps nor epochs."""
+        open_ended = self.steps is None and self.epochs is None
+        return dataclasses.replace(self, steps=steps) if open_ended else self
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps in all.
+
+        Raises:
+          ValueError: for epochs, of which the data say how many steps they are
+            (:func:`bdia_jax.train.in_steps`).
+        """
+        if self.epochs is not None:
+            raise ValueError(
+                f"epochs={self.epochs} must be made steps of first: in_steps(settings, task)"
+            )
+        return STEPS if self.steps is None else self.steps
+
     @property
     def warmup(self) -> int:
         """Steps in which the learning rate rises: a short run has a short warmup."""
-        return min(self.warmup_steps, self.steps // 2)
+        return min(self.warmup_steps, self.total_steps // 2)
 
     @property
     def cooldown(self) -> int:
         """Steps in which the learning rate of wsd falls to 0."""
-        left = self.steps - self.warmup
-        return (
-            min(-(-self.steps // 5), left) if self.cooldown_steps is None else self.cooldown_steps
-        )
+        if self.cooldown_steps is not None:
+            return self.cooldown_steps
+        return min(-(-self.total_steps // 5), self.total_steps - self.warmup)
 
     def make_schedule(self) -> optax.Schedule:
         """The learning rate, by step."""
         return make_schedule(
-            self.schedule, self.learning_rate, self.steps, self.warmup, self.cooldown
+            self.schedule, self.learning_rate, self.total_steps, self.warmup, self.cooldown
         )
 
     def make_optimizer(self) -> optax.GradientTransformation | PerBlock:
@@ -180,7 +214,9 @@ class TrainSettings:
 
     def described(self) -> dict[str, Any]:
         """What decides the trained weights, for comparing a run with its continuation."""
-        return dataclasses.asdict(self) | {"warmup_steps": self.warmup}
+        found = dataclasses.asdict(self)
+        del found["epochs"]
+        return found | {"steps": self.total_steps, "warmup_steps": self.warmup}
 
     def harmless(self) -> set[str]:
         """Settings that may change when the run is resumed."""
