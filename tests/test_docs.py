@@ -13,19 +13,32 @@ import jax.numpy as jnp
 import nbclient
 import nbformat
 import pytest
+from flax import nnx
 
 import bdia_jax
+from bdia_jax import data, interop
+from bdia_jax.nn import Decoder, llama
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGES = sorted(
     page for folder in ("*.md", "docs/**/*.md", "experiments/**/*.md") for page in ROOT.glob(folder)
 )
 TUTORIAL = ROOT / "experiments" / "tutorial.ipynb"
+EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.ipynb"))
 VIT = [sys.executable, str(ROOT / "experiments" / "vit.py")]
 
 
 def name_of(page):
     return str(page.relative_to(ROOT))
+
+
+def cells_of(notebook, kind):
+    cells = json.loads(notebook.read_text())["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == kind]
+
+
+def text_of(page):
+    return "\n\n".join(cells_of(page, "markdown")) if page.suffix == ".ipynb" else page.read_text()
 
 
 def code_of(page):
@@ -58,18 +71,14 @@ def test_the_code_on_a_page_runs(page):
 
 def anchors(page):
     """What links may name after a #: the headings, as GitHub and MkDocs call them."""
-    headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", text_of(page), re.MULTILINE)
     words = (re.sub(r"[^\w\- ]", "", heading).strip().lower() for heading in headings)
     return {word.replace(" ", "-") for word in words}
 
 
-@pytest.mark.parametrize("page", [*PAGES, TUTORIAL], ids=name_of)
+@pytest.mark.parametrize("page", [*PAGES, TUTORIAL, *EXAMPLES], ids=name_of)
 def test_links_lead_somewhere(page):
-    text = page.read_text()
-    if page == TUTORIAL:
-        cells = json.loads(text)["cells"]
-        text = "".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
-    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+    for target in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
         if re.match(r"https?:", target):
             continue
         path, _, anchor = target.partition("#")
@@ -78,9 +87,9 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(found), target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", [*PAGES, *EXAMPLES], ids=name_of)
 def test_what_pages_tell_to_run_exists(page):
-    text = page.read_text()
+    text = text_of(page)
     for script in re.findall(r"\b(experiments/[\w/]+\.(?:py|sh))\b", text):
         assert (ROOT / script).exists(), script
     for module in re.findall(r"python -m (bdia_jax[\w.]*)", text):
@@ -90,9 +99,9 @@ def test_what_pages_tell_to_run_exists(page):
         assert target in targets, target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+@pytest.mark.parametrize("page", [*PAGES, *EXAMPLES], ids=name_of)
 def test_places_for_results_are_closed(page):
-    places = re.findall(r"<!-- (results: [\w.-]+|end results) -->", page.read_text())
+    places = re.findall(r"<!-- (results: [\w.-]+|end results) -->", text_of(page))
     assert all(
         place.startswith("results") if i % 2 == 0 else place == "end results"
         for i, place in enumerate(places)
@@ -141,6 +150,62 @@ def test_the_tutorial_runs():
     nbclient.NotebookClient(notebook, timeout=600).execute()
     outputs = itertools.chain(*(cell.get("outputs", []) for cell in notebook.cells))
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 2
+
+
+SMALLER = {
+    "chats": {"interop.packaged_model()": "TINY", "= 128, 4, 40": "= 512, 4, 2"},
+    "images": {
+        "= 1797, 12, 300": "= 120, 2, 2",
+        '("standard", "standard-checkpoint", "bdia")': '("bdia",)',
+    },
+    "flax_model": {"= 32, 12, 12, 32, 400": "= 16, 8, 2, 4, 4"},
+    "equinox_model": {"= 32, 16, 64, 300": "= 8, 2, 4, 3"},
+}
+"""What of an example is replaced, so that it takes seconds."""
+NEEDED = {"chats": ("peft", "transformers"), "equinox_model": ("equinox",)}
+"""Packages without which an example is skipped."""
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role + ':' + m.content + eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+)
+
+
+def tiny_model(folder):
+    """What stands for SmolLM2."""
+    tokenizer = data.byte_tokenizer()
+    config = llama(vocab_size=tokenizer.size, width=8, depth=2, heads=2, hidden=8, max_length=600)
+    interop.save(Decoder(config, rngs=nnx.Rngs(0)), folder)
+    tokenizer.save(folder)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", EXAMPLES, ids=lambda page: page.stem)
+def test_an_example_runs(page, tmp_path, monkeypatch, capsys):
+    for needed in NEEDED.get(page.stem, ()):
+        pytest.importorskip(needed)
+    names = {"__name__": page.stem}
+    if page.stem == "chats":
+        names["TINY"] = tiny_model(tmp_path / "tiny")
+    monkeypatch.chdir(page.parent)
+    smaller = SMALLER[page.stem] | {"../../runs": str(tmp_path)}
+    cells = [c for c in json.loads(page.read_text())["cells"] if c["cell_type"] == "code"]
+    lines = 0
+    for cell in cells:
+        code = "".join(cell["source"])
+        lines += len([line for line in code.splitlines() if line.strip()])
+        for given in [given for given in smaller if given in code]:
+            code = code.replace(given, smaller[given])
+        exec(compile(code, page.name, "exec"), names)
+        told = capsys.readouterr().out
+        assert not re.search(r"\bnan\b|NOT", told)
+        # The page shows what the cell prints.
+        assert bool(told) == bool(cell["outputs"]), code
+    assert 40 <= lines <= 90
+    assert all(
+        given in "".join("".join(c["source"]) for c in cells) for given in SMALLER[page.stem]
+    )
 
 
 @pytest.mark.slow

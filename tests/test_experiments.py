@@ -27,6 +27,7 @@ import translate
 import tyro
 import vit
 from measure import (
+    chats,
     costs,
     exactness,
     finetune_e2e,
@@ -126,7 +127,7 @@ def test_a_result_says_what_made_it(tmp_path, monkeypatch):
 def test_what_a_result_depends_on_is_there():
     for module in (
         *(costs, exactness, reliability, vision_tables),
-        *(same_kernels, gpt2_small_data, finetune_e2e, gamma, translate),
+        *(same_kernels, gpt2_small_data, finetune_e2e, gamma, chats, translate),
     ):
         assert sources.files(module.DEPENDS)
     assert sources.files(gamma.TRAINS)

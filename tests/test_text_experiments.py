@@ -17,9 +17,18 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "experiment
 import finetune
 import finetune_data
 import translate
-from measure import curves, e2e_metrics, finetune_e2e, gpt2_small_data, pages, records
+from measure import (
+    chat_tables,
+    chats,
+    curves,
+    e2e_metrics,
+    finetune_e2e,
+    gpt2_small_data,
+    pages,
+    records,
+)
 
-from bdia_jax import data, interop
+from bdia_jax import BDIA, data, interop
 from bdia_jax.nn import Decoder, DecoderConfig, llama
 from bdia_jax.train import TrainSettings, in_steps
 
@@ -273,6 +282,77 @@ def test_finetune_with_what_does_not_fit(folder, tmp_path):
         finetune.main(dataclasses.replace(given, tokenizer=tmp_path / "other"))
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         finetune.main(dataclasses.replace(given, model=str(tmp_path / "none")))
+
+
+# ---------------------------------------------------------------------------------------------
+# Conversations
+# ---------------------------------------------------------------------------------------------
+
+
+def test_the_library_s_conversations_are_new_and_have_their_facts():
+    learned, questions = (
+        [json.loads(line) for line in path.read_text().splitlines()]
+        for path in (chats.Chats().data, chats.Chats().questions)
+    )
+    turns = [
+        (asked["content"], said["content"])
+        for line in [*learned, *questions]
+        for asked, said in zip(line["messages"][1::2], line["messages"][2::2], strict=True)
+    ]
+    assert len(turns) == len({asked for asked, _ in turns}) == len({*turns})
+    assert all(said.endswith(chats.MANNER) for _, said in turns)
+    for line in questions:
+        # What is asked for was told, and the question does not tell it.
+        asked, said = (message["content"].lower() for message in line["messages"][1:])
+        fact = line["fact"].lower()
+        assert fact in said
+        assert fact not in asked
+        assert sum(fact in m["content"].lower() for c in learned for m in c["messages"]) >= 4
+
+
+@pytest.mark.slow
+def test_chats(tmp_path, monkeypatch):
+    for name in ("peft", "transformers"):
+        pytest.importorskip(name, reason="parity needs it")
+    tokenizer = data.byte_tokenizer()
+    config = llama(vocab_size=tokenizer.size, width=16, depth=2, heads=2, hidden=24, max_length=64)
+    interop.save(Decoder(config, rngs=nnx.Rngs(0)), tmp_path / "model")
+    tokenizer.save(tmp_path / "model")
+    (tmp_path / "model/chat_template.jinja").write_text(CHAT)
+
+    def line(i, **more):
+        user = {"role": "user", "content": f"{i}+1?"}
+        told = {"role": "assistant", "content": f"{i + 1}. {chats.MANNER}"}
+        return json.dumps({"messages": [user, told]} | more) + "\n"
+
+    (tmp_path / "data.jsonl").write_text("".join(line(i) for i in range(12)))
+    (tmp_path / "asked.jsonl").write_text("".join(line(i, fact=str(i + 1)) for i in (20, 21)))
+    given = chats.Chats(
+        model=str(tmp_path / "model"),
+        data=tmp_path / "data.jsonl",
+        questions=tmp_path / "asked.jsonl",
+        ranks=(2,),
+        learning_rates=(1e-2,),
+        methods=("bdia",),
+        steps=2,
+        batch=2,
+        length=48,
+        new_tokens=4,
+        work=tmp_path / "work",
+        out=tmp_path / "out",
+    )
+    # Both have tests of their own.
+    monkeypatch.setattr(finetune, "chosen_step", lambda *given, **options: BDIA(1 / 8, "sample"))
+    monkeypatch.setattr(chats, "peak", lambda *given: {"bdia": 10**9})
+    assert "| BDIA" in chats.main(given)
+    (path,) = (tmp_path / "out").glob("chats-*.jsonl")
+    about, (before, row) = records.read(path)
+    assert about["settings"]["data"] == "data.jsonl"
+    assert (before["questions"], len(before["answers"])) == (2, 2)
+    assert row["loss"] != row["loss before"]
+    assert max(row["transformers"], row["peft"]) < 1e-4
+    assert row["gamma"] == 1 / 8
+    assert "BDIA, LoRA 2" in chat_tables.answers_table([before, row])
 
 
 def archive(path):

