@@ -36,6 +36,7 @@ from flax import nnx
 from bdia_jax import interop
 from bdia_jax.data import Example, Tokenizer, load_tokenizer
 from bdia_jax.data.fitting import TooLong
+from bdia_jax.memories import Memory
 from bdia_jax.nn import (
     Decoder,
     add_lora,
@@ -138,6 +139,11 @@ class FineTune:
     ffn_chunk: int | None = None
     """Positions of which the hidden layer of a block exists at a time (128, say): less memory, and
     more time, since it is computed once more. None for all."""
+    keep_in: Memory = "device"
+    """Where what each step keeps waits for the way back: on the device, or in the memory of the
+    host (host), whence it is copied."""
+    narrow_cotangents: bool = False
+    """Whether cotangents wait from block to block in --dtype, rather than in float32."""
     attention: str = "auto"
     """chunked, xla or cudnn; auto is cudnn on a GPU that has it, without dropout, and chunked
     elsewhere."""
@@ -250,6 +256,8 @@ def load(f: FineTune, path: pathlib.Path) -> Decoder:
         tolerance_bits=f.tolerance_bits,
         parts_as_steps=f.parts_as_steps,
         ffn_chunk=f.ffn_chunk,
+        keep_in=f.keep_in,
+        narrow_cotangents=f.narrow_cotangents,
         attention=f.attention,
         dtype=f.dtype,
         param_dtype=f.param_dtype or frozen,

@@ -96,10 +96,27 @@ _IN_THE_CORE = [
     Fault(
         "guard always content",
         "online",
-        "checksum(found.n_prev) + alive == kept[p].checksum",
+        "checksum(n) + alive == kept[p].checksum",
         "True",
     ),
-    Fault("guard of Euler always content", "online", "everywhere(found.q == n_next),", "True,"),
+    Fault(
+        "guard of Euler always content",
+        "online",
+        "jnp.where(sign == 0, fits,",
+        "jnp.where(sign == 0, True,",
+    ),
+    Fault(
+        "differences of the wrong state",
+        "online",
+        "            n = n - d\n",
+        "            n = n + d\n",
+    ),
+    Fault(
+        "narrow all the same",
+        "online",
+        "scan.dtype if scan.narrow_cotangents else a.dtype",
+        "scan.dtype",
+    ),
     Fault(
         "last states unguarded", "online", "nan_unless(checksum(n) == expected, a_next)", "a_next"
     ),
@@ -163,8 +180,8 @@ _IN_THE_CORE = [
     Fault(
         "checkpoint of the first part",
         "checkpoint",
-        "            x = kept[p]\n",
-        "            x = kept[0]\n",
+        "x = fetch(kept[p], scan.keep_in)",
+        "x = fetch(kept[0], scan.keep_in)",
     ),
     Fault(
         "checkpoint signs",

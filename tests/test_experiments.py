@@ -3,10 +3,12 @@
 import dataclasses
 import itertools
 import json
+import math
 import pathlib
 import re
 import shlex
 import signal
+import subprocess
 import sys
 import tarfile
 import threading
@@ -42,6 +44,7 @@ from measure import (
     same_kernels,
     side_by_side,
     sources,
+    still,
     timing,
     vision_tables,
 )
@@ -117,11 +120,13 @@ def test_a_result_says_what_made_it(tmp_path, monkeypatch):
     page.write_text("<!-- results: nothing -->\n<!-- end results -->\n")
     assert pages.MISSING in pages.written(page, tmp_path)
 
-    # Code that has changed in what it does is noticed.
-    assert [*pages.stale(tmp_path)] == []
+    # Code that has changed in what it does is noticed, and said.
+    assert pages.stale(tmp_path) == []
+    assert "the code has changed since" not in text
     path.write_text(path.read_text().replace(about["code"], "0" * 16))
-    (wrong,) = pages.stale(tmp_path)
-    assert "make it again with python experiments/vit.py" in wrong
+    assert pages.stale(tmp_path) == [path]
+    page.write_text("<!-- results: some-thing -->\nold\n<!-- end results -->\nend\n")
+    assert "**the code has changed since**" in pages.written(page, tmp_path)
 
 
 def test_what_a_result_depends_on_is_there():
@@ -591,3 +596,81 @@ def test_tables_show_runs_that_went_wrong():
     table = vision_tables.table(rows)
     assert "50.00 ± 0.00" in table
     assert "not finite" in table
+
+
+# ---------------------------------------------------------------------------------------------
+# Results of code that has changed
+# ---------------------------------------------------------------------------------------------
+
+OLD = {
+    "bdia_jax/__init__.py": "",
+    "bdia_jax/train.py": "def train(model, task, settings):\n    return settings.steps * model\n",
+    "experiments/measure/__init__.py": "",
+    "experiments/measure/runs.py": """
+def run_all(runs):
+    return [run.train() for run in runs]
+""",
+    "experiments/some.py": """
+import dataclasses, json, pathlib, sys
+from bdia_jax.train import train
+from measure.runs import run_all
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    steps: int = 900
+    warmup_steps: int = 100
+    log_every: int = 50
+    eval_every: int = 50
+    checkpoint_every: int = 50
+
+class Run:
+    def __init__(self, name):
+        self.name = name
+    def train(self):
+        return {"name": self.name, "loss": train(0.1, None, Settings()), "seconds": 5}
+
+out = pathlib.Path(sys.argv[sys.argv.index("--out") + 1])
+out.mkdir(parents=True)
+rows = [{}, *run_all([Run("a"), Run("b")])]
+(out / "some.jsonl").write_text("".join(json.dumps(row) + "\\n" for row in rows))
+""",
+}
+
+
+def test_the_same_numbers_with_the_code_of_then_and_now(tmp_path, monkeypatch):
+    """Short runs: three steps of the networks that are asked for."""
+    for name, text in OLD.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    (tmp_path / "data").mkdir()
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "then"]):
+        by = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", str(tmp_path), *by, *words], check=True)
+    monkeypatch.setattr(still, "HERE", tmp_path)
+    about = {"commit": "HEAD", "command": "python experiments/some.py --out experiments/results"}
+    then, now = still.both("some", about, still.Part("--seeds 1", "b"))
+    assert then == now == [{"name": "b", "loss": 3 * 0.1, "seconds": 5}]
+    (tmp_path / "bdia_jax/train.py").write_text(OLD["bdia_jax/train.py"].replace("*", "+"))
+    then, now = still.both("some", about, still.Part("", "a|b"))
+    assert [*still.different(then, now)] == [
+        f"[{i}].loss: {3 * 0.1!r}, now {3 + 0.1!r}" for i in range(2)
+    ]
+
+
+def test_what_is_the_same():
+    row = {"loss": 1.0, "seconds": 2, "folder": "a", "history": [{"loss": math.nan}]}
+    assert not [*still.different([row], [row | {"seconds": 3, "folder": "b"}])]
+    assert [*still.different([row], [row | {"loss": 1 + 2**-52}])]
+    assert [*still.different([row], [row, row])]
+
+
+def test_a_result_that_was_shown_to_be_the_same_is_not_stale(tmp_path, monkeypatch):
+    path = records.write("some-thing", [{"loss": 1.0}], ["bdia_jax/grid.py"], out=tmp_path)
+    about = records.read(path).about
+    code = about["code"]
+    again = {"commit": "abcdefgh", "code": code, "numbers": 7}
+    path.write_text(json.dumps(about | {"code": "0" * 16, "again": again}) + "\n")
+    assert pages.stale(tmp_path) == []
+    assert "(abcdefg gives the same 7 numbers in a short run)" in pages.caption(
+        records.read(path).about
+    )

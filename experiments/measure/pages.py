@@ -1,11 +1,11 @@
 """Writes the tables of the pages, from the results in experiments/results alone.
 
     python experiments/measure/pages.py             # writes
-    python experiments/measure/pages.py --check     # fails if a page or a result is out of date
+    python experiments/measure/pages.py --check     # fails if a page is out of date
 
 A page has, on lines of their own, ``<!-- results: NAME -->`` and ``<!-- end results -->``; what is
 between them is written here. NAME is a result (a file of experiments/results, without the device),
-or a view of one (:data:`VIEWS`).
+or a view of one (:data:`VIEWS`). Under a result of code that has changed since, the page says so.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -234,6 +234,8 @@ def caption(about: dict[str, Any]) -> str:
         commit += (
             f" ({again['commit'][:7]} gives the same {again['numbers']} numbers in a short run)"
         )
+    if changed(about):
+        commit += "; **the code has changed since**"
     note = f"{about['note']} " if "note" in about else ""
     return f"<sub>{note}{machine}; {about['date']}, {commit}; `{about['command']}`</sub>"
 
@@ -261,26 +263,18 @@ def written(page: pathlib.Path, folder: pathlib.Path = records.COMMITTED) -> str
     return json.dumps(notebook, ensure_ascii=False, indent=1, sort_keys=True) + "\n"
 
 
-def changed(folder: pathlib.Path = records.COMMITTED) -> list[pathlib.Path]:
-    """The results of other code than is here, but for those that it was shown to give, too."""
-    found = []
-    for path in sorted(folder.glob("*.jsonl")):
-        about = records.read(path).about
-        shown = {about["code"], about.get("again", {}).get("code")}
-        if sources.digest(about["depends"]) not in shown:
-            found.append(path)
-    return found
+def changed(about: dict[str, Any]) -> bool:
+    """Whether a result is of other code than is here, and was not shown to be the same."""
+    try:
+        here = sources.digest(about["depends"])
+    except FileNotFoundError:
+        return True
+    return here not in {about["code"], about.get("again", {}).get("code")}
 
 
-def stale(folder: pathlib.Path = records.COMMITTED) -> Iterator[str]:
-    """What is wrong with the results: those of code that has changed since."""
-    for path in changed(folder):
-        about = records.read(path).about
-        yield (
-            f"{path.name} is of other code than is here ({about['code']}, now "
-            f"{sources.digest(about['depends'])}): show with still.py that the code here gives the "
-            f"same numbers, make it again with {about['command']}, or remove it"
-        )
+def stale(folder: pathlib.Path = records.COMMITTED) -> list[pathlib.Path]:
+    """The results of code that has changed since."""
+    return [p for p in sorted(folder.glob("*.jsonl")) if changed(records.read(p).about)]
 
 
 def main() -> None:
@@ -297,10 +291,12 @@ def main() -> None:
 
 
 def check() -> list[str]:
-    """What is not up to date."""
-    wrong = [*stale()]
-    wrong += [f"{p} is not as its results say" for p in pages() if written(p) != p.read_text()]
-    return wrong
+    """What is not up to date: a page with another figure than its file, or another caption."""
+    return [
+        f"{p} is not as its results and the code say: run experiments/measure/pages.py"
+        for p in pages()
+        if written(p) != p.read_text()
+    ]
 
 
 if __name__ == "__main__":

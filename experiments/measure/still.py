@@ -6,7 +6,7 @@
 A result of hours need not be made again because a file that it depends on has a new option. Its
 command is run twice, with the code of its commit and with the code that is here, on this machine:
 some of its networks, for a few steps, with whole evaluations. If all numbers are the same, to the
-last bit, the result says so, with both commits, and is no longer stale.
+last bit, the result says so, with both commits, and pages no longer say that the code has changed.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def main(s: Still) -> None:
     from bdia_jax import files
     from measure import pages, records
 
-    for name in s.names or [path.stem for path in pages.changed()]:
+    for name in s.names or [path.stem for path in pages.stale()]:
         path = records.COMMITTED / f"{name}.jsonl"
         if (part := part_of(name)) is None:
             print(f"{name}: has no short command; make it again")
