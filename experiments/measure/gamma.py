@@ -8,6 +8,7 @@ perturbation   loss in training mode by γ and signs, of blocks and of parts as 
 exactness      integers that the backward pass reconstructs, by signs, in float32 and bfloat16 (4)
 gradients      cosine with the gradient of the standard network, of BDIA with m bits and of
                checkpoints rounded to b bits (5)
+cotangents     cosine of the gradient whose cotangents wait in bfloat16 with that of float32 (3)
 finetuning     equal budgets on the E2E data, by γ and signs; rounded checkpoints; low-rank
                updates; and what the models then say, by the challenge's metrics (an hour)
 
@@ -35,7 +36,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import command
 
-from bdia_jax import BDIA, Checkpoint, Euler, Step, files, gamma, interop
+from bdia_jax import BDIA, Checkpoint, Euler, Online, Step, files, gamma, interop
 from bdia_jax.data import Tokenizer, completion, pack, read_text, split_text
 from bdia_jax.nn import Decoder, add_lora, generate, set_step
 from bdia_jax.nn.gamma import reversible_stacks
@@ -82,7 +83,13 @@ GAMMAS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
 class Gamma:
     """γ and its signs on a real pretrained decoder."""
 
-    parts: tuple[str, ...] = ("perturbation", "exactness", "gradients", "finetuning")
+    parts: tuple[str, ...] = (
+        "perturbation",
+        "exactness",
+        "gradients",
+        "cotangents",
+        "finetuning",
+    )
     """Of the measurement."""
     text: pathlib.Path | None = None
     """A text file, for perturbation, exactness and gradients."""
@@ -133,6 +140,7 @@ def main(g: Gamma) -> None:
         "perturbation": perturbation,
         "exactness": exactness,
         "gradients": gradients,
+        "cotangents": cotangents,
         "finetuning": finetuning,
     }
     if unknown := set(g.parts) - set(known):
@@ -184,30 +192,53 @@ def compared(g: Gamma, case: tuple[str, bool, BDIA]) -> dict[str, Any]:
     return row
 
 
+def gradient(model: Decoder, way: Way):
+    """The gradient by the parameters of a model, as a function of them, a batch and a key."""
+    graph, _, rest = nnx.split(model, nnx.Param, ...)
+
+    @jax.jit
+    def of(params, batch, key):
+        def loss(params):
+            model = nnx.merge(graph, params, rest)
+            way.install(model)
+            return model.loss(batch.tokens, batch.targets, key=key).loss
+
+        return jax.grad(loss)(params)
+
+    return of
+
+
+def draws_of(g: Gamma, tokenizer: Tokenizer) -> list[tuple[Any, jax.Array]]:
+    """Three batches, and a key for each."""
+    keys = jax.random.split(jax.random.key(1), 3)
+    return [*zip(batches(text_task(g, tokenizer), g.rows), keys)]
+
+
+def cotangents(g: Gamma) -> None:
+    """Cosines of the gradient with cotangents of bfloat16 with that of float32's, per draw."""
+    model, tokenizer = smollm2(dtype="bfloat16")
+    params, draws, rows = nnx.state(model, nnx.Param), draws_of(g, tokenizer), []
+    for step in (BDIA(1 / 2, "sample"), BDIA(1 / 16, "sample")):
+        narrow, wide = (
+            gradient(model, Way(step, Online(narrow_cotangents=kind))) for kind in (True, False)
+        )
+        cosines = [cosine(narrow(params, *draw), wide(params, *draw)) for draw in draws]
+        rows.append({"gamma": step.gamma, "cosines": cosines, "least": min(cosines)})
+        print(rows[-1], flush=True)
+    records.write("gamma-cotangents", rows, DEPENDS, settings=g, out=g.out)
+
+
 def gradients(g: Gamma) -> None:
     """Cosines with the gradient of the standard network."""
     model, tokenizer = smollm2()
-    graph, params, rest = nnx.split(model, nnx.Param, ...)
-
-    def gradient(way: Way):
-        @jax.jit
-        def of(params, batch, key):
-            def loss(params):
-                model = nnx.merge(graph, params, rest)
-                way.install(model)
-                return model.loss(batch.tokens, batch.targets, key=key).loss
-
-            return jax.grad(loss)(params)
-
-        return of
-
+    params = nnx.state(model, nnx.Param)
     ways = {f"BDIA, m = {m}": Way(BDIA(2.0**-m, "sample")) for m in (1, 2, 3, 4, 6)}
     ways |= {f"BDIA, m = {m}, a sign per block": Way(BDIA(2.0**-m)) for m in (2, 3, 4)}
     ways |= {f"checkpoints of {b} bits": Way(Euler(), Checkpoint(b)) for b in (2, 3, 4, 8)}
-    draws = [*zip(batches(text_task(g, tokenizer), g.rows), jax.random.split(jax.random.key(1), 3))]
+    draws = draws_of(g, tokenizer)
 
     def compiled(way: Way):
-        return gradient(way).lower(params, *draws[0]).compile()
+        return gradient(model, way).lower(params, *draws[0]).compile()
 
     exact, *others = in_threads(compiled, [Way(Euler(), Checkpoint()), *ways.values()], g.workers)
     true, rows = [exact(params, *draw) for draw in draws], []

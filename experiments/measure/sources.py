@@ -19,6 +19,7 @@ CORE = tuple(
         "maps",
         "side_bits",
         "steps",
+        "memories",
         "adjoints",
         "arguments",
         "gradients",
