@@ -57,6 +57,7 @@ TABLES: dict[str, Callable[[Rows], str]] = cost_tables.TABLES | {
     "gamma-perturbation": lambda rows: pivot(rows, ("steps", "gamma"), "signs", rise),
     "gamma-exactness": lambda rows: pivot(rows, ("dtype", "steps", "gamma"), "signs", mismatches),
     "gamma-gradients": lambda rows: cosines(rows),
+    "gamma-cotangents": lambda rows: cosines_by_gamma(rows),
     "gamma-finetuning": lambda rows: means(rows, "way"),
 }
 """By the beginning of a result's name; of any other, rows are shown as they are."""
@@ -193,6 +194,12 @@ def cosines(rows: Rows) -> str:
     """Means over batches, and their standard deviations."""
     lines = [[row["way"], records.spread(row["cosines"], 4)] for row in rows]
     return records.markdown(["way", "cosine"], lines)
+
+
+def cosines_by_gamma(rows: Rows) -> str:
+    """Of every draw."""
+    lines = [[f"{row['gamma']:g}", ", ".join(f"{c:.5f}" for c in row["cosines"])] for row in rows]
+    return records.markdown(["γ", "cosines"], lines)
 
 
 def means(rows: Rows, by: str) -> str:
