@@ -31,6 +31,8 @@ def test_a_folder_that_is_free(tmp_path):
     assert not new.exists()
     # What a process leaves that was killed at its very start.
     (tmp_path / "settings.json.tmp").write_text('{"tra')
+    # And one that was to read its data as it goes.
+    (tmp_path / "index" / "0").mkdir(parents=True)
     check_run_folder(tmp_path)
     assert check_run_folder("~/no such folder").is_absolute()
 

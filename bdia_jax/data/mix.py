@@ -9,6 +9,9 @@ once before any is seen again, in another order in each epoch.
 
 Where a sequence stands is a *position*: for every source, how many rows it gave, and the window and
 the row that are next. What follows depends on the position alone.
+
+Of grain, whose data sets can be shuffled and mixed in this way, nothing is used: the order of a run
+must not change with the version of a library, and what is needed of it is little (``order.py``).
 """
 
 from __future__ import annotations
@@ -69,11 +72,11 @@ class Mix:
         self.shares = shares_of([1.0] * len(sources) if weights is None else weights, len(sources))
         self.sources, self.length, self.seed = tuple(sources), length, seed
         tokens = WINDOW * length
-        self.steps = [
+        self.at_a_time = [
             max(1, round(s.blocks * tokens * BYTES_PER_TOKEN / max(1, s.size))) for s in sources
         ]
         """Blocks of a window, by source."""
-        self.windows = [-(-s.blocks // n) for s, n in zip(sources, self.steps)]
+        self.windows = [-(-s.blocks // n) for s, n in zip(sources, self.at_a_time)]
         """Windows of an epoch, by source."""
         self._kept: dict[int, tuple[int, Packed]] = {}
 
@@ -111,7 +114,7 @@ class Mix:
 
     def window(self, source: int, number: int) -> Packed | None:
         """The rows of a window; None if nothing of its texts is learned."""
-        s, size = self.sources[source], self.steps[source]
+        s, size = self.sources[source], self.at_a_time[source]
         epoch, window = divmod(number, self.windows[source])
         places = np.arange(window * size, min((window + 1) * size, s.blocks))
         blocks = permuted(places, s.blocks, (self.seed, source, epoch))

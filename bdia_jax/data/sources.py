@@ -72,16 +72,20 @@ class TextsInMemory:
         """
         if not examples:
             raise ValueError(f"{name} must have texts for training; it has none")
-        self.name, self.examples = name, examples
-        self.texts = self.blocks = len(examples)
-        sizes = np.asarray([len(example.tokens) for example in examples], np.int64)
-        self.size = BYTES_PER_TOKEN * int(sizes.sum())
-        flat = [np.fromiter((x for e in examples for x in e[i]), np.int32) for i in (0, 1)]
-        self.digest = fingerprint([sizes, *flat])
+        self.name, self.texts, self.blocks = name, len(examples), len(examples)
+        # As arrays, which take an eighth of the memory of lists.
+        self._ends = np.cumsum([0, *(len(example.tokens) for example in examples)])
+        self._tokens, self._learned = (
+            np.fromiter((x for example in examples for x in example[i]), dtype)
+            for i, dtype in enumerate((np.int32, bool))
+        )
+        self.size = BYTES_PER_TOKEN * len(self._tokens)
+        self.digest = fingerprint([self._ends, self._tokens, self._learned])
         self._counts: dict[str, int] = {}
 
     def read(self, blocks: Iterable[int]) -> list[Example]:
-        return [self.examples[block] for block in blocks]
+        places = (slice(*self._ends[block : block + 2]) for block in blocks)
+        return [Example(self._tokens[at].tolist(), self._learned[at].tolist()) for at in places]
 
     def tell(self, among: str) -> None:
         """What was cut or left out was told when they were read."""

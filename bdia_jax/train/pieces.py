@@ -43,12 +43,13 @@ def training_step(
     task: Task,
     settings: TrainSettings,
     optimizer: optax.GradientTransformation | None = None,
-) -> tuple[Callable[[State], tuple[State, StepReport]], State]:
+) -> tuple[Callable[..., tuple[State, StepReport]], State]:
     """The step that a run repeats, compiled when it is first taken, and its first state.
 
-    For measurements, and for loops of one's own. A state is used up by its step; that includes the
-    arrays of ``model``, which the first state is made of. Reports are on the device. Arguments are
-    those of :func:`bdia_jax.train.train`.
+    For measurements, and for loops of one's own. Of a task that is :class:`bdia_jax.train.Fed`, the
+    step takes what it is fed as a second argument. A state is used up by its step; that includes
+    the arrays of ``model``, which the first state is made of. Reports are on the device. Arguments
+    are those of :func:`bdia_jax.train.train`.
     """
     programs = Programs(model, task, settings, optimizer)
     state = programs.first_state(model)
