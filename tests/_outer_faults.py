@@ -411,6 +411,20 @@ FAULTS = [
         ("test_decoder", "test_hugging_face"),
     ),
     Fault(
+        "a student without its cap",
+        "train/tasks/distillation",
+        "soft_cap(logits(student, matrix), caps[0])",
+        "logits(student, matrix)",
+        ("test_objectives",),
+    ),
+    Fault(
+        "answers are judged without the cap",
+        "train/tasks/preferences",
+        "cap=model.config.logit_cap",
+        "cap=None",
+        ("test_objectives",),
+    ),
+    Fault(
         "a cap without its slope",
         "nn/attention/chunked",
         "d_s *= 1 - jnp.square(jnp.where(s == -jnp.inf, 0, s) / options.cap)",
