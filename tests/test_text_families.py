@@ -1,5 +1,6 @@
 """Families of decoders whose blocks differ, or have norms, windows and caps of their own."""
 
+import copy
 import json
 import re
 
@@ -266,6 +267,20 @@ def test_updates_of_peft(gemma3, tmp_path):
     assert len(jax.tree.leaves(nnx.state(again, nnx.Param))) == 6
     again.eval()
     np.testing.assert_allclose(again(jnp.asarray(tokens)), expected, atol=3e-4, rtol=3e-4)
+
+
+@pytest.mark.parametrize("kept", ["float32", "bfloat16"])
+def test_the_scale_of_the_embedding_is_rounded(kept, gemma3):
+    """As transformers rounds it, to the bit: the root of 32 has no end."""
+    torch = pytest.importorskip("torch", reason="parity needs torch")
+    model, folder = gemma3
+    embed = copy.deepcopy(model.model.embed_tokens).to(torch.bfloat16)
+    ours = interop.load(folder, dtype="bfloat16", param_dtype=kept)
+    tokens = np.arange(61)[None]
+    with torch.no_grad():
+        expected = embed(torch.tensor(tokens)).float().numpy()
+    found = ours._embed(jnp.asarray(tokens), jnp.zeros_like(tokens))
+    np.testing.assert_array_equal(found.astype(jnp.float32), expected)
 
 
 @pytest.mark.slow
