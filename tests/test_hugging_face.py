@@ -33,7 +33,7 @@ YARN = {
     "rope_type": "yarn",
     "rope_theta": 1e4,
     "factor": 4.0,
-    "original_max_position_embeddings": 16,
+    "original_max_position_embeddings": 64,
 }
 
 

@@ -1,5 +1,6 @@
 """Families of decoders whose blocks differ, or have norms, windows and caps of their own."""
 
+import copy
 import json
 import re
 
@@ -13,6 +14,7 @@ from test_hugging_face import COMMON, LLAMA, WINDOWS, YARN, theirs
 
 from bdia_jax import BDIA, interop
 from bdia_jax.interop.families import FAMILIES
+from bdia_jax.interop.families.rotary import read_rope, write_rope
 from bdia_jax.nn import add_lora, choose_gamma, expand_base, generate, quantize_base
 from bdia_jax.nn.stack import PerBlock
 
@@ -74,6 +76,40 @@ def test_padding(family, tmp_path):
     for text, new in zip(texts, generate(ours, texts, 20), strict=True):
         expected = model.generate(torch.tensor([text]), max_new_tokens=20, do_sample=False)
         assert new == expected[0, len(text) :].tolist()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"rope_type": "linear", "factor": 8.0},
+        YARN,
+        YARN | {"beta_fast": 8.0, "beta_slow": 2.0, "attention_factor": 0.9, "truncate": False},
+        YARN | {"mscale": 0.7, "mscale_all_dim": 1.3},
+        {
+            "rope_type": "llama3",
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ],
+)
+def test_stretched_wavelengths(settings):
+    """Those of transformers, of heads of the usual size."""
+    pytest.importorskip("torch", reason="parity with transformers needs torch")
+    transformers = pytest.importorskip("transformers", reason="parity needs transformers")
+    rope = settings | {"rope_theta": 1e4}
+    config = transformers.LlamaConfig(head_dim=128, rope_parameters=rope)
+    of_kind = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS[rope["rope_type"]]
+    expected, amplitude = of_kind(config, "cpu")
+    theta, scaling = read_rope(config.to_dict(), 1.0)
+    plain = theta ** (-jnp.arange(64, dtype=jnp.float32) / 64)
+    found = scaling.frequencies(plain, theta, 4096)
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-5)
+    assert np.abs(found / plain - 1).max() > 0.5
+    assert scaling.amplitude == pytest.approx(amplitude)
+    written = write_rope(theta, scaling)
+    assert read_rope(written, 1.0) == (theta, scaling)
 
 
 @pytest.mark.slow
@@ -231,6 +267,20 @@ def test_updates_of_peft(gemma3, tmp_path):
     assert len(jax.tree.leaves(nnx.state(again, nnx.Param))) == 6
     again.eval()
     np.testing.assert_allclose(again(jnp.asarray(tokens)), expected, atol=3e-4, rtol=3e-4)
+
+
+@pytest.mark.parametrize("kept", ["float32", "bfloat16"])
+def test_the_scale_of_the_embedding_is_rounded(kept, gemma3):
+    """As transformers rounds it, to the bit: the root of 32 has no end."""
+    torch = pytest.importorskip("torch", reason="parity needs torch")
+    model, folder = gemma3
+    embed = copy.deepcopy(model.model.embed_tokens).to(torch.bfloat16)
+    ours = interop.load(folder, dtype="bfloat16", param_dtype=kept)
+    tokens = np.arange(61)[None]
+    with torch.no_grad():
+        expected = embed(torch.tensor(tokens)).float().numpy()
+    found = ours._embed(jnp.asarray(tokens), jnp.zeros_like(tokens))
+    np.testing.assert_array_equal(found.astype(jnp.float32), expected)
 
 
 @pytest.mark.slow

@@ -56,7 +56,8 @@ def save(
       like: what the model was loaded from (a folder, or a GGUF file). Its config.json is kept where
         it does not contradict, and its tokenizer, chat template and generation_config.json are
         written, in place of any that were in the folder. None leaves these files as they are, and
-        writes the networks of Granite and ERNIE as those of Llama, which they are here.
+        writes the networks of Granite and ERNIE as those of Llama, which they are here. (The
+        decoder of a Gemma 3 that sees images is written as a text model either way.)
       config: contents of a config.json, in place of that of ``like``.
 
     Raises:

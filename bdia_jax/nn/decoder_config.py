@@ -16,7 +16,7 @@ ParamDtype = Literal["float32", "bfloat16", "float64"]
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig(ReversibleSettings):
-    """A decoder of blocks x + h(x). The defaults are those of GPT-2; :func:`llama` has others."""
+    """A residual decoder. The defaults are GPT-2's kind; :func:`llama` gives the other."""
 
     vocab_size: int = 256
     """Number of tokens."""
