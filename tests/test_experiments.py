@@ -122,11 +122,11 @@ def test_a_result_says_what_made_it(tmp_path, monkeypatch):
 
     # Code that has changed in what it does is noticed, and said.
     assert pages.stale(tmp_path) == []
-    assert "the code has changed since" not in text
+    assert "since changed" not in text
     path.write_text(path.read_text().replace(about["code"], "0" * 16))
     assert pages.stale(tmp_path) == [path]
     page.write_text("<!-- results: some-thing -->\nold\n<!-- end results -->\nend\n")
-    assert "**the code has changed since**" in pages.written(page, tmp_path)
+    assert "**since changed**" in pages.written(page, tmp_path)
 
 
 def test_what_a_result_depends_on_is_there():

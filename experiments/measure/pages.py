@@ -242,7 +242,7 @@ def caption(about: dict[str, Any]) -> str:
             f" ({again['commit'][:7]} gives the same {again['numbers']} numbers in a short run)"
         )
     if changed(about):
-        commit += "; **the code has changed since**"
+        commit += ", **since changed**"
     note = f"{about['note']} " if "note" in about else ""
     return f"<sub>{note}{machine}; {about['date']}, {commit}; `{about['command']}`</sub>"
 
