@@ -1,6 +1,7 @@
 """Plans: what a training step needs in every way to train, on devices that need not be there."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from bdia_jax import online
+from bdia_jax import BDIA, Online, online, reversible_scan
 from bdia_jax.arguments import prepare
 from bdia_jax.data.text import TextData
 from bdia_jax.nn import Decoder, DecoderConfig
@@ -117,6 +118,32 @@ def test_parts_are_not_alive_at_once_on_a_gpu_that_is_not_there():
     # The hidden layer of the feed-forward network is not there beside what attention keeps.
     hidden = 8 * 512 * (4 * 256) * 2
     assert whole.temporaries - parts.temporaries > hidden
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize(("narrow", "held"), [(False, 16), (True, 12)])
+def test_what_the_pass_down_holds_on_a_gpu_that_is_not_there(narrow, held):
+    """Two states and two cotangents, each in its place; beside them, what the block needs."""
+    pytest.importorskip("jax_cuda13_plugin", reason="to compile for a GPU needs jax[cuda]")
+    (device,) = targets.devices("rtx-4090")
+    placed = functools.partial(
+        jax.ShapeDtypeStruct, sharding=jax.sharding.SingleDeviceSharding(device)
+    )
+    adjoint = Online(keep_in="host", narrow_cotangents=narrow)
+
+    def block(params, x, key):
+        return jnp.tanh(x @ params["a"]) @ params["b"]
+
+    def loss(params, x):
+        y = reversible_scan(block, params, x, step=BDIA(1 / 16, "minus"), adjoint=adjoint)
+        return jnp.mean(y.astype(jnp.float32) ** 2)
+
+    kernels = placed((8, 256, 256), jnp.bfloat16)
+    x = placed((4, 1024, 256), jnp.bfloat16)
+    needed = memory.temporaries(jax.grad(loss), {"a": kernels, "b": kernels}, x)
+    # Of the block: x, tanh, its derivative, and the cotangents of h and of tanh, in bfloat16.
+    of_block = 5 * 2
+    assert needed < (held + of_block + 0.5) * x.size
 
 
 def test_gpus_that_are_not_there_need_no_setting():
