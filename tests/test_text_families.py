@@ -14,7 +14,7 @@ from test_hugging_face import COMMON, LLAMA, WINDOWS, YARN, theirs
 
 from bdia_jax import BDIA, interop
 from bdia_jax.interop.families import FAMILIES
-from bdia_jax.interop.families.rotary import read_rope, write_rope
+from bdia_jax.interop.families.rotary import read_rope, write_rope, write_share
 from bdia_jax.nn import add_lora, choose_gamma, expand_base, generate, quantize_base
 from bdia_jax.nn.stack import PerBlock
 
@@ -112,6 +112,12 @@ def test_stretched_wavelengths(settings):
     assert read_rope(written, 1.0) == (theta, scaling)
 
 
+def test_shares_of_a_head():
+    for head_dim in range(2, 257, 2):
+        for turned in range(2, head_dim + 1, 2):
+            assert int(head_dim * write_share(turned, head_dim)) == turned
+
+
 @pytest.mark.slow
 def test_long_factors(tmp_path):
     """Short texts have the short ones; in a network of long sequences, all have the long ones."""
@@ -192,6 +198,7 @@ def test_settings_that_are_not_given(family, settings):
             "rope_type of sliding_attention must be default, because",
         ),
         ("gemma3", {"text_config": {}, "tie_word_embeddings": False}, "must be True; got False"),
+        ("gemma2", {"query_pre_attn_scalar": 20.5}, "must be a whole number >= 1; got 20.5"),
         ("gemma", {"hidden_activation": "relu"}, "hidden_activation must be .*; got 'relu'"),
         ("gemma2", {"layer_types": ["chunked_attention"] * 3}, "got chunked_attention"),
         ("olmo3", {"layer_types": ["full_attention"] * 2}, "num_hidden_layers = 3; got 2"),

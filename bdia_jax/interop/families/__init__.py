@@ -110,7 +110,7 @@ def read(c: Config) -> DecoderConfig:
         return family.read(c)
     except KeyError as error:
         raise FolderError(f"config.json of a {family.name} model lacks {error}") from None
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ArithmeticError) as error:
         if isinstance(error, FolderError):
             raise
         raise FolderError(f"config.json of a {family.name} model: {error}") from error

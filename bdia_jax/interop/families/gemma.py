@@ -87,6 +87,10 @@ class Gemma2(Gemma):
 
     def details(self, c: Config) -> dict[str, Any]:
         scalar, dim = c["query_pre_attn_scalar"], self.head_dim(c)
+        if scalar != int(scalar) or scalar < 1:
+            raise FolderError(
+                f"config.json: query_pre_attn_scalar must be a whole number >= 1; got {scalar!r}"
+            )
         return super().details(c) | {
             "norm_place": "both",
             "attention_scale": None if scalar == dim else scalar**-0.5,

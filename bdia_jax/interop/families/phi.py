@@ -9,7 +9,7 @@ from typing import Any
 from bdia_jax.interop.checkpoint import Checkpoint, FolderError
 from bdia_jax.interop.families.family import BLOCKS, Config, Names, Source, spans
 from bdia_jax.interop.families.llama import PLAIN, Llama
-from bdia_jax.interop.families.rotary import read_rope, read_share, write_rope
+from bdia_jax.interop.families.rotary import read_rope, read_share, write_rope, write_share
 from bdia_jax.interop.families.windows import read_one_window
 from bdia_jax.nn import DecoderConfig, LongScaling
 
@@ -52,7 +52,7 @@ class Phi3(Llama):
         }
 
     def write_rope(self, config: DecoderConfig) -> dict[str, Any]:
-        share = config.turned / config.size_of_head
+        share = write_share(config.turned, config.size_of_head)
         found = write_rope(config.rope_theta, config.rope_scaling)
         found["rope_parameters"]["partial_rotary_factor"] = share
         found["partial_rotary_factor"] = share

@@ -153,6 +153,12 @@ def read_share(c: Config) -> float:
     return 1.0 if share is None else float(share)
 
 
+def write_share(turned: int, head_dim: int) -> float:
+    """The share of which transformers makes ``turned``: the whole number below its product."""
+    share = turned / head_dim
+    return share if int(head_dim * share) == turned else math.nextafter(share, 1)
+
+
 def _amplitude(factor: float, mscale: float | None, mscale_all_dim: float | None) -> float:
     """That of YaRN, where it is not given; as transformers computes it."""
 
