@@ -6,6 +6,7 @@ import _toy
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -218,6 +219,21 @@ def test_a_step_of_training_is_in_place(method):
     assert grown[False] > 0.9 * one_block
     # The input of a block, where it is kept, has 4 × 128 numbers, 2 kB; a block has 66.
     assert grown[True] < 0.05 * one_block
+
+
+def test_the_first_step_finds_the_norm_that_the_second_is_clipped_by():
+    settings = dataclasses.replace(FEW, clip_norm=0.3, optimizer="sgd")
+    step, state = training_step(_toy.Toy(method="standard-checkpoint"), _toy.Regression(), settings)
+    before = jax.device_get(state.params)
+    state, report = step(state)
+    first = jax.device_get(state.params)
+    assert report.grad_norm > 0.3
+    assert jax.tree.all(jax.tree.map(np.array_equal, first, before))
+    assert state.opt_state["norm"] == report.grad_norm
+    second = jax.device_get(step(state)[0].params)
+    moved = jax.tree.map(lambda a, b: a - b, second, first)
+    # Of the learning rate times 0.3, as far as this step's norm is the first one's.
+    assert 0.5 < optax.tree.norm(moved) / (1e-2 * 0.3) < 2
 
 
 @pytest.mark.parametrize("clip_by", ["previous", "second-pass"])

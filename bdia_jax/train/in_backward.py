@@ -68,10 +68,9 @@ def depths(model: nnx.Module) -> dict[Path, int]:
 
 def with_norm(opt_state: optax.OptState, clip_norm: float | None) -> Any:
     """The first state: with clipping, the norm of the gradient of the step before belongs to it."""
-    # There is no step before the first one, which is not clipped.
-    return (
-        opt_state if clip_norm is None else {"optimizer": opt_state, "norm": jnp.float32(clip_norm)}
-    )
+    # There is no step before the first one: its gradient is scaled to 0, and it finds the norm. As
+    # it is, a large first gradient would stay in Adam's second moment for a long time.
+    return opt_state if clip_norm is None else {"optimizer": opt_state, "norm": jnp.float32("inf")}
 
 
 def updating_step(

@@ -73,7 +73,8 @@ class TrainSettings:
     the last checkpoint."""
     clip_by: Literal["previous", "second-pass"] = "previous"
     """With update_in_backward, clip by the norm of the previous step (which is close to this one's,
-    and free), or compute this step's norm in a backward pass of its own (as long as the first)."""
+    and free; the first step only finds the norm), or compute this step's norm in a backward pass of
+    its own (as long as the first)."""
     seed: int = 0
     """Of order, augmentation, dropout and γ (the initialization has a seed of its own)."""
     log_every: int = 50
