@@ -24,7 +24,7 @@ from bdia_jax import (
     to_grid,
 )
 from bdia_jax.checkpoint import GROUP, restored, rounded
-from bdia_jax.nn import ReversibleSettings
+from bdia_jax.nn import ReversibleSettings, ViTConfig
 
 KEY = jax.random.key(7, impl="unsafe_rbg")
 ONCE = {"online": Online(), "checkpoint": Checkpoint()}
@@ -609,6 +609,11 @@ def test_another_memory():
     with pytest.raises(ValueError, match=r"keep_in='host' is for .*; got method='standard'"):
         ReversibleSettings(method="standard", keep_in="host")
     assert ReversibleSettings(keep_in="host").adjoint() == Online(keep_in="host")
+    for method in ("bdia-checkpoint", "standard", "coupled"):
+        with pytest.raises(
+            ValueError, match=rf"narrow_cotangents is for .*; got method='{method}'"
+        ):
+            ViTConfig(method=method, narrow_cotangents=True)
 
 
 @once

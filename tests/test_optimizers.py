@@ -8,7 +8,8 @@ import pytest
 from flax import nnx
 
 from bdia_jax.train import TrainSettings, make_optimizer
-from bdia_jax.train.optimizers import OPTIMIZERS, make_per_block
+from bdia_jax.train.blockwise import Blockwise
+from bdia_jax.train.optimizers import OPTIMIZERS, make_blockwise
 from bdia_jax.train.schedules import make_schedule
 from bdia_jax.train.wording import about_decay
 
@@ -104,13 +105,22 @@ def test_muon_takes_a_convolution_as_a_matrix():
 @pytest.mark.parametrize("by_block", [False, True])
 def test_what_decays(name, decayed, by_block):
     """Without a gradient a weight becomes 1 - rate × decay times itself, or stays."""
-    make = make_per_block if by_block else make_optimizer
+    make = make_blockwise if by_block else make_optimizer
     optimizer = make(name, RATE, weight_decay=DECAY, decayed=decayed)
     found = plain(after(optimizer, PARAMS, jax.tree.map(jnp.zeros_like, PARAMS), 1))
     for path, p in plain(PARAMS).items():
         decays = decayed == "all" or not path.endswith("bias")
         factor = 1 - 1e-2 * DECAY if decays else 1.0
         np.testing.assert_allclose(found[path], factor * p, rtol=1e-6, err_msg=path)
+
+
+def test_integers_of_each_weight_are_refused():
+    """They would be taken for a count that all blocks share."""
+    levels = optax.stateless(lambda updates, params: updates)._replace(
+        init=lambda params: jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.int8), params)
+    )
+    with pytest.raises(TypeError, match=r"must be floating-point numbers; got int8\["):
+        Blockwise(levels, levels).init(PARAMS)
 
 
 def test_what_decays_is_said():

@@ -96,10 +96,10 @@ class GGUF(Checkpoint):
                 f"{path} is one of {count} files: put them together (llama-gguf-split --merge)"
             )
         name = self.metadata.get("general.architecture")
-        if name not in families.FAMILIES:
+        readable = [known for known, family in families.FAMILIES.items() if family.reads_gguf]
+        if name not in readable:
             raise FolderError(
-                f"{path}: general.architecture must be one of {', '.join(families.FAMILIES)}; "
-                f"got {name!r}"
+                f"{path}: general.architecture must be one of {', '.join(readable)}; got {name!r}"
             )
         self.family = families.FAMILIES[name]
         of_network = {

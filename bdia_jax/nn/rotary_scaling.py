@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -26,10 +26,7 @@ class RotaryScaling:
     original_length: int = 8192
     """Positions in the first training."""
 
-    @property
-    def amplitude(self) -> float:
-        """What cosines and sines are multiplied by."""
-        return 1.0
+    amplitude: ClassVar[float] = 1.0
 
     def frequencies(
         self, frequency: Float[Array, "pair"], theta: float, longest: int
@@ -54,10 +51,7 @@ class LinearScaling:
     factor: float = 8.0
     """Frequencies are divided by it."""
 
-    @property
-    def amplitude(self) -> float:
-        """What cosines and sines are multiplied by."""
-        return 1.0
+    amplitude: ClassVar[float] = 1.0
 
     def frequencies(
         self, frequency: Float[Array, "pair"], theta: float, longest: int
@@ -138,4 +132,5 @@ class LongScaling:
 
 Scaling = RotaryScaling | LinearScaling | YarnScaling | LongScaling
 """Each is asked for ``frequencies`` of the pairs, of a base ``theta``, in a network whose longest
-sequence has ``longest`` positions."""
+sequence has ``longest`` positions; and has an ``amplitude``, by which cosines and sines are
+multiplied."""

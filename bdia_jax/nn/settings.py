@@ -117,6 +117,11 @@ class ReversibleSettings:
                 f"keep_in={self.keep_in!r} is for methods that keep something per step and compute "
                 f"it again; got method={self.method!r}"
             )
+        if self.narrow_cotangents and not isinstance(adjoint, Online):
+            raise ValueError(
+                "narrow_cotangents is for methods that take steps back (bdia, midpoint); got "
+                f"method={self.method!r}"
+            )
         if self.method in MEANINGS:
             check_combination(self.step(), self.adjoint())
 

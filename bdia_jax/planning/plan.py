@@ -52,6 +52,7 @@ CUSTOMARY = (
     "checkpointed, chunks, updated in backward",
     "BDIA",
     "BDIA, chunks",
+    "BDIA, chunks, bits in host memory",
     "BDIA, parts, chunks",
     "BDIA, parts, chunks, updated in backward",
 )
@@ -204,7 +205,7 @@ def _need(name: str, config: DecoderConfig, p: _Planned) -> Need:
     # Networks that are evaluated alike share what is found.
     on_grid = stack.step.network.frac_bits is not None
     alike = {"method": "standard", "quantize_standard": on_grid, "gamma": 0.5, "signs": "block"}
-    alike |= {"tolerance_bits": 0, "keep_in": "device"}
+    alike |= {"tolerance_bits": 0, "keep_in": "device", "narrow_cotangents": False}
     evaluation = _evaluation(dataclasses.replace(config, **alike), p)
     side = side_information(stack, settings.batch_size, p.length, config.width)
     return Need(

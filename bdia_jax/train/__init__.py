@@ -5,7 +5,7 @@ settings             how to train
 tasks                what: batches, a loss, an evaluation, by kind of data
 optimizers           optimizers, by name
 schedules            learning rates, by name
-per_block            an optimizer of one block at a time
+blockwise            an optimizer of one block at a time
 step                 one training step, as a pure function
 in_backward          the same, with blocks updated in the backward pass
 programs             both compiled, and where their arrays live

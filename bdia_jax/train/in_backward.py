@@ -2,7 +2,7 @@
 
 The idea is that of LOMO (Lv et al., "Full Parameter Fine-tuning for Large Language Models with
 Limited Resources", 2023), here for any optimizer of optax whose update of a block depends on that
-block alone (:mod:`bdia_jax.train.per_block`), and in place.
+block alone (:mod:`bdia_jax.train.blockwise`), and in place.
 
 A stack's parameters and moments go along with its blocks, in a :class:`Slot`: differentiated by the
 slots, the loss gives their new values. The blocks read their parameters from the slots alone;
@@ -21,13 +21,13 @@ from jaxtyping import Array, Float
 
 from bdia_jax import Checkpoint, Online, Update
 from bdia_jax.nn.stack import ReversibleStack
-from bdia_jax.train.per_block import (
+from bdia_jax.train.blockwise import (
+    Blockwise,
     Path,
-    PerBlock,
     below,
     joined,
     moments,
-    name,
+    stack_name,
     with_moments,
     without,
 )
@@ -79,13 +79,15 @@ def updating_step(
     """:func:`bdia_jax.train.step.train_step`, with the blocks updated in the backward pass."""
     clip_norm, opt_state = recipe.settings.clip_norm, state.opt_state
     optimizer = recipe.optimizer
-    assert isinstance(optimizer, PerBlock)
+    assert isinstance(optimizer, Blockwise)
     batch, (key,) = draw(recipe, state, arrays)
     batch = shard(recipe, batch)
     whole = opt_state if clip_norm is None else opt_state["optimizer"]
-    own = {path: whole["stacks"][name(path)] for path in stacks}
+    own = {path: whole["stacks"][stack_name(path)] for path in stacks}
     others = without(state.params, stacks)
-    rest_of_stacks = {n: of for n, of in whole["stacks"].items() if n not in map(name, stacks)}
+    rest_of_stacks = {
+        n: of for n, of in whole["stacks"].items() if n not in map(stack_name, stacks)
+    }
     others_state = whole | {"stacks": rest_of_stacks}
     slots = {
         path: Slot(below(state.params, path), moments(own[path]), jnp.zeros(blocks))
@@ -110,8 +112,9 @@ def updating_step(
         )
         if missed := slots.keys() - updated:
             # The "gradients" of these slots are zeros, which must not become their weights.
+            names = ", ".join(map(stack_name, missed))
             raise ValueError(
-                f"update_in_backward: the loss does not depend on {', '.join(map(name, missed))}; "
+                f"update_in_backward: the loss does not depend on {names}; "
                 "freeze its weights (bdia_jax.nn.freeze), or set update_in_backward=False"
             )
         return sums, *grads
@@ -133,8 +136,10 @@ def updating_step(
 
     updates, new_state = optimizer.update(scaled(d_others, scale), others_state, others)
     for path, slot in slots.items():
-        others_state["stacks"][name(path)] = with_moments(own[path], slot.moments)
-        new_state["stacks"][name(path)] = optimizer.counted(slot.params, own[path], slot.moments)
+        others_state["stacks"][stack_name(path)] = with_moments(own[path], slot.moments)
+        new_state["stacks"][stack_name(path)] = optimizer.counted(
+            slot.params, own[path], slot.moments
+        )
     new, new_state = keep_if(
         fine, (optax.apply_updates(others, updates), new_state), (others, others_state)
     )
@@ -195,9 +200,9 @@ def guard(params: nnx.State, path: Path) -> nnx.State:
 
     def backward(_, cotangents):
         raise ValueError(
-            f"update_in_backward: the loss depends on the weights of {name(path)} in another way "
-            "than through the call of the stack (a penalty on them, for instance), and there is no "
-            "gradient to add that to: use weight_decay, or set update_in_backward=False"
+            f"update_in_backward: the loss depends on the weights of {stack_name(path)} in another "
+            "way than through the call of the stack (a penalty on them, for instance), and there "
+            "is no gradient to add that to: use weight_decay, or set update_in_backward=False"
         )
 
     same.defvjp(lambda params: (params, None), backward)

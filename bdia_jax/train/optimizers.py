@@ -16,8 +16,8 @@ from jaxtyping import PyTree
 
 from bdia_jax.nn.stack import is_stacked
 from bdia_jax.optim import set_adam
-from bdia_jax.train.per_block import PerBlock
-from bdia_jax.train.rounding import rounded
+from bdia_jax.train.blockwise import Blockwise
+from bdia_jax.train.rounding import with_stochastic_rounding
 
 Optimizer = Literal["adam", "adamw", "set-adam", "sgd", "lion", "muon", "adafactor"]
 Decayed = Literal["matrices", "all"]
@@ -32,7 +32,7 @@ class Recipe(NamedTuple):
     make: Make
     decays: bool = False
     """Whether it has weight decay; otherwise only 0 is allowed."""
-    per_block: bool = False
+    blockwise: bool = False
     """Whether it looks at a whole array, so that every block must have its own."""
     others: Make | None = None
     """For what is in no stack, where that is another one."""
@@ -80,8 +80,8 @@ OPTIMIZERS: dict[str, Recipe] = {
     "lion": Recipe(
         lambda rate, decay, mask: optax.lion(rate, weight_decay=decay, mask=mask), decays=True
     ),
-    "muon": Recipe(_muon, decays=True, per_block=True, others=_adamw),
-    "adafactor": Recipe(_adafactor, decays=True, per_block=True),
+    "muon": Recipe(_muon, decays=True, blockwise=True, others=_adamw),
+    "adafactor": Recipe(_adafactor, decays=True, blockwise=True),
 }
 
 
@@ -98,25 +98,25 @@ def make_optimizer(
     muon and adafactor take the parameters of a Flax model (``nnx.state(model, nnx.Param)``), in
     which they find the stacks; the others any pytree.
     """
-    per_block = make_per_block(name, schedule, weight_decay=weight_decay, decayed=decayed)
-    optimizer = per_block.as_optax() if OPTIMIZERS[name].per_block else per_block.others
+    blockwise = make_blockwise(name, schedule, weight_decay=weight_decay, decayed=decayed)
+    optimizer = blockwise.as_optax() if OPTIMIZERS[name].blockwise else blockwise.others
     if clip_norm is None:
         return optimizer
     return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
 
 
-def make_per_block(
+def make_blockwise(
     name: str,
     schedule: optax.Schedule,
     *,
     weight_decay: float = 0.0,
     decayed: Decayed = "matrices",
-) -> PerBlock:
+) -> Blockwise:
     """The same, of one block at a time, without clipping."""
     recipe = OPTIMIZERS[name]
     options = (schedule, weight_decay, decay_mask if decayed == "matrices" else None)
     makers = (recipe.make, recipe.others or recipe.make)
-    return PerBlock(*(rounded(make(*options)) for make in makers))
+    return Blockwise(*(with_stochastic_rounding(make(*options)) for make in makers))
 
 
 def decay_mask(params: PyTree) -> PyTree[bool]:

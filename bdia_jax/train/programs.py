@@ -16,7 +16,7 @@ from bdia_jax.nn.losses import Sums
 from bdia_jax.nn.stack import Probe
 from bdia_jax.train import gap, in_backward
 from bdia_jax.train import mesh as meshes
-from bdia_jax.train.per_block import PerBlock, without
+from bdia_jax.train.blockwise import Blockwise, without
 from bdia_jax.train.settings import TrainSettings
 from bdia_jax.train.step import Recipe, State, StepReport, train_step
 from bdia_jax.train.tasks import FED, Fed, Task
@@ -54,7 +54,7 @@ class Programs:
         else:
             schedule, used = None, optimizer
             if settings.update_in_backward:
-                used = PerBlock(optimizer, optimizer)
+                used = Blockwise(optimizer, optimizer)
         self.recipe = Recipe(graph, probes, task, settings, used, schedule, mesh)
 
         self._shapes = jax.eval_shape(self._new_state, params)

@@ -23,7 +23,9 @@ class RoundedState(NamedTuple):
     inner: optax.OptState
 
 
-def rounded(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+def with_stochastic_rounding(
+    optimizer: optax.GradientTransformation,
+) -> optax.GradientTransformation:
     """``optimizer`` in float32, for weights of bfloat16; without any, ``optimizer`` as it is.
 
     Its updates are such that ``optax.apply_updates`` gives the rounded weights. The noise of a call

@@ -8,14 +8,14 @@ from typing import Any, Literal
 
 import optax
 
+from bdia_jax.train.blockwise import Blockwise
 from bdia_jax.train.optimizers import (
     OPTIMIZERS,
     Decayed,
     Optimizer,
+    make_blockwise,
     make_optimizer,
-    make_per_block,
 )
-from bdia_jax.train.per_block import PerBlock
 from bdia_jax.train.schedules import SCHEDULES, Schedule, make_schedule
 
 HARMLESS = (
@@ -205,12 +205,12 @@ class TrainSettings:
             self.schedule, self.learning_rate, self.total_steps, self.warmup, self.cooldown
         )
 
-    def make_optimizer(self) -> optax.GradientTransformation | PerBlock:
+    def make_optimizer(self) -> optax.GradientTransformation | Blockwise:
         """The optimizer, with its schedule; and clipping, unless the backward pass updates."""
         schedule = self.make_schedule()
         decay: dict[str, Any] = {"weight_decay": self.weight_decay, "decayed": self.decayed}
         if self.update_in_backward:
-            return make_per_block(self.optimizer, schedule, **decay)
+            return make_blockwise(self.optimizer, schedule, **decay)
         return make_optimizer(self.optimizer, schedule, **decay, clip_norm=self.clip_norm)
 
     def described(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int32, Key, PyTree, UInt32
 from bdia_jax import BackwardReport
 from bdia_jax.nn.losses import Sums
 from bdia_jax.train import mesh as meshes
-from bdia_jax.train.per_block import PerBlock
+from bdia_jax.train.blockwise import Blockwise
 from bdia_jax.train.settings import TrainSettings
 from bdia_jax.train.tasks import Task
 
@@ -53,7 +53,7 @@ class Recipe(NamedTuple):
     """Zeros, one probe per stack."""
     task: Task
     settings: TrainSettings
-    optimizer: optax.GradientTransformation | PerBlock
+    optimizer: optax.GradientTransformation | Blockwise
     schedule: optax.Schedule | None
     mesh: jax.sharding.Mesh | None
 

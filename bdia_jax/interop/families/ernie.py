@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from bdia_jax.interop.checkpoint import Checkpoint, FolderError
 from bdia_jax.interop.families.family import BLOCKS, Config, Names, Source
 from bdia_jax.interop.families.llama import Llama
 from bdia_jax.nn import DecoderConfig
@@ -21,6 +17,7 @@ class Ernie(Llama):
 
     name = "ernie4_5"
     architecture = "Ernie4_5ForCausalLM"
+    reads_gguf = False
     usual_theta = 500_000.0
 
     def details(self, c: Config) -> dict[str, bool]:
@@ -50,6 +47,3 @@ class Ernie(Llama):
                 if (name := f"{BLOCKS}{layer}.{part}") in layout:
                     layout[name] = layout[name]._replace(heads=heads)
         return layout
-
-    def read_gguf(self, metadata: Mapping[str, Any], tensors: Checkpoint) -> dict[str, Any]:
-        raise FolderError("GGUF files of ERNIE are not read; give a folder of transformers")

@@ -65,6 +65,8 @@ class Family(abc.ABC):
 
     others: ClassVar[tuple[str, ...]] = ()
     """How names of tensors begin that belong to another network in the folder."""
+    reads_gguf: ClassVar[bool] = True
+    """Whether GGUF files are read."""
 
     def alone(self, c: Config) -> Config:
         """The config.json of a folder with this network alone, which is what is written."""

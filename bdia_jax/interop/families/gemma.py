@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from bdia_jax.interop.checkpoint import Checkpoint, FolderError
+from bdia_jax.interop.checkpoint import FolderError
 from bdia_jax.interop.families.family import Config, Names, Source, expect
 from bdia_jax.interop.families.llama import Llama
 from bdia_jax.interop.families.rotary import (
@@ -27,6 +27,7 @@ class Gemma(Llama):
 
     name = "gemma"
     architecture = "GemmaForCausalLM"
+    reads_gguf = False
     usual_head_dim = 256
     # An old name, which means the tanh form here, too.
     activation = ("gelu_pytorch_tanh", "gelu_new", "gelu")
@@ -52,9 +53,6 @@ class Gemma(Llama):
 
     def write_details(self, config: DecoderConfig) -> dict[str, Any]:
         return {"attention_bias": config.qkv_bias}
-
-    def read_gguf(self, metadata: Mapping[str, Any], tensors: Checkpoint) -> dict[str, Any]:
-        raise FolderError(f"GGUF files of {self.name} are not read; give a folder of transformers")
 
 
 class Gemma2(Gemma):

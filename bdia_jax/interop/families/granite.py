@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
-from bdia_jax.interop.checkpoint import Checkpoint, FolderError
+from bdia_jax.interop.checkpoint import FolderError
 from bdia_jax.interop.families.family import BLOCKS, Config
 from bdia_jax.interop.families.llama import Llama
 from bdia_jax.nn import DecoderConfig
@@ -32,6 +30,7 @@ class Granite(Llama):
 
     name = "granite"
     architecture = "GraniteForCausalLM"
+    reads_gguf = False
 
     def has(self, config: DecoderConfig) -> bool:
         # They are Llama's.
@@ -56,6 +55,3 @@ class Granite(Llama):
             for layer, factor in factors.items()
             for part in ("kernel", "bias")
         }
-
-    def read_gguf(self, metadata: Mapping[str, Any], tensors: Checkpoint) -> dict[str, Any]:
-        raise FolderError("GGUF files of Granite are not read; give a folder of transformers")

@@ -252,6 +252,7 @@ class SeedOss(Llama):
 
     name = "seed_oss"
     architecture = "SeedOssForCausalLM"
+    reads_gguf = False
     usual_head_dim = 128
 
     def details(self, c: Config) -> dict[str, bool]:
@@ -268,6 +269,3 @@ class SeedOss(Llama):
             "attention_out_bias": config.out_bias,
             "mlp_bias": config.ffn_bias,
         }
-
-    def read_gguf(self, metadata: Mapping[str, Any], tensors: Checkpoint) -> dict[str, Any]:
-        raise FolderError("GGUF files of Seed-OSS are not read; give a folder of transformers")

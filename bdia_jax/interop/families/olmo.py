@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from bdia_jax.interop.checkpoint import Checkpoint, FolderError
 from bdia_jax.interop.families.family import Config
 from bdia_jax.interop.families.llama import Llama
 from bdia_jax.interop.families.rotary import read_ropes_by_type, write_ropes_by_type
@@ -18,6 +17,7 @@ class Olmo2(Llama):
 
     name = "olmo2"
     architecture = "Olmo2ForCausalLM"
+    reads_gguf = False
     norms: ClassVar[Mapping[str, str]] = {
         "attention_update_norm": "post_attention_layernorm",
         "ffn_update_norm": "post_feedforward_layernorm",
@@ -38,9 +38,6 @@ class Olmo2(Llama):
 
     def write_details(self, config: DecoderConfig) -> dict[str, Any]:
         return {"attention_bias": config.qkv_bias}
-
-    def read_gguf(self, metadata: Mapping[str, Any], tensors: Checkpoint) -> dict[str, Any]:
-        raise FolderError("GGUF files of OLMo are not read; give a folder of transformers")
 
 
 class Olmo3(Olmo2):

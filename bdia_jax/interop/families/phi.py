@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
-from bdia_jax.interop.checkpoint import Checkpoint, FolderError
 from bdia_jax.interop.families.family import BLOCKS, Config, Names, Source, spans
 from bdia_jax.interop.families.llama import PLAIN, Llama
 from bdia_jax.interop.families.rotary import read_rope, read_share, write_rope, write_share
@@ -27,6 +25,7 @@ class Phi3(Llama):
 
     name = "phi3"
     architecture = "Phi3ForCausalLM"
+    reads_gguf = False
 
     def details(self, c: Config) -> dict[str, bool]:
         return PLAIN
@@ -94,6 +93,3 @@ class Phi3(Llama):
                     f"{block}{theirs}.weight", transposed=True, span=span
                 )
         return layout
-
-    def read_gguf(self, metadata: Mapping[str, Any], tensors: Checkpoint) -> dict[str, Any]:
-        raise FolderError("GGUF files of Phi-3 are not read; give a folder of transformers")

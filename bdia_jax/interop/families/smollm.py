@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from bdia_jax.interop.checkpoint import Checkpoint, FolderError
+from bdia_jax.interop.checkpoint import FolderError
 from bdia_jax.interop.families.family import Config
 from bdia_jax.interop.families.llama import Llama
 from bdia_jax.interop.families.windows import layer_types, read_windows
@@ -20,6 +19,7 @@ class SmolLM3(Llama):
 
     name = "smollm3"
     architecture = "SmolLM3ForCausalLM"
+    reads_gguf = False
     usual_theta = 2_000_000.0
 
     def read(self, c: Config) -> DecoderConfig:
@@ -56,6 +56,3 @@ class SmolLM3(Llama):
                 f"{depth}; got {len(given)}"
             )
         return tuple(bool(turned) for turned in given[:depth])
-
-    def read_gguf(self, metadata: Mapping[str, Any], tensors: Checkpoint) -> dict[str, Any]:
-        raise FolderError("GGUF files of SmolLM3 are not read; give a folder of transformers")

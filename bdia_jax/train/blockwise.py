@@ -18,7 +18,7 @@ Path = tuple[Any, ...]
 """Of the stacked blocks in a model."""
 
 
-class PerBlock(NamedTuple):
+class Blockwise(NamedTuple):
     """An optimizer of a model: of every block by itself, and of what is in no stack.
 
     Its state is ``{"others": …, "stacks": {name: …}}``. Of a stack, floating-point arrays have a
@@ -33,7 +33,7 @@ class PerBlock(NamedTuple):
         paths = stack_paths(params)
         return {
             "others": self.others.init(without(params, paths)),
-            "stacks": {name(path): self._init_stack(below(params, path)) for path in paths},
+            "stacks": {stack_name(path): self._init_stack(below(params, path)) for path in paths},
         }
 
     def update(self, updates: Any, state: Any, params: Any = None) -> tuple[Any, dict[str, Any]]:
@@ -44,9 +44,9 @@ class PerBlock(NamedTuple):
         )
         found, stacks = {}, {}
         for path in paths:
-            own = state["stacks"][name(path)]
+            own = state["stacks"][stack_name(path)]
             axes = (0, block_axes(own), 0)
-            found[path], stacks[name(path)] = jax.vmap(self.blocks.update, axes, axes[:2])(
+            found[path], stacks[stack_name(path)] = jax.vmap(self.blocks.update, axes, axes[:2])(
                 below(grads, path), own, below(params, path)
             )
         return joined(of_others, found), {"others": others, "stacks": stacks}
@@ -66,8 +66,14 @@ class PerBlock(NamedTuple):
 
     def _init_stack(self, params: nnx.State) -> Any:
         block = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape[1:], p.dtype), params)
-        axes = block_axes(jax.eval_shape(self.blocks.init, block))
-        return jax.vmap(self.blocks.init, out_axes=axes)(params)
+        state = jax.eval_shape(self.blocks.init, block)
+        for leaf in jax.tree.leaves(state):
+            if leaf.ndim and not is_moment(leaf):
+                raise TypeError(
+                    "what an optimizer keeps for each weight of a block must be floating-point "
+                    f"numbers; got {leaf.dtype}{[*leaf.shape]}"
+                )
+        return jax.vmap(self.blocks.init, out_axes=block_axes(state))(params)
 
 
 def is_moment(leaf: Any) -> bool:
@@ -124,7 +130,7 @@ def joined(state: Any, parts: Mapping[Path, nnx.State]) -> nnx.State:
     return nnx.from_flat_state(flat)
 
 
-def name(path: Path) -> str:
+def stack_name(path: Path) -> str:
     """Of a stack, as messages and states have it."""
     return ".".join(map(str, path[:-1])) or "the model"
 
