@@ -130,6 +130,18 @@ def varying(array: Array) -> frozenset[str]:
     return aval.vma if hasattr(aval, "vma") else aval.manual_axis_type.varying
 
 
+def alike(*arrays: Array) -> list[Array]:
+    """Arrays that vary over the same mesh axes, as a primitive of JAX would have them.
+
+    So their cotangents are summed over the axes over which an array does not vary by itself.
+    """
+    axes = frozenset().union(*map(varying, arrays))
+    return [
+        lax.pcast(a, tuple(sorted(axes - varying(a))), to="varying") if axes - varying(a) else a
+        for a in arrays
+    ]
+
+
 def reduce_to(axes: frozenset[str], array: Array, reduction) -> Array:
     """``array``, reduced over the mesh axes over which it varies, but for ``axes``."""
     others = tuple(sorted(varying(array) - axes))

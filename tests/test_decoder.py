@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.interpreters.partial_eval import dce_jaxpr
 
 from bdia_jax.nn import (
     Decoder,
@@ -298,20 +299,24 @@ def test_cross_entropy_in_chunks_is_cross_entropy(smoothing):
         targets = jax.random.randint(keys[2], (3, 7), 0, 11)
         weights = jax.random.uniform(keys[3], (3, 7)).at[0, 2].set(0)
 
-        def ours(x, matrix):
+        def ours(x, matrix, weights):
             nowhere = targets.at[0, 2].set(99)
             sums = cross_entropy(x, matrix, nowhere, weights, label_smoothing=smoothing, chunk=6)
             return sums.loss, sums
 
-        def plain(x, matrix):
+        def plain(x, matrix, weights):
             labels = optax.smooth_labels(jax.nn.one_hot(targets, 11), smoothing)
             logits = x @ matrix.T
             loss = jnp.sum(weights * optax.softmax_cross_entropy(logits, labels))
             return loss, jnp.sum(weights * (logits.argmax(-1) == targets))
 
-        (loss, sums), grads = jax.value_and_grad(ours, (0, 1), has_aux=True)(x, matrix)
-        (expected, correct), expected_grads = jax.value_and_grad(plain, (0, 1), has_aux=True)(
-            x, matrix
+        (loss, sums), grads = jax.value_and_grad(ours, (0, 1, 2), has_aux=True)(x, matrix, weights)
+        (expected, correct), expected_grads = jax.value_and_grad(plain, (0, 1, 2), has_aux=True)(
+            x, matrix, weights
+        )
+        # Whatever asks nothing of the word that is nowhere.
+        grads, expected_grads = (
+            (*of, d_weights.at[0, 2].set(0)) for *of, d_weights in (grads, expected_grads)
         )
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     np.testing.assert_allclose(
@@ -368,9 +373,7 @@ def test_the_loss_of_bfloat16_features_multiplies_bfloat16_matrices():
     # A float32 copy of the matrix would be larger than all logits of a chunk.
     x, matrix, targets = loss_inputs(50)
     x, matrix = (jax.ShapeDtypeStruct(a.shape, jnp.bfloat16) for a in (x, matrix))
-    program = jax.make_jaxpr(loss_gradient())(x, matrix, targets)
-    products = [e for e in equations(program.jaxpr) if e.primitive.name == "dot_general"]
-    assert len(products) >= 4
+    products = products_of(loss_gradient(), x, matrix, targets)
     for product in products:
         assert {v.aval.dtype.name for v in product.invars} == {"bfloat16"}
         assert product.params["preferred_element_type"] == jnp.float32
@@ -396,6 +399,23 @@ def test_small_gradients_of_the_loss_are_not_lost(dtype):
     others = np.setdiff1d(np.arange(2000), targets)
     found, expected = found[others], expected[others]
     assert optax.tree.norm(found - expected) < 0.02 * optax.tree.norm(expected)
+
+
+@pytest.mark.optimized
+def test_no_product_of_the_loss_is_taken_twice():
+    given = loss_inputs(50)
+    assert len(products_of(lambda *args: cross_entropy(*args).loss, *given)) == 1
+    assert len(products_of(loss_gradient(), *given)) == 3
+    # Of a frozen matrix there is no gradient.
+    of_features = jax.grad(lambda *args: cross_entropy(*args).loss)
+    assert len(products_of(of_features, *given)) == 2
+
+
+def products_of(function, *given):
+    """The matrix products of a function's program, but for those whose result nobody needs."""
+    program = jax.make_jaxpr(function)(*given).jaxpr
+    needed, _ = dce_jaxpr(program, [True] * len(program.outvars))
+    return [e for e in equations(needed) if e.primitive.name == "dot_general"]
 
 
 def equations(jaxpr):

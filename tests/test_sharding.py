@@ -22,7 +22,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import bdia_jax
-from bdia_jax.nn import Probe, ReversibleStack, SelfAttention, TransformerBlock
+from bdia_jax.nn import Probe, ReversibleStack, SelfAttention, TransformerBlock, cross_entropy
+from bdia_jax.nn.blocks import FeedForward
 
 pytestmark = pytest.mark.slow
 
@@ -563,3 +564,34 @@ def test_temporaries_per_device(explicit, record_property):
         record_property(f"temporary bytes per device, {devices} devices", found[devices])
     fixed = 4 * sum(map(math.prod, SHAPES.values())) * (BLOCKS + 1)
     assert found[8] < 1.1 * found[1] / 8 + fixed, (found, fixed)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_layers_with_derivatives_of_their_own_under_shard_map(check_vma):
+    """A feed-forward network and the loss of language models: gradients are summed over devices."""
+    graph, params, rest = nnx.split(FeedForward(8, 16, rngs=nnx.Rngs(0)), nnx.Param, ...)
+    keys = jax.random.split(jax.random.key(0), 2)
+    x, matrix = jax.random.normal(keys[0], (8, 4, 8)), jax.random.normal(keys[1], (11, 8))
+    targets = jnp.arange(32, dtype=jnp.int32).reshape(8, 4) % 11
+
+    def loss(params, matrix, x, targets):
+        return cross_entropy(nnx.merge(graph, params, rest)(x), matrix, targets).loss
+
+    def gradient(params, matrix, x, targets):
+        if check_vma:
+            whole = lambda *some: jax.lax.psum(loss(*some, x, targets), "data")  # noqa: E731
+            return jax.grad(whole, (0, 1))(params, matrix)
+        return jax.lax.psum(jax.grad(loss, (0, 1))(params, matrix, x, targets), "data")
+
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    of_devices = jax.shard_map(
+        gradient,
+        mesh=mesh,
+        in_specs=(P(), P(), P("data"), P("data")),
+        out_specs=P(),
+        check_vma=check_vma,
+    )
+    found = jax.jit(of_devices)(params, matrix, x, targets)
+    expected = jax.jit(jax.grad(loss, (0, 1)))(params, matrix, x, targets)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)

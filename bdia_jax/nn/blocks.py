@@ -12,6 +12,7 @@ from jaxtyping import Array, Float
 
 from bdia_jax.grid import accumulator
 from bdia_jax.nn.dropout import Dropout
+from bdia_jax.nn.linear import dot_general
 
 
 class LayerNorm(nnx.LayerNorm):
@@ -94,6 +95,7 @@ class FeedForward(nnx.Module):
                 dtype=dtype,
                 param_dtype=param_dtype,
                 kernel_init=kernel_init or nnx.initializers.lecun_normal(),
+                dot_general=dot_general,
                 rngs=rngs,
             )
 

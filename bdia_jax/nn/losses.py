@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from bdia_jax.gradients import is_zero
 from bdia_jax.grid import accumulator
 from bdia_jax.nn.caps import soft_cap
-from bdia_jax.nn.chunks import cut
+from bdia_jax.nn.chunks import cut, together
+from bdia_jax.pinning import alike
 
 METRICS: dict[str, Callable[[Array, Array], Array]] = {
     "accuracy": lambda logits, targets: logits.argmax(-1) == targets,
@@ -86,8 +89,9 @@ def cross_entropy(
 ) -> Sums:
     """Cross-entropy of ``targets`` under the logits ``features matrixᵀ``, in chunks of tokens.
 
-    The logits of the whole batch never exist, in the derivative neither: those of a chunk are
-    computed a second time in the backward pass. The gradient is that of the plain form.
+    The logits of the whole batch never exist, in the derivative neither: the gradient of a chunk is
+    taken as soon as its loss is known, and the backward pass only scales the sum. It is the
+    gradient of the plain form. Metrics are not differentiated by what the logits depend on.
 
     Args:
       features: what comes out of the last norm.
@@ -120,31 +124,89 @@ def cross_entropy(
     elif weights.shape != targets.shape:
         raise ValueError(f"weights must have the shape {targets.shape}; got {weights.shape}")
     batch, length, _ = features.shape
-    size = min(length, max(1, chunk // batch))
+    count = -(-length // max(1, chunk // batch))
+    # As many chunks as need be, but of equal size: the last one is filled up.
+    chunks = tuple(cut(a, -(-length // count)) for a in (features, targets, weights.astype(wide)))
+    found: Any = _loss(_Options(label_smoothing, cap), *alike(matrix, *chunks))
+    loss, values = found
+    metrics = {
+        name: jnp.sum(weights * together(v, length).astype(wide)) for name, v in values.items()
+    }
+    return Sums(loss, jnp.sum(weights, dtype=wide), metrics)
 
-    @jax.checkpoint
-    def part(matrix, features, targets, weights) -> Sums:
-        each = soft_cap(logits(features, matrix), cap)
-        norm = jax.nn.logsumexp(each, axis=-1)
-        # By comparing, not by indexing: the derivative of that would scatter into a copy of each.
-        # A product, not a selection, of which the zeros would be kept for the derivative.
-        hit = targets[..., None] == jnp.arange(each.shape[-1], dtype=targets.dtype)[None, None]
-        target = jnp.sum(each * hit.astype(each.dtype), axis=-1)
-        exists = (targets >= 0) & (targets < each.shape[-1])
-        loss = norm - jnp.where(exists, target, jnp.nan)
-        if label_smoothing:
-            loss += label_smoothing * (target - each.mean(axis=-1))
-        # A target that does not exist makes the loss NaN, but where nobody asks for it.
-        loss = jnp.where(weights == 0, 0, loss)
-        metrics = {
-            name: jnp.sum(weights * f(each, targets).astype(wide)) for name, f in METRICS.items()
-        }
-        return Sums(jnp.sum(weights * loss), jnp.sum(weights), metrics)
 
-    def step(sums: Sums, chunk):
-        return jax.tree.map(jnp.add, sums, part(matrix, *chunk)), None
+class _Options(NamedTuple):
+    label_smoothing: float
+    cap: float | None
 
-    zero = jnp.zeros((), wide)
-    zeros = Sums(zero, zero, dict.fromkeys(METRICS, zero))
-    chunks = tuple(cut(a, size) for a in (features, targets, weights.astype(wide)))
-    return lax.scan(step, zeros, chunks)[0]
+
+def _loss_of_chunk(options: _Options, matrix, features, targets, weights):
+    """The sum over a chunk of tokens, and the metrics of each."""
+    each = soft_cap(logits(features, matrix), options.cap)
+    norm = jax.nn.logsumexp(each, axis=-1)
+    # By comparing, not by indexing: the derivative of that would scatter into a copy of each.
+    # A product, not a selection, of which the zeros would be kept for the derivative.
+    hit = targets[..., None] == jnp.arange(each.shape[-1], dtype=targets.dtype)[None, None]
+    target = jnp.sum(each * hit.astype(each.dtype), axis=-1)
+    exists = (targets >= 0) & (targets < each.shape[-1])
+    loss = norm - jnp.where(exists, target, jnp.nan)
+    if options.label_smoothing:
+        loss += options.label_smoothing * (target - each.mean(axis=-1))
+    # A target that does not exist makes the loss NaN, but where nobody asks for it.
+    loss = jnp.where(weights == 0, 0, loss)
+    return jnp.sum(weights * loss), {name: f(each, targets) for name, f in METRICS.items()}
+
+
+def _zero(weights):
+    """From an array, so that it varies over the same mesh axes."""
+    return jnp.zeros_like(weights[0, 0, 0])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _loss(options: _Options, matrix, features, targets, weights):
+    """The sum over all chunks, and the metrics of every token, which are not differentiated."""
+
+    def step(total, chunk):
+        loss, values = _loss_of_chunk(options, matrix, *chunk)
+        return total + loss, values
+
+    return lax.scan(step, _zero(weights), (features, targets, weights))
+
+
+def _loss_forward(options: _Options, matrix, features, targets, weights):
+    """With the gradient, which the loss is proportional to: no logits are computed twice."""
+    wanted = (matrix.perturbed, features.perturbed, weights.perturbed)
+    matrix, features, targets, weights = (a.value for a in (matrix, features, targets, weights))
+
+    def step(carry, chunk):
+        total, d_matrix = carry
+        features, targets, weights = chunk
+
+        def loss_of(differentiated):
+            given = (matrix, features, weights)
+            m, f, w = (g if d is None else d for g, d in zip(given, differentiated))
+            return _loss_of_chunk(options, m, f, targets, w)
+
+        some = tuple(a if asked else None for a, asked in zip((matrix, features, weights), wanted))
+        (loss, values), (d, *d_chunk) = jax.value_and_grad(loss_of, has_aux=True)(some)
+        return (total + loss, None if d is None else d_matrix + d), (values, d_chunk)
+
+    start = (_zero(weights), jnp.zeros_like(matrix) if wanted[0] else None)
+    (loss, d_matrix), (values, d_chunks) = lax.scan(step, start, (features, targets, weights))
+    return (loss, values), (d_matrix, *d_chunks)
+
+
+def _loss_backward(options: _Options, saved, cotangents):
+    del options
+    d_loss, _ = cotangents
+    if is_zero(d_loss):
+        return None, None, None, None
+
+    def scaled(d):
+        return None if d is None else (d * d_loss).astype(d.dtype)
+
+    d_matrix, d_features, d_weights = map(scaled, saved)
+    return d_matrix, d_features, None, d_weights
+
+
+_loss.defvjp(_loss_forward, _loss_backward, symbolic_zeros=True)

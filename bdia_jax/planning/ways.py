@@ -103,6 +103,9 @@ WAYS: dict[str, Way] = {
     "BDIA, r = 1": Way("bdia", WHOLE | {"tolerance_bits": 1}),
     "BDIA, parts, chunks": Way("bdia", PARTS, chunks=True),
     "BDIA, chunks, bits in host memory": Way("bdia", WHOLE | HOST, chunks=True),
+    "BDIA, chunks, narrow cotangents": Way(
+        "bdia", WHOLE | {"narrow_cotangents": True}, chunks=True
+    ),
     "BDIA, updated in backward": Way("bdia", WHOLE, update_in_backward=True),
     "BDIA, parts, updated in backward": Way("bdia", PARTS, update_in_backward=True),
     "BDIA, parts, chunks, updated in backward": Way(

@@ -46,6 +46,7 @@ WAYS = (
     "checkpointed, nested, chunks",
     "checkpointed, in host memory, chunks",
     "BDIA, chunks",
+    "BDIA, chunks, narrow cotangents",
     "BDIA, parts, chunks",
     "BDIA, chunks, bits in host memory",
 )

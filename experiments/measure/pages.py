@@ -23,6 +23,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from bdia_jax import files
 from measure import (
+    against_torch,
     chat_tables,
     cost_tables,
     curves,
@@ -47,6 +48,7 @@ TABLES: dict[str, Callable[[Rows], str]] = cost_tables.TABLES | {
     "odd-files": odd_files.table,
     "same-kernels": same_kernels.table,
     "long-texts": long_texts.table,
+    "torch": against_torch.table,
     "few-bits-base": lambda rows: means([row | {"way": of_base(row)} for row in rows], "way"),
     "few-bits-checkpoints": lambda rows: means(rows, "way"),
     "vision": vision_tables.all_tables,

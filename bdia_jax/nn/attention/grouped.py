@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from bdia_jax.nn.attention.chunked import chunked_attention
 from bdia_jax.nn.attention.kernels import KernelName, attend
 from bdia_jax.nn.dropout import Dropout
+from bdia_jax.nn.linear import dot_general
 from bdia_jax.nn.positions import Angles, rotate
 from bdia_jax.nn.stack import PerBlock
 
@@ -79,6 +80,7 @@ class GroupedQueryAttention(nnx.Module):
                 dtype=dtype,
                 param_dtype=param_dtype,
                 kernel_init=nnx.initializers.normal(0.02),
+                dot_general=dot_general,
                 rngs=rngs,
             )
 
