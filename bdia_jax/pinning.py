@@ -21,6 +21,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax._src import dispatch
+from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
@@ -64,7 +66,7 @@ def pinned_vjp(
 
 
 def fence(tree: PyTree[Array]) -> PyTree[Array]:
-    """A :func:`barrier`; on a single accelerator, between arrays that are laid out by rows.
+    """A :func:`barrier`; on accelerators, between arrays that are laid out by rows.
 
     Fusion ends at a barrier, but the choice of layouts does not: as the derivative would like an
     array to be laid out, the block would make it, in the backward pass only, and on a GPU another
@@ -80,28 +82,42 @@ def _by_rows(array: Array) -> Array:
 
 
 # An identity. What it becomes is decided where a program is lowered, because only there it is known
-# which devices, and how many, the program is for. On a CPU a layout is not needed, and costs
-# memory; a partitioner knows nothing of such a constraint, and would gather the array.
+# which devices, and how many, the program is for. A CPU needs no layout, which would cost memory.
 _by_rows_p = Primitive("laid_out_by_rows")
 _by_rows_p.def_impl(lambda array: array)
 _by_rows_p.def_abstract_eval(lambda array: array)
 batching.defvectorized(_by_rows_p)
 
 
+def _laid_out(array: Array) -> Array:
+    return with_layout_constraint(array, Layout(major_to_minor=tuple(range(array.ndim))))
+
+
+# A partitioner knows nothing of layouts, and would gather the array: it is told that each device
+# lays out its own part.
+_parts_laid_out = custom_partitioning(_laid_out)
+_parts_laid_out.def_partition(
+    lambda mesh, given, _: (mesh, _laid_out, given[0].sharding, (given[0].sharding,)),
+    infer_sharding_from_operands=lambda mesh, given, _: given[0].sharding,
+    sharding_rule="... -> ...",
+)
+
+
+# Where there are several, lowering is told which ones.
+dispatch.prim_requires_devices_during_lowering.add(_by_rows_p)
+
+
 def _lower_by_rows(context: mlir.LoweringRuleContext, array):
-    aval: Any = context.avals_in[0]
-    if _device_count(context.module_context.axis_context) > 1:
+    axes: Any = context.module_context.axis_context
+    if isinstance(axes, mlir.SPMDAxisContext):
+        count, known = axes.mesh.size, True
+    else:
+        count, known = axes.num_devices, axes.device_assignment is not None
+    if count > 1 and not known:
+        # An exported program: its devices are those of whoever loads it.
         return [array]
-    layout = Layout(major_to_minor=tuple(range(aval.ndim)))
-    constrain = mlir.lower_fun(
-        lambda array: with_layout_constraint(array, layout), multiple_results=False
-    )
-    return constrain(context, array)
-
-
-def _device_count(axes) -> int:
-    """Of what a program is lowered for: ``jit``'s context of devices, or ``shard_map``'s mesh."""
-    return axes.mesh.size if isinstance(axes, mlir.SPMDAxisContext) else axes.num_devices
+    constrain = _parts_laid_out if count > 1 else _laid_out
+    return mlir.lower_fun(constrain, multiple_results=False)(context, array)
 
 
 mlir.register_lowering(_by_rows_p, _lower_by_rows)

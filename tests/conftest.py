@@ -40,17 +40,18 @@ def pytest_runtest_setup(item):
 
 
 # ---------------------------------------------------------------------------------------------
-# How programs are compiled: quickly, unless a test is marked ``optimized``
+# How programs are compiled: quickly, unless a test is marked ``optimized`` or ``buffers``
 # ---------------------------------------------------------------------------------------------
 
 LESS = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 QUICK = {"xla_cpu_use_fusion_emitters": False, "xla_cpu_parallel_codegen_split_count": 1}
 """Options of XLA: with these and the above, small programs take a quarter of the time."""
 FLAGS = os.environ.get("XLA_FLAGS", "")
+quick_options = False
 
 
 def with_quick_options(options_of):
-    """What JAX makes options for the compiler by, with :data:`QUICK` where few optimizations are.
+    """What JAX makes options for the compiler by, with :data:`QUICK` where these are set.
 
     JAX takes such options for one program at a time, or for a whole process, but not for a test.
     """
@@ -58,7 +59,7 @@ def with_quick_options(options_of):
     @functools.wraps(options_of)
     def options(*args, **kwargs):
         found = options_of(*args, **kwargs)
-        if jax.config.read(LESS.lower()):
+        if quick_options:
             found.env_option_overrides = [*found.env_option_overrides, *QUICK.items()]
         return found
 
@@ -73,26 +74,30 @@ except (AttributeError, RuntimeError):
     QUICK = {}
 
 
-def compile_quickly(quickly: bool) -> None:
-    """In this process, and in those that it starts from now on."""
-    jax.config.update(LESS.lower(), quickly)
-    os.environ[LESS] = str(int(quickly))
+def compile_as(mark: str | None):
+    """In this process, and in those that it starts from now on: as a mark says, or quickly."""
+    global quick_options
+    quick_options = mark is None
+    # Buffers are assigned before machine code is made, which takes most of the time.
+    jax.config.update(LESS.lower(), mark != "optimized")
+    os.environ[LESS] = str(int(mark != "optimized"))
     quick = " ".join(f"--{name}={value}".lower() for name, value in QUICK.items())
-    os.environ["XLA_FLAGS"] = f"{FLAGS} {quick}".strip() if quickly else FLAGS
+    os.environ["XLA_FLAGS"] = f"{FLAGS} {quick}".strip() if quick_options else FLAGS
 
 
-compile_quickly(True)
+compile_as(None)
 
 
 @pytest.fixture(autouse=True)
-def compiled_as_for_users(request):
-    """Where a test is marked ``optimized``."""
-    if request.node.get_closest_marker("optimized") is None:
+def compiled(request):
+    """As the test is marked."""
+    marks = [m for m in ("optimized", "buffers") if request.node.get_closest_marker(m) is not None]
+    if not marks:
         yield
         return
-    compile_quickly(False)
+    compile_as(marks[0])
     yield
-    compile_quickly(True)
+    compile_as(None)
 
 
 def pytest_unconfigure():

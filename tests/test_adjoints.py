@@ -379,7 +379,7 @@ def temporaries(function, *shapes, donate=()):
 
 
 @pytest.mark.slow
-@pytest.mark.optimized
+@pytest.mark.buffers
 @pytest.mark.parametrize("way", ["online-bdia", "checkpoint-bdia", "checkpoint-euler"])
 def test_no_gradient_of_all_blocks_and_no_copy_of_them(way):
     """Temporaries grow with the number of blocks by what is kept, and not by the parameters."""
@@ -531,7 +531,7 @@ def test_the_gradient_is_that_at_the_rounded_inputs(parts):
 
 
 @pytest.mark.slow
-@pytest.mark.optimized
+@pytest.mark.buffers
 @pytest.mark.parametrize(
     ("step", "adjoint", "bits"),
     [

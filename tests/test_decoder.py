@@ -30,6 +30,7 @@ from bdia_jax.nn import (
     unfreeze,
 )
 from bdia_jax.nn.attention import KERNELS, KernelName, attend, kernels
+from bdia_jax.nn.chunks import even
 from bdia_jax.nn.dropout import keep_mask
 from bdia_jax.planning import memory
 
@@ -241,7 +242,7 @@ def test_who_may_not_attend_gets_zeros_and_no_nan():
         np.testing.assert_array_equal(gradient, 0)
 
 
-@pytest.mark.optimized
+@pytest.mark.buffers
 def test_attention_never_holds_the_matrix():
     shapes = [jax.ShapeDtypeStruct((1, 2048, 2, 8), jnp.float32)] * 3
 
@@ -283,6 +284,15 @@ def test_attention_refuses():
         chunked_attention(q, k, v, chunk=0)
     with pytest.raises(ValueError, match=r"segments must have the shapes \(2, 3\) and \(2, 3\)"):
         chunked_attention(q, k, v, segments=(jnp.ones(3, int), jnp.ones(3, int)))
+
+
+def test_chunks_are_few_and_even():
+    for length, most in itertools.product(range(1, 300), (1, 5, 64, 100, 128)):
+        size, count = even(length, most), -(-length // most)
+        assert size <= most
+        assert -(-length // size) <= count, "no more than need be"
+        assert count * size - length < 8 * count, "and little more than there is"
+    assert (even(7, 64), even(130, 128), even(128, 113), even(5, 2)) == (7, 72, 64, 2)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -344,13 +354,13 @@ def loss_inputs(vocabulary):
     return x, matrix, jax.ShapeDtypeStruct((4, 256), jnp.int32)
 
 
-@pytest.mark.optimized
+@pytest.mark.buffers
 def test_logits_of_the_whole_batch_never_exist():
     # All logits: 82 MB; those of a chunk: 5 MB, a few times.
     assert memory.temporaries(loss_gradient(chunk=64), *loss_inputs(20_000)) < 25e6
 
 
-@pytest.mark.optimized
+@pytest.mark.buffers
 def test_a_chunk_of_a_large_vocabulary_is_smaller():
     # 2^25 logits are 256 tokens of 2^17 words.
     given = loss_inputs(2**17)
@@ -360,7 +370,6 @@ def test_a_chunk_of_a_large_vocabulary_is_smaller():
     assert ours == quarter < whole
 
 
-@pytest.mark.optimized
 def test_the_derivative_of_the_loss_scatters_nothing():
     # It would scatter into copies of all logits of a chunk.
     program = str(jax.make_jaxpr(loss_gradient())(*loss_inputs(50)))
@@ -368,7 +377,6 @@ def test_the_derivative_of_the_loss_scatters_nothing():
     assert "scatter" not in program
 
 
-@pytest.mark.optimized
 def test_the_loss_of_bfloat16_features_multiplies_bfloat16_matrices():
     # A float32 copy of the matrix would be larger than all logits of a chunk.
     x, matrix, targets = loss_inputs(50)
@@ -401,7 +409,6 @@ def test_small_gradients_of_the_loss_are_not_lost(dtype):
     assert optax.tree.norm(found - expected) < 0.02 * optax.tree.norm(expected)
 
 
-@pytest.mark.optimized
 def test_no_product_of_the_loss_is_taken_twice():
     given = loss_inputs(50)
     assert len(products_of(lambda *args: cross_entropy(*args).loss, *given)) == 1
@@ -482,7 +489,7 @@ def test_a_feed_forward_network_in_chunks_is_the_same_network(family):
 
 
 @pytest.mark.slow
-@pytest.mark.optimized
+@pytest.mark.buffers
 def test_the_hidden_layer_exists_in_chunks():
     def gradient(chunk):
         config = dataclasses.replace(

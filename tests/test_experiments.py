@@ -652,25 +652,34 @@ def test_the_same_numbers_with_the_code_of_then_and_now(tmp_path, monkeypatch):
     assert then == now == [{"name": "b", "loss": 3 * 0.1, "seconds": 5}]
     (tmp_path / "bdia_jax/train.py").write_text(OLD["bdia_jax/train.py"].replace("*", "+"))
     then, now = still.both("some", about, still.Part("", "a|b"))
-    assert [*still.different(then, now)] == [
-        f"[{i}].loss: {3 * 0.1!r}, now {3 + 0.1!r}" for i in range(2)
-    ]
+    assert still.differences(then, now) == {
+        f"[{i}].{name}": share
+        for i in range(2)
+        for name, share in {"name": 0, "loss": (3.1 - 3 * 0.1) / 3.1}.items()
+    }
 
 
 def test_what_is_the_same():
     row = {"loss": 1.0, "seconds": 2, "folder": "a", "history": [{"loss": math.nan}]}
-    assert not [*still.different([row], [row | {"seconds": 3, "folder": "b"}])]
-    assert [*still.different([row], [row | {"loss": 1 + 2**-52}])]
-    assert [*still.different([row], [row, row])]
+
+    def largest(now):
+        return max(still.differences([row], now).values())
+
+    assert largest([row | {"seconds": 3, "folder": "b"}]) == 0
+    assert largest([row | {"loss": 1 + 2**-52}]) == 2**-52
+    assert largest([row, row]) == math.inf
+    assert largest([row | {"loss": math.nan}]) == math.inf
+    # Of what is counted there is no share.
+    assert still.share(3, 4) == still.share("a", "b") == math.inf
 
 
 def test_a_result_that_was_shown_to_be_the_same_is_not_stale(tmp_path, monkeypatch):
     path = records.write("some-thing", [{"loss": 1.0}], ["bdia_jax/grid.py"], out=tmp_path)
     about = records.read(path).about
     code = about["code"]
-    again = {"commit": "abcdefgh", "code": code, "numbers": 7}
+    again = {"commit": "abcdefgh", "code": code, "numbers": 7, "within": 2e-6}
     path.write_text(json.dumps(about | {"code": "0" * 16, "again": again}) + "\n")
     assert pages.stale(tmp_path) == []
-    assert "(abcdefg gives the same 7 numbers in a short run)" in pages.caption(
+    assert "(in a short run, abcdefg gives the same 7 numbers to 2e-06 of them)" in pages.caption(
         records.read(path).about
     )

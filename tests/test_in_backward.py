@@ -106,7 +106,7 @@ def test_a_step_in_the_backward_pass_is_the_ordinary_one(way):
     assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))
 
 
-@pytest.mark.optimized
+@pytest.mark.buffers
 @pytest.mark.parametrize("way", [WAYS[0], WAYS[4]], ids=str)
 def test_no_gradient_of_all_blocks_and_no_copy_of_them(way):
     """Beside what the adjoint keeps, temporaries do not grow with the number of blocks."""
@@ -230,7 +230,7 @@ def test_every_optimizer(optimizer):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.optimized
+@pytest.mark.buffers
 @pytest.mark.parametrize("method", ["bdia", "standard-checkpoint"])
 def test_a_step_of_training_is_in_place(method):
     """Its temporaries have neither a gradient nor a copy of the blocks' weights."""

@@ -227,7 +227,7 @@ def whole(p, x, key):
 
 
 @pytest.mark.slow
-@pytest.mark.optimized
+@pytest.mark.buffers
 @pytest.mark.parametrize(
     ("step", "adjoint"),
     [(BDIA(), Online()), (BDIA(), Checkpoint()), (Euler(), Checkpoint())],

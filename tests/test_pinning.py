@@ -16,10 +16,12 @@ from jax import export
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from bdia_jax import BDIA, Checkpoint, Direct, Euler, Midpoint, Online, reversible_scan
+from bdia_jax import BDIA, Checkpoint, Direct, Euler, Midpoint, Online, pinning, reversible_scan
 from bdia_jax.pinning import fence, touch
 
 CONSTRAINT, BARRIER = "LayoutConstraint", "optimization_barrier"
+CONSTRAINTS = (CONSTRAINT, "CustomSPMDPartitioning")
+"""On one device, or where each is told apart; and on several, for a partitioner."""
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
@@ -90,21 +92,21 @@ def test_fences_stay_inside_other_transformations(around):
 @pytest.mark.optimized
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("devices", [1, 2])
-def test_no_partitioner_meets_a_constraint(devices, kind):
-    """It would gather the array: for several devices there are barriers alone."""
+def test_a_partitioner_is_told_that_each_device_lays_out_its_part(devices, kind):
+    """A constraint as it is would have it gather the array."""
     mesh = jax.make_mesh((devices,), ("data",), axis_types=(kind,), devices=jax.devices()[:devices])
     params, x = arguments()
     with jax.set_mesh(mesh):
         params = jax.device_put(params, NamedSharding(mesh, P()))
         x = jax.device_put(x, NamedSharding(mesh, P("data")))
         text = lowered(gradient, params, x)
-    assert (CONSTRAINT in text) == (devices == 1)
+        assert not any(name in lowered(gradient, params, x, platform="cpu") for name in CONSTRAINTS)
+    assert [name in text for name in CONSTRAINTS] == [devices == 1, devices == 2]
     assert BARRIER in text
 
 
-@pytest.mark.optimized
 @pytest.mark.parametrize("devices", [1, 2])
-def test_nor_does_shard_map(devices):
+def test_within_shard_map_there_is_no_partitioner(devices):
     mesh = jax.make_mesh(
         (devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
     )
@@ -112,7 +114,21 @@ def test_nor_does_shard_map(devices):
         gradient, mesh=mesh, in_specs=(P(), P("data")), out_specs=(P(), P("data"))
     )
     text = lowered(mapped, *arguments())
-    assert (CONSTRAINT in text) == (devices == 1)
+    assert [name in text for name in CONSTRAINTS] == [True, False]
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+def test_layouts_of_parts_send_nothing(kind, monkeypatch):
+    """Compiled for two devices of this platform, as for others."""
+    monkeypatch.setattr(pinning, "_by_rows", pinning._parts_laid_out)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(kind,), devices=jax.devices()[:2])
+    params, x = arguments()
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, NamedSharding(mesh, P()))
+        x = jax.device_put(x, NamedSharding(mesh, P("data")))
+        compiled = jax.jit(fence).lower((params, x)).compile()
+    assert not any(name in compiled.as_text() for name in ("all-", "collective", "custom-call"))
+    assert compiled.output_shardings[1].is_equivalent_to(x.sharding, x.ndim)
 
 
 @pytest.mark.optimized

@@ -226,7 +226,7 @@ def test_finetune(folder, tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.optimized
+@pytest.mark.buffers
 def test_planned():
     """An element of a kernel has 4 bits, and 16 for the scale of 64."""
     config = dataclasses.replace(TINY, hidden=128, qkv_bias=False)

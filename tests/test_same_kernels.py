@@ -99,15 +99,16 @@ def test_constants_are_a_part_of_what_a_kernel_does():
     assert same_kernels.compare(text)["other"] == 1
 
 
-def test_a_gpus_compiler_makes_the_same_kernels_in_both_passes():
+@pytest.mark.parametrize("name", ["h100", "h100:8"])
+def test_a_gpus_compiler_makes_the_same_kernels_in_both_passes(name):
     pytest.importorskip("jax_cuda13_plugin", reason="to compile for a GPU needs jax[cuda]")
-    (device,) = targets.devices("h100")
+    devices = targets.devices(name)
     config = dataclasses.replace(
         same_kernels.MODELS["gpt2"], dtype="bfloat16", dropout=0.1, depth=3, attention="chunked"
     )
-    found = same_kernels.compare(same_kernels.compiled_text(config, device))
+    found = same_kernels.compare(same_kernels.compiled_text(config, devices))
     assert found["kernels"] > 20
     assert found["other"] == 0, found["others"]
     # That the comparison would show it:
-    bare = same_kernels.compare(same_kernels.compiled_text(config, device, lambda tree: tree))
+    bare = same_kernels.compare(same_kernels.compiled_text(config, devices, lambda tree: tree))
     assert bare["other"] > 0

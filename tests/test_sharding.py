@@ -22,8 +22,19 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import bdia_jax
-from bdia_jax.nn import Probe, ReversibleStack, SelfAttention, TransformerBlock, cross_entropy
+from bdia_jax.data import TextData
+from bdia_jax.nn import (
+    Decoder,
+    DecoderConfig,
+    Probe,
+    ReversibleStack,
+    SelfAttention,
+    TransformerBlock,
+    cross_entropy,
+)
 from bdia_jax.nn.blocks import FeedForward
+from bdia_jax.train import LanguageModelling, TrainSettings
+from bdia_jax.train.programs import Programs
 
 pytestmark = pytest.mark.slow
 
@@ -534,11 +545,57 @@ def test_flax_stack(explicit, fully_sharded, record_property):
 
 
 # ---------------------------------------------------------------------------------------------
+# A training step, whose shardings a partitioner works out
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.buffers
+@pytest.mark.parametrize(
+    ("mesh", "changes"),
+    [
+        ("data=8", {}),
+        ("fsdp=8", {}),
+        ("data=2,fsdp=4", {"update_in_backward": True, "optimizer": "adafactor"}),
+        ("fsdp=8", {"accumulate": 3}),
+    ],
+    ids=str,
+)
+def test_a_training_step_sends_weights_and_their_gradients(mesh, changes, record_property):
+    """Block by block; no state, no bit and no logits, which all have an axis of 24, 10 or 7."""
+    config = DecoderConfig(
+        vocab_size=48,
+        max_length=16,
+        width=32,
+        depth=7,
+        heads=4,
+        hidden=64,
+        dropout=0.1,
+        signs="sample",
+        parts_as_steps=True,
+    )
+    text = np.arange(400, dtype=np.int32) % 48
+    task = LanguageModelling(TextData("numbers", text, text[:100], 48), 10)
+    settings = TrainSettings(batch_size=24 * changes.get("accumulate", 1), mesh=mesh, **changes)
+    programs = Programs(Decoder(config, rngs=nnx.Rngs(0)), task, settings)
+    state, report = programs.step(programs.first_state(Decoder(config, rngs=nnx.Rngs(0))))
+    assert state.step == 1
+    assert not any(stack.mismatched.any() for stack in report.backward.values())
+    compiled = programs.compiled_step()
+    # Once a step, for the embedding: tokens, and what is added to their rows.
+    looked_up = {("all-gather", "s32", (24, 10, 1)), ("all-to-all", "f32", (3, 10, 1, 4))}
+    for name, kind, shape in collectives(compiled).keys() - looked_up:
+        of_samples = {24, 10, 240, 3, 30, 7} & {*shape}
+        assert math.prod(shape) <= 24 or not of_samples, f"{name} of {kind}{list(shape)}"
+        assert len(shape) <= 2, f"{name} of {kind}{list(shape)}: of more than one block"
+    record_property("collectives", str(collectives(compiled)))
+
+
+# ---------------------------------------------------------------------------------------------
 # Memory
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.optimized
+@pytest.mark.buffers
 @pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
 def test_temporaries_per_device(explicit, record_property):
     """Peak temporaries per device fall as 1/devices, but for the gradients of the parameters.

@@ -20,7 +20,20 @@ def by_chunks(
     """
     if size is None or size >= x.shape[1]:
         return function(x)
-    return together(jax.lax.map(jax.checkpoint(function), cut(x, size)), x.shape[1])
+    chunks = cut(x, even(x.shape[1], size))
+    return together(jax.lax.map(jax.checkpoint(function), chunks), x.shape[1])
+
+
+def even(length: int, most: int) -> int:
+    """The size of as few chunks of at most ``most`` positions as there can be, and as equal.
+
+    The last one is filled up, and computed like the others: of 130 positions, 2 chunks of 128 would
+    compute 256. A multiple of 8 where there can be one, as matrix units want it.
+    """
+    if length <= most:
+        return length
+    size = -(-length // -(-length // most))
+    return min(most, -(-size // 8) * 8)
 
 
 def cut(

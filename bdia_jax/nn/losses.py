@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from bdia_jax.gradients import is_zero
 from bdia_jax.grid import accumulator
 from bdia_jax.nn.caps import soft_cap
-from bdia_jax.nn.chunks import cut, together
+from bdia_jax.nn.chunks import cut, even, together
 from bdia_jax.pinning import alike
 
 METRICS: dict[str, Callable[[Array, Array], Array]] = {
@@ -124,9 +124,8 @@ def cross_entropy(
     elif weights.shape != targets.shape:
         raise ValueError(f"weights must have the shape {targets.shape}; got {weights.shape}")
     batch, length, _ = features.shape
-    count = -(-length // max(1, chunk // batch))
-    # As many chunks as need be, but of equal size: the last one is filled up.
-    chunks = tuple(cut(a, -(-length // count)) for a in (features, targets, weights.astype(wide)))
+    size = even(length, max(1, chunk // batch))
+    chunks = tuple(cut(a, size) for a in (features, targets, weights.astype(wide)))
     found: Any = _loss(_Options(label_smoothing, cap), *alike(matrix, *chunks))
     loss, values = found
     metrics = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,18 @@ class PerBlock(nnx.Variable):
     """A number that differs from block to block, and is not trained."""
 
 
+class Placement(Protocol):
+    """Says where the arrays of a block are, when a model runs on several devices."""
+
+    def weights(self, tree: PyTree[Array]) -> PyTree[Array]:
+        """Those of one block, as the block computes with them."""
+        ...
+
+    def samples(self, x: Array) -> Array:
+        """An array with a batch axis."""
+        ...
+
+
 class StackedBlocks(nnx.Module):
     """``depth`` blocks of one kind, with stacked parameters; what runs them is a subclass.
 
@@ -48,7 +60,23 @@ class StackedBlocks(nnx.Module):
         :func:`bdia_jax.nn.pure.as_function` says more. The function is given one block's arrays,
         without the block axis.
         """
-        return as_function(self.stacked, call)
+        function, params = as_function(self.stacked, call)
+        placement = self._placed()
+        if placement is None:
+            return function, params
+
+        def placed(params, key, x, *args):
+            return function(placement.weights(params), key, placement.samples(x), *args)
+
+        return placed, params
+
+    def place(self, placement: Placement) -> None:
+        """Has blocks compute where ``placement`` says; for use within a traced function."""
+        # Not an attribute of the module's state: it says nothing of the model.
+        object.__setattr__(self, "_placement", placement)
+
+    def _placed(self) -> Placement | None:
+        return getattr(self, "_placement", None)
 
 
 class ReversibleStack(StackedBlocks):
@@ -159,6 +187,8 @@ class ReversibleStack(StackedBlocks):
           ValueError: for ``key=None`` where something is drawn, and for blocks that write to
             variables.
         """
+        if (placement := self._placed()) is not None:
+            x = placement.samples(x)
         block, stacked_params = self.functional()
         return reversible_scan(
             block,

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from bdia_jax import Direct
 from bdia_jax.nn.gamma import reversible_stacks
+from bdia_jax.train import mesh as meshes
 from bdia_jax.train.step import Recipe, State, draw, micro_batches, shard
 
 log = logging.getLogger("bdia_jax")
@@ -50,7 +51,7 @@ def network_loss(recipe: Recipe, state: State, rest, arrays) -> Float[Array, ""]
 
     def of_part(part_and_key):
         part, key = part_and_key
-        model = nnx.merge(recipe.graph, state.params, recipe.probes, rest)
+        model = meshes.merged(recipe.mesh, recipe.graph, state.params, recipe.probes, rest)
         for stack in reversible_stacks(model):
             stack.step, stack.adjoint = stack.step.network, Direct()
         return recipe.task.loss(model, shard(recipe, part), key)

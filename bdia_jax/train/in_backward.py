@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from bdia_jax import Checkpoint, Online, Update
 from bdia_jax.nn.stack import ReversibleStack
+from bdia_jax.train import mesh as meshes
 from bdia_jax.train.blockwise import (
     Blockwise,
     Path,
@@ -100,7 +101,8 @@ def updating_step(
 
         def mean_loss(others, probes, slots):
             guarded = {path: guard(slot.params, path) for path, slot in slots.items()}
-            model = nnx.merge(recipe.graph, joined(others, guarded), probes, rest)
+            params = joined(others, guarded)
+            model = meshes.merged(recipe.mesh, recipe.graph, params, probes, rest)
             for path, slot in slots.items():
                 step = None if scale is None else BlockStep(optimizer.blocks, own[path], scale)
                 install(model, path, slot, step, updated)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
+
+from bdia_jax.nn.stack import StackedBlocks, is_stacked
 
 AXES = ("data", "fsdp")
 
@@ -64,16 +70,74 @@ def state_shardings(mesh: Mesh, tree: PyTree) -> PyTree[NamedSharding]:
     The first axis of stacked parameters counts blocks: if it were split, every block would be sent
     from device to device. Arrays with no axis that divides are replicated.
     """
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec(mesh, leaf.shape)), tree)
+
+
+def _spec(mesh: Mesh, shape: tuple[int, ...]) -> PartitionSpec:
     shards = mesh.shape["fsdp"]
+    fitting = [(size, axis) for axis, size in enumerate(shape) if axis and not size % shards]
+    if shards == 1 or not fitting:
+        return PartitionSpec()
+    spec: list[str | None] = [None] * len(shape)
+    spec[max(fitting)[1]] = "fsdp"
+    return PartitionSpec(*spec)
 
-    def sharding(leaf) -> NamedSharding:
-        fitting = [
-            (size, axis) for axis, size in enumerate(leaf.shape) if axis and not size % shards
-        ]
-        if shards == 1 or not fitting:
-            return replicated(mesh)
-        spec = [None] * leaf.ndim
-        spec[max(fitting)[1]] = "fsdp"
-        return NamedSharding(mesh, PartitionSpec(*spec))
 
-    return jax.tree.map(sharding, tree)
+def merged(mesh: Mesh | None, graph: nnx.GraphDef, params: nnx.State, *rest: nnx.State):
+    """``nnx.merge``, in a traced function; on a mesh, weights are gathered where they are used.
+
+    Those of blocks a block at a time, in each pass, and every device keeps to its samples. By
+    itself a partitioner would split the stream like the weights, by its features, and send states
+    and side bits from device to device.
+    """
+    if mesh is None:
+        return nnx.merge(graph, params, *rest)
+    placement = Placement(mesh)
+    params, *others = (
+        jax.tree_util.tree_map_with_path(
+            lambda path, leaf: leaf if is_stacked(path) else placement.gathered(leaf), tree
+        )
+        for tree in (params, *rest)
+    )
+    model = nnx.merge(graph, params, *others)
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, StackedBlocks):
+            module.place(placement)
+    return model
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Of samples on their devices, and of whole weights on all of them."""
+
+    mesh: Mesh
+
+    def weights(self, tree: PyTree[Array]) -> PyTree[Array]:
+        """Gathered; those of a block are split as in the stack, where an axis comes before."""
+        return jax.tree.map(lambda leaf: self.gathered(leaf, (1,)), tree)
+
+    def samples(self, x: Array) -> Array:
+        """Split over all devices."""
+        return lax.with_sharding_constraint(x, batch_sharding(self.mesh))
+
+    def gathered(self, leaf: Array, before: tuple[int, ...] = ()) -> Array:
+        """On every device; its cotangent is split as the leaf is.
+
+        Args:
+          leaf: a weight.
+          before: axes that come before its own where it is kept.
+        """
+        spec = _spec(self.mesh, (*before, *leaf.shape))
+        if all(axis is None for axis in spec) or not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            return lax.with_sharding_constraint(leaf, replicated(self.mesh))
+        kept = NamedSharding(self.mesh, PartitionSpec(*spec[len(before) :]))
+
+        @jax.custom_vjp
+        def gather(leaf):
+            return lax.with_sharding_constraint(leaf, replicated(self.mesh))
+
+        gather.defvjp(
+            lambda leaf: (gather(leaf), None),
+            lambda _, d: (lax.with_sharding_constraint(d, kept),),
+        )
+        return gather(leaf)

@@ -99,7 +99,8 @@ class Programs:
         return self._arrays if fed is None else self._arrays | {FED: self._place(fed)}
 
     def _eval_step(self, params, rest, arrays, i) -> Sums:
-        model = nnx.merge(self._eval_graph, params, nnx.merge_state(self.recipe.probes, rest))
+        rest = nnx.merge_state(self.recipe.probes, rest)
+        model = meshes.merged(self.mesh, self._eval_graph, params, rest)
         return self.task.evaluate(model, self.task.eval_batch(arrays, i, self._eval_size))
 
     # -----------------------------------------------------------------------------------------

@@ -106,7 +106,7 @@ def gradient(recipe: Recipe, params: nnx.State, rest, batch, keys):
     """
 
     def mean_loss(params, probes, part, key):
-        model = nnx.merge(recipe.graph, params, probes, rest)
+        model = meshes.merged(recipe.mesh, recipe.graph, params, probes, rest)
         sums = recipe.task.loss(model, part, key)
         return sums.means()["loss"], sums
 

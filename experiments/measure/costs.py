@@ -109,7 +109,9 @@ class Costs:
     lora: tuple[int, ...] = (0, 8)
     """Of plans: ranks of low-rank updates of q and v; 0 trains all weights."""
     device: str | None = None
-    """Of plans: what to compile for, which need not be there, such as h100."""
+    """Of plans: what to compile for, which need not be there, such as h100, or h100:8."""
+    mesh: str | None = None
+    """Of plans: of several devices, such as fsdp=8."""
     out: pathlib.Path | None = None
     """Folder of the results; by default runs/results."""
 
@@ -184,7 +186,7 @@ def plans(c: Costs, name: str) -> Rows:
         dtype = "bfloat16" if rank else c.param_dtypes[i]
         config = dataclasses.replace(SHAPES[name], dtype="bfloat16", param_dtype=dtype)
         names = plan.fitting(c.ways or plan.CUSTOMARY, rank)
-        size = {"lora": rank, "ways": names, "here": False, "device": c.device}
+        size = {"lora": rank, "ways": names, "here": False, "device": c.device, "mesh": c.mesh}
         for need in plan.plan(config, c.batches[i], c.lengths[i], **size):
             rows.append({"LoRA rank": rank} | dataclasses.asdict(need))
     return rows
@@ -399,6 +401,7 @@ def main(c: Costs) -> dict[str, Rows]:
     for name in c.models if c.part == "plans" else c.networks:
         rows = found[name] = MEASURES[c.part](c, name)
         axis = f"-{c.axis}" if c.part in ("activations", "totals") else ""
+        axis += f"-{c.mesh}".replace("=", "-") if c.mesh else ""
         path = records.write(
             f"{c.part}-{name}{axis}", rows, DEPENDS, settings=c, out=c.out, device=kind
         )

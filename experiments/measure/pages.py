@@ -241,7 +241,9 @@ def caption(about: dict[str, Any]) -> str:
     commit += "" if about["clean"] else ", changed"
     if again := about.get("again"):
         commit += (
-            f" ({again['commit'][:7]} gives the same {again['numbers']} numbers in a short run)"
+            f" (in a short run, {again['commit'][:7]} gives the same {again['numbers']} numbers"
+            + (f" to {again['within']:.0e} of them" if again["within"] else "")
+            + ")"
         )
     if changed(about):
         commit += ", **since changed**"

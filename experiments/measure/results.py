@@ -65,6 +65,10 @@ class Stage:
 
 DIAL = "--dropouts 0 --gammas 0.5 0.25 0.125 0.0625 --signs block sample --train.learning-rate 2e-3"
 COSTS = "measure/costs.py --part"
+SHARDED = (
+    "--device h100:8 --mesh fsdp=8 --models llama-8b --batches 8 --lengths 4096 --param-dtypes "
+    "bfloat16 --lora 0"
+)
 STAGES: dict[Name, Stage] = {
     "exactness": Stage(
         "integers compared and mismatched, in a covering set of cases",
@@ -112,7 +116,10 @@ STAGES: dict[Name, Stage] = {
     "plans": Stage(
         "memory of fine-tuning GPT-2 medium, 1B and 8B Llama shapes, compiled for an H100",
         "half an hour",
-        (f"{COSTS} plans --device h100",),
+        (
+            f"{COSTS} plans --device h100",
+            f"{COSTS} plans {SHARDED}",
+        ),
         ("jax_cuda13_plugin",),
     ),
     "long-texts": Stage(

@@ -26,7 +26,7 @@ import pathlib
 import re
 import sys
 import unittest.mock
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -40,13 +40,14 @@ import command
 from bdia_jax import online, pinning
 from bdia_jax.nn import DecoderConfig, ViTConfig, llama
 from bdia_jax.planning import targets
+from bdia_jax.train import mesh as meshes
 from measure import records, sources
 from measure.networks import KINDS
 
 DEPENDS = (
     *sources.CORE,
     *sources.MODELS,
-    "bdia_jax/planning/targets.py",
+    *("bdia_jax/planning/targets.py", "bdia_jax/train/mesh.py"),
     "experiments/measure/same_kernels.py",
 )
 
@@ -83,8 +84,8 @@ CASES = (
 class SameKernels:
     """Does a GPU's compiler make the same kernels of a block in both passes?"""
 
-    devices: tuple[str, ...] = ("h100", "a100-40", "rtx-4090")
-    """To compile for; of bdia_jax.planning.targets."""
+    devices: tuple[str, ...] = ("h100", "a100-40", "rtx-4090", "h100:8")
+    """To compile for; of bdia_jax.planning.targets. On several, weights are fully sharded."""
     models: tuple[str, ...] = tuple(MODELS)
     """Of vit, gpt2, llama and qwen3."""
     out: pathlib.Path | None = None
@@ -107,14 +108,14 @@ def main(s: SameKernels) -> None:
     """Compiles everything; the table."""
     rows = []
     for name in s.devices:
-        device = targets.devices(name)[0]
+        devices = targets.devices(name)
         for model, settings in CASES:
             if model not in s.models:
                 continue
             config = dataclasses.replace(MODELS[model], **settings)
             try:
                 found = {
-                    around: compare(compiled_text(config, device, fence))
+                    around: compare(compiled_text(config, devices, fence))
                     for around, fence in FENCES.items()
                 }
             except jax.errors.JaxRuntimeError as error:
@@ -136,23 +137,32 @@ def main(s: SameKernels) -> None:
         sys.exit(1)
 
 
-def compiled_text(config, device: jax.Device, fence=pinning.fence) -> str:
+def compiled_text(config, devices: Sequence[jax.Device], fence=pinning.fence) -> str:
     """The compiled gradient of a network's loss, as text; ``fence`` is around its blocks."""
+    mesh = meshes.parse_mesh(f"fsdp={len(devices)}", devices) if len(devices) > 1 else None
     model = nnx.eval_shape(lambda: KINDS[type(config)](config, rngs=nnx.Rngs(0)))
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
     def loss(params, rest, inputs):
-        model, key = nnx.merge(graph, params, rest), jax.random.key(0)
+        model, key = meshes.merged(mesh, graph, params, rest), jax.random.key(0)
         if isinstance(config, ViTConfig):
             return jnp.sum(model(inputs, key=key) ** 2)
         return model.loss(inputs, inputs, key=key).loss
 
+    batch = 8 * len(devices)
     if isinstance(config, ViTConfig):
-        inputs = jax.ShapeDtypeStruct((8, config.image_size, config.image_size, 3), jnp.float32)
+        inputs = jax.ShapeDtypeStruct((batch, config.image_size, config.image_size, 3), jnp.float32)
     else:
-        inputs = jax.ShapeDtypeStruct((8, config.max_length), jnp.int32)
-    there = jax.sharding.SingleDeviceSharding(device)
-    gradient = jax.jit(jax.grad(loss), in_shardings=there, out_shardings=there)
+        inputs = jax.ShapeDtypeStruct((batch, config.max_length), jnp.int32)
+    weights = data = jax.sharding.SingleDeviceSharding(devices[0])
+    others = weights
+    if mesh is not None:
+        weights, others, data = (
+            meshes.state_shardings(mesh, params),
+            meshes.replicated(mesh),
+            meshes.batch_sharding(mesh),
+        )
+    gradient = jax.jit(jax.grad(loss), in_shardings=(weights, others, data), out_shardings=weights)
     replaced = functools.partial(unittest.mock.patch.object, attribute="fence", new=fence)
     with replaced(pinning), replaced(online):
         return gradient.lower(params, rest, inputs).compile().as_text()

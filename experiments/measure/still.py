@@ -5,8 +5,9 @@
 
 A result of hours need not be made again because a file that it depends on has a new option. Its
 command is run twice, with the code of its commit and with the code that is here, on this machine:
-some of its networks, for a few steps, with whole evaluations. If all numbers are the same, to the
-last bit, the result says so, with both commits, and pages no longer say that the code has changed.
+some of its networks, for a few steps, with whole evaluations. Code that computes the same in
+another order rounds otherwise. If no number differs by more than a share of :data:`CLOSE`, the
+result says by how much, with both commits, and pages no longer say that the code has changed.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ from typing import Any
 
 HERE = pathlib.Path(__file__).resolve().parents[2]
 STEPS = 3
+CLOSE = 1e-3
+"""Largest difference of two numbers, as a share of the larger one; 0 of integers and words."""
 MADE = re.compile("second|commit|clean|date|folder|versions|command|cores|error")
 """Fields that say how a row was made, and when."""
 
@@ -83,15 +86,20 @@ def main(s: Still) -> None:
         about = result.about
         print(f"{name}: {about['commit'][:7]} and the code that is here", flush=True)
         then, now = both(name, about, part)
-        if found := [*different(then, now)]:
-            raise ValueError(f"{name}: the code that is here gives other numbers: {found[0]}")
+        shares = differences(then, now)
+        at = max(shares, key=lambda at: shares[at])
+        if shares[at] > CLOSE:
+            old, new = (dict(numbers(rows)).get(at) for rows in (then, now))
+            raise ValueError(
+                f"{name}: the code that is here gives other numbers: {at}: {old!r}, now {new!r}"
+            )
         again = records.made(about["depends"])
         del again["versions"], again["command"]
         again |= {"words": part.words, "networks": part.networks, "steps": STEPS}
-        again["numbers"] = sum(1 for _ in numbers(now))
+        again |= {"numbers": len(shares), "within": shares[at]}
         lines = [about | {"again": again}, *result.rows]
         files.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-        print(f"{name}: {again['numbers']} numbers are the same")
+        print(f"{name}: {len(shares)} numbers are the same, to {shares[at]:.0e} of them")
 
 
 def part_of(name: str) -> Part | None:
@@ -172,14 +180,22 @@ def numbers(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
         yield at, value
 
 
-def different(then: Any, now: Any) -> Iterator[str]:
-    """What is not the same, to the last bit."""
+def differences(then: Any, now: Any) -> dict[str, float]:
+    """By how much numbers differ, as a share of the larger one; inf where they are no numbers."""
     before, after = dict(numbers(then)), dict(numbers(now))
-    for at in dict.fromkeys([*before, *after]):
-        a, b = before.get(at), after.get(at)
-        nan = isinstance(a, float) and isinstance(b, float) and math.isnan(a) and math.isnan(b)
-        if a != b and not nan:
-            yield f"{at}: {a!r}, now {b!r}"
+    return {at: share(before.get(at), after.get(at)) for at in dict.fromkeys([*before, *after])}
+
+
+def share(a: Any, b: Any) -> float:
+    """Of the larger one."""
+    if a == b:
+        return 0.0
+    if not isinstance(a, float) or not isinstance(b, float):
+        return math.inf
+    if math.isnan(a) and math.isnan(b):
+        return 0.0
+    found = abs(a - b) / max(abs(a), abs(b))
+    return math.inf if math.isnan(found) else found
 
 
 if __name__ == "__main__":

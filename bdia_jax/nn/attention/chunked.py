@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from bdia_jax.grid import accumulator
 from bdia_jax.nn.caps import soft_cap
-from bdia_jax.nn.chunks import cut, together
+from bdia_jax.nn.chunks import cut, even, together
 from bdia_jax.nn.dropout import dropped
 from bdia_jax.pinning import barrier
 
@@ -52,7 +52,7 @@ def chunked_attention(
       cap: soft cap of the scaled logits (:func:`bdia_jax.nn.caps.soft_cap`).
       dropout: probability with which a weight is dropped; needs ``key``.
       key: PRNG key.
-      chunk: number of keys that are looked at together.
+      chunk: most keys that are looked at together.
 
     Returns:
       The attended values, in the dtype of ``q``; 0 where a query may not attend to any key.
@@ -83,7 +83,7 @@ def chunked_attention(
         float(q.shape[-1] ** -0.5 if scale is None else scale),
         cap,
         float(dropout),
-        min(chunk, k.shape[1]),
+        even(k.shape[1], chunk),
         k.shape[1],
     )
     q_segments, k_segments = segments or (None, None)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from bdia_jax.adjoints import Direct
 from bdia_jax.nn.caps import soft_cap
-from bdia_jax.nn.chunks import cut
+from bdia_jax.nn.chunks import cut, even
 from bdia_jax.nn.decoder import Decoder
 from bdia_jax.nn.gamma import set_step
 from bdia_jax.nn.lora import freeze
@@ -84,7 +84,7 @@ class Distillation(PackedTexts):
         def step(sums, chunk):
             return jax.tree.map(jnp.add, sums, part(matrices[0], *chunk)), None
 
-        size = min(batch.tokens.shape[1], max(1, CHUNK // len(batch.tokens)))
+        size = even(batch.tokens.shape[1], max(1, CHUNK // len(batch.tokens)))
         chunks = tuple(cut(a, size) for a in (student, teacher, batch.targets, weights))
         zero = jnp.zeros((), jnp.float32)
         zeros = Sums(zero, zero, {"cross_entropy": zero, "accuracy": zero})
