@@ -233,7 +233,7 @@ def main(f: FineTune) -> dict[str, float]:
     print(
         f"after {result.step} steps, best at step {best}: validation loss {after['loss']:.4f}, "
         f"token accuracy {before['accuracy']:.2%} -> {after['accuracy']:.2%}; "
-        f"{result.seconds_per_step:.3g} s per step. Saved to {f.out / 'model'}"
+        f"{result.pace}. Saved to {f.out / 'model'}"
     )
     for prompt, answer in samples(model, tokenizer, eval_texts[:1]):
         print(f"{prompt}\n  -> {answer}")

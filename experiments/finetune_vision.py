@@ -191,7 +191,7 @@ def main(f: FineTuneVision) -> dict[str, float]:
     print(
         f"after {result.step} steps, best at step {best}: validation accuracy "
         f"{before['accuracy']:.2%} -> {after['accuracy']:.2%}, loss {after['loss']:.4f}; "
-        f"{result.seconds_per_step:.3g} s per step. Saved to {f.out / 'model'}"
+        f"{result.pace}. Saved to {f.out / 'model'}"
     )
     return {"loss before": before["loss"], **{name: after[name] for name in ("loss", "accuracy")}}
 

@@ -93,7 +93,7 @@ def main(experiment: Experiment) -> float:
     accuracy = result.last("eval", "accuracy")
     print(
         f"{config.method}: validation accuracy {accuracy:.2%} after {result.step} steps, "
-        f"{result.seconds_per_step * 1e3:.1f} ms per step; see {e.out}"
+        f"{result.pace}; see {e.out}"
     )
     return accuracy
 
