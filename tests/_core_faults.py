@@ -232,8 +232,20 @@ _IN_THE_CORE = [
         "jnp.zeros_like(c.a_next) if c.a is None else c.a,\n        c.a_next,",
         "c.a_next,\n        jnp.zeros_like(c.a_next) if c.a is None else c.a,",
     ),
-    Fault("layouts for all devices", "pinning", "axis_context) > 1:", "axis_context) > 99:"),
-    Fault("layouts for none", "pinning", "axis_context) > 1:", "axis_context) > 0:"),
+    Fault(
+        "a partitioner meets a layout",
+        "pinning",
+        "_parts_laid_out if count > 1 else _laid_out",
+        "_laid_out",
+        ("test_pinning",),
+    ),
+    Fault(
+        "no layouts on several devices",
+        "pinning",
+        "if count > 1 and not known:",
+        "if count > 1:",
+        ("test_pinning",),
+    ),
     Fault(
         "layouts on a CPU",
         "pinning",

@@ -15,6 +15,7 @@ FOLDERS = ("test_model_folders", "test_hugging_face")
 GGUF = ("test_gguf::test_parity", "test_gguf")
 PLANS = ("test_planning",)
 TRAIN = ("test_train",)
+SHARDED = ("test_sharding::test_a_training_step_sends_weights_and_their_gradients",)
 OPTIMIZERS = ("test_optimizers", "test_in_backward")
 WEIGHTS = ("test_weights",)
 
@@ -672,7 +673,7 @@ FAULTS = [
     ),
     Fault(
         "the best is not saved",
-        "train/loop",
+        "train/run",
         "if saves or self._is_best() or",
         "if saves or",
         ("test_feedback",),
@@ -697,5 +698,62 @@ FAULTS = [
         "keep_last + 2",
         "keep_last",
         ("test_run_folder",),
+    ),
+    # Layers with derivatives of their own, and several devices.
+    Fault(
+        "a frozen kernel keeps its argument",
+        "nn/linear",
+        "x.value if kernel.perturbed else None",
+        "x.value",
+        ("test_nn",),
+    ),
+    Fault(
+        "the gradient of a kernel is of one device",
+        "nn/linear",
+        "_product(*alike(x, kernel))",
+        "_product(x, kernel)",
+        ("test_sharding::test_layers_with_derivatives_of_their_own_under_shard_map",),
+    ),
+    Fault(
+        "the gradient of a frozen matrix",
+        "nn/losses",
+        "wanted = (matrix.perturbed, features.perturbed, weights.perturbed)",
+        "wanted = (True, True, True)",
+        ("test_decoder::test_no_product_of_the_loss_is_taken_twice",),
+    ),
+    Fault(
+        "the last chunk of the loss",
+        "nn/losses",
+        "return total + loss, values",
+        "return loss, values",
+        ("test_decoder::test_cross_entropy_in_chunks_is_cross_entropy", "test_decoder"),
+    ),
+    Fault(
+        "chunks are as large as may be",
+        "nn/chunks",
+        "size = -(-length // -(-length // most))",
+        "size = most",
+        ("test_decoder::test_chunks_are_few_and_even",),
+    ),
+    Fault(
+        "samples go where weights are",
+        "train/mesh",
+        "return lax.with_sharding_constraint(x, batch_sharding(self.mesh))",
+        "return x",
+        SHARDED,
+    ),
+    Fault(
+        "weights are not gathered",
+        "train/mesh",
+        "module.place(placement)",
+        "pass",
+        SHARDED,
+    ),
+    Fault(
+        "gradients stay whole",
+        "train/mesh",
+        "lambda _, d: (lax.with_sharding_constraint(d, kept),)",
+        "lambda _, d: (lax.with_sharding_constraint(d, replicated(self.mesh)),)",
+        SHARDED,
     ),
 ]

@@ -15,6 +15,7 @@ from bdia_jax import BDIA, BackwardReport, Checkpoint, Direct, Euler
 from bdia_jax.nn import Dropout, Probe, ReversibleSettings, ReversibleStack, ViT, ViTConfig
 from bdia_jax.nn.blocks import LayerNorm, RMSNorm
 from bdia_jax.nn.dropout import keep_mask
+from bdia_jax.nn.linear import product
 from bdia_jax.nn.vit import patches, shifted
 
 KEY = jax.random.key(0)
@@ -98,6 +99,30 @@ def test_norms_keep_their_argument_only(ours, theirs):
     assert jnp.float32 in kept[1]
     for a, b in zip(*results):
         np.testing.assert_allclose(a.astype(np.float32), b.astype(np.float32), atol=0.02)
+
+
+@pytest.mark.parametrize("shape", [(6,), (4, 6), (2, 3, 6)])
+def test_the_product_of_a_layer_has_the_derivatives_of_a_product(shape):
+    with jax.enable_x64(True):
+        keys = jax.random.split(KEY, 3)
+        x, kernel, d = (
+            jax.random.normal(key, size, jnp.float64)
+            for key, size in zip(keys, (shape, (6, 5), (*shape[:-1], 5)))
+        )
+        ours, theirs = (jax.vjp(f, x, kernel) for f in (product, lambda x, kernel: x @ kernel))
+        np.testing.assert_array_equal(ours[0], theirs[0])
+        for a, b in zip(ours[1](d), theirs[1](d), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_the_product_of_a_frozen_kernel_keeps_no_argument():
+    x, kernel = jnp.ones((4, 6)), jnp.ones((6, 5))
+    _, of_both = jax.vjp(product, x, kernel)
+    _, of_x = jax.vjp(lambda x: product(x, kernel), x)
+    assert [x.shape in map(jnp.shape, jax.tree.leaves(vjp)) for vjp in (of_both, of_x)] == [
+        True,
+        False,
+    ]
 
 
 def test_dropout_masks_differ_between_blocks():
