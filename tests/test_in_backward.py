@@ -188,19 +188,19 @@ def in_one_form(found, like):
 
 @pytest.mark.optimized
 @pytest.mark.parametrize(
-    ("optimizer", "config"),
+    ("optimizer", "make"),
     [
-        ("adamw", {"method": "bdia"}),
-        ("sgd", {"method": "bdia-checkpoint", "dropout": 0.0}),
-        ("adamw", {"method": "standard-checkpoint", "dropout": 0.0}),
-        ("adam", {"method": "midpoint", "dropout": 0.0}),
-        ("adamw", {"method": "bdia", "lora": 2, "dropout": 0.0}),
+        ("adamw", lambda: decoder(method="bdia")),
+        ("adamw", lambda: decoder(method="bdia", lora=2, dropout=0.0)),
+        ("sgd", lambda: _toy.Toy(method="bdia-checkpoint")),
+        ("adamw", lambda: _toy.Toy(method="standard-checkpoint")),
+        ("adam", lambda: _toy.Toy(method="midpoint")),
     ],
 )
-def test_training_is_the_same_to_the_bit(optimizer, config):
+def test_training_is_the_same_to_the_bit(optimizer, make):
     decay = {"weight_decay": 0.1} if OPTIMIZERS[optimizer].decays else {}
     expected, found = (
-        after(3, decoder(**config), optimizer=optimizer, update_in_backward=way, **decay)
+        after(3, make(), optimizer=optimizer, update_in_backward=way, **decay)
         for way in (False, True)
     )
     found = in_one_form(found, expected)

@@ -171,32 +171,22 @@ def test_evaluation_is_the_standard_network():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.optimized)]
-)
-def test_all_methods_share_parameters_and_reverse_exactly(dtype):
+def test_all_methods_share_parameters_and_agree():
     images = jax.random.normal(KEY, (4, 8, 8, 1))
-    trained = ViT(dataclasses.replace(SMALL, dtype=dtype), rngs=nnx.Rngs(0))
-    state = nnx.state(trained, nnx.Param)
+    state = nnx.state(ViT(SMALL, rngs=nnx.Rngs(0)), nnx.Param)
     outputs, logits = {}, {}
     pairs = [("bdia", "bdia-direct"), ("standard", "standard-checkpoint")]
-    if dtype == "bfloat16":
-        pairs.pop()
     for method in itertools.chain(*pairs):
-        model = ViT(dataclasses.replace(SMALL, dtype=dtype, method=method), rngs=nnx.Rngs(1))
+        model = ViT(dataclasses.replace(SMALL, method=method), rngs=nnx.Rngs(1))
         nnx.update(model, state)
         outputs[method] = gradients(model, images)
         model.eval()
         logits[method] = nnx.jit(lambda model: model(images))(model)
-    tolerance = {"float32": 1e-5, "bfloat16": 5e-2}[dtype]
     for a, b in pairs:
-        assert_close(outputs[a][:2], outputs[b][:2], tolerance)
+        assert_close(outputs[a][:2], outputs[b][:2], 1e-5)
         np.testing.assert_array_equal(logits[a], logits[b])
-    if dtype == "float32":
-        assert not np.allclose(outputs["bdia"][0], outputs["standard"][0], atol=1e-3)
+    assert not np.allclose(outputs["bdia"][0], outputs["standard"][0], atol=1e-3)
     assert all(not leaf.any() for leaf in jax.tree.leaves(outputs["bdia"][2]))
-    finite = jax.tree.map(lambda g: bool(jnp.isfinite(g).all()), outputs["bdia"][1])
-    assert all(jax.tree.leaves(finite))
 
 
 @pytest.mark.slow
