@@ -17,6 +17,7 @@ import pytest
 from bdia_jax.train import EXIT_TERMINATED, CheckpointError, loop, read_metrics
 from bdia_jax.train.faults import kill_repeatedly
 from bdia_jax.train.metrics import MetricsWriter
+from bdia_jax.train.signals import Stop
 
 TOY = pathlib.Path(_toy.__file__)
 KILLS = int(os.environ.get("BDIA_JAX_KILLS", 3))
@@ -283,7 +284,8 @@ def test_ctrl_c_saves_and_leaves(tmp_path):
     (step,) = (int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdigit())
     assert step == read_metrics(folder)[-1]["step"] < 100_000
     assert f"stopped at step {step}, which is saved: resume to go on" in told
-    assert "Ctrl-C: saving, then leaving" in (folder / "log.txt").read_text()
+    assert "Ctrl-C: saving, then leaving" in told
+    assert f"The run stopped at step {step} of" in (folder / "log.txt").read_text()
     _, resumed = _toy.run(folder, resume=True, schedule="constant", **QUIET | {"steps": step + 2})
     _, whole = _toy.run(tmp_path / "whole", schedule="constant", **QUIET | {"steps": step + 2})
     assert _toy.digest(resumed) == _toy.digest(whole)
@@ -295,8 +297,9 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path):
     process = begun(folder, slow_save=60)
     try:
         process.send_signal(signal.SIGINT)
-        while "saving, then leaving" not in (folder / "log.txt").read_text():
-            time.sleep(0.01)
+        for line in process.stderr:
+            if "saving, then leaving" in line:
+                break
         process.send_signal(signal.SIGINT)
         _, told = process.communicate(timeout=30)
     finally:
@@ -304,6 +307,25 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path):
     assert process.returncode in (-signal.SIGINT, 130)
     assert "Ctrl-C again: leaving at once" in told
     assert not [p for p in (folder / "checkpoints").iterdir() if p.name.isdigit()]
+
+
+def test_a_signal_is_told_while_a_line_is_written(capfd):
+    """A file that is being written cannot be written to again, and a log would lose the line."""
+
+    class Busy(logging.StreamHandler):
+        def emit(self, record):
+            signal.raise_signal(signal.SIGINT)
+
+    log = logging.getLogger("bdia_jax")
+    busy = Busy()
+    log.addHandler(busy)
+    try:
+        with Stop() as stop:
+            log.warning("a step")
+            assert stop
+    finally:
+        log.removeHandler(busy)
+    assert "Ctrl-C: saving, then leaving" in capfd.readouterr().err
 
 
 def test_ctrl_c_has_its_usual_effect_afterwards(tmp_path):

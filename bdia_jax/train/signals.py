@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
+import os
 import signal
 import threading
-
-log = logging.getLogger("bdia_jax")
 
 EXIT_TERMINATED = 143
 """Exit status after SIGTERM (128 + 15): the state was saved, and the run can be resumed.
@@ -47,12 +45,12 @@ class Stop:
     def _handle(self, number: int, _) -> None:
         name = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
         if self:
-            log.warning("%s again: leaving at once", name)
+            _say(f"{name} again: leaving at once")
             self._restore()
             signal.raise_signal(number)
             return
-        log.warning("%s: saving, then leaving (again: leaving at once)", name)
         self._signal = number
+        _say(f"{name}: saving, then leaving (again: leaving at once)")
 
     def __exit__(self, *_) -> None:
         self._restore()
@@ -61,3 +59,16 @@ class Stop:
         for number, previous in self._previous.items():
             signal.signal(number, previous)
         self._previous = {}
+
+
+def _say(text: str) -> None:
+    """To standard error, past Python's files and logs.
+
+    A signal may come while one of these is being written, which cannot be written to again then:
+    the line would be lost.
+    """
+    try:
+        os.write(2, f"{text}\n".encode())
+    except OSError:
+        # Nobody reads it.
+        return
