@@ -4,46 +4,55 @@ from __future__ import annotations
 
 import jax
 from jax import lax
+from jax.extend.core import Primitive
+from jax.extend.core.primitives import dot_general_p
+from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
-from bdia_jax.gradients import is_zero
 from bdia_jax.pinning import alike
 
 
 def product(
     x: Float[Array, "*batch inputs"], kernel: Float[Array, "inputs outputs"]
 ) -> Float[Array, "*batch outputs"]:
-    """``x kernel``, whose derivative by the kernel is ``xᵀ d``; differentiable in reverse mode.
+    """``x kernel``, whose derivative by the kernel is ``xᵀ d``.
 
     JAX by itself computes ``(dᵀ x)ᵀ``. A compiler for CPUs copies the left factor, together with
     all that leads to it, and the result; of a hidden layer those are the larger arrays. For GPUs
     both forms are one call.
     """
-    return _product(*alike(x, kernel))
+    return _product_p.bind(*alike(x, kernel))
 
 
-@jax.custom_vjp
+def dot_general(x, kernel, *_, **__):
+    """:func:`product` as the ``dot_general`` of ``flax.nnx.Linear``."""
+    return product(x, kernel)
+
+
 def _product(x, kernel):
-    return lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())))
+    return lax.dot_general(x, kernel, _sums(x.ndim))
 
 
-def _forward(x, kernel):
-    # Of a frozen kernel, x is not kept.
-    kept = x.value if kernel.perturbed else None
-    return _product(x.value, kernel.value), (kept, kernel.value)
+def _sums(ndim: int):
+    """Over the last axis of x, and the first of the kernel."""
+    return ((ndim - 1,), (0,)), ((), ())
 
 
-def _backward(kept, d):
-    x, kernel = kept
-    if is_zero(d):
-        return None, None
-    d_x = lax.dot_general(d, kernel, (((d.ndim - 1,), (1,)), ((), ())))
-    if x is None:
-        return d_x, None
+def _shape(x, kernel):
+    options = {"precision": None, "preferred_element_type": None, "out_sharding": None}
+    return dot_general_p.abstract_eval(x, kernel, dimension_numbers=_sums(x.ndim), **options)[0]
+
+
+def _d_x(d, x, kernel):
+    del x
+    return lax.dot_general(d, kernel, (((d.ndim - 1,), (1,)), ((), ())))
+
+
+def _d_kernel(d, x, kernel):
     positions = tuple(range(d.ndim - 1))
     # As JAX's own rule: over explicit mesh axes it has to be said, for the positions may be split.
-    where = jax.typeof(kernel).sharding
-    return d_x, lax.dot_general(
+    where = kernel.aval.sharding
+    return lax.dot_general(
         x,
         d,
         ((positions, positions), ((), ())),
@@ -51,9 +60,14 @@ def _backward(kept, d):
     )
 
 
-_product.defvjp(_forward, _backward, symbolic_zeros=True)
+def _batched(arguments, axes):
+    return jax.vmap(_product, axes)(*arguments), 0
 
 
-def dot_general(x, kernel, *_, **__):
-    """:func:`product` as the ``dot_general`` of ``flax.nnx.Linear``."""
-    return product(x, kernel)
+_product_p = Primitive("product")
+_product_p.def_impl(_product)
+_product_p.def_abstract_eval(_shape)
+mlir.register_lowering(_product_p, mlir.lower_fun(_product, multiple_results=False))
+batching.primitive_batchers[_product_p] = _batched
+# Bilinear: all derivatives, in both modes, follow from its transposes.
+ad.defbilinear(_product_p, _d_x, _d_kernel)
