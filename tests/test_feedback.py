@@ -17,7 +17,16 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from bdia_jax.train import TrainSettings, loop, memory, read_metrics, report, restore_best, wording
+from bdia_jax.train import (
+    TrainSettings,
+    loop,
+    memory,
+    read_metrics,
+    report,
+    restore_best,
+    run,
+    wording,
+)
 from bdia_jax.train import pace as paces
 from bdia_jax.train.pace import Pace
 from bdia_jax.train.result import best_of, without_better
@@ -135,7 +144,7 @@ def test_the_peak_of_the_devices(stats, expected, monkeypatch):
 
 
 def test_the_peak_is_told_and_written(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "peak_bytes", lambda: 10_340_000_000)
+    monkeypatch.setattr(run, "peak_bytes", lambda: 10_340_000_000)
     result, _ = _toy.run(tmp_path / "run", steps=2)
     (line,) = [r for r in result.history if r["split"] == "train"]
     assert line["peak_bytes"] == 10_340_000_000
