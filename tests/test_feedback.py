@@ -1,11 +1,13 @@
 """What a run tells: lines, samples, the best model, an early end, boards, and a page at the end."""
 
+import errno
 import json
 import logging
 import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import types
@@ -408,6 +410,86 @@ def test_a_function_that_fails_ends_a_run_that_is_saved(whole, tmp_path, monkeyp
     assert _toy.digest(model) == _toy.digest(whole[2])
 
 
+@pytest.mark.slow
+def test_nothing_is_waited_for_after_a_second_ctrl_c(tmp_path, monkeypatch):
+    """It may have come in a queue or a file, whose lock is never given back then."""
+
+    def press(model, step):
+        raise KeyboardInterrupt
+
+    for kept in (loop.MetricsWriter, loop.Checkpoints):
+        for name in {"close", "abandon"} & vars(kept).keys():
+            monkeypatch.setattr(kept, name, lambda self, name=name: pytest.fail(name))
+    with pytest.raises(KeyboardInterrupt):
+        run_with(press, tmp_path / "run", monkeypatch)
+    assert read_metrics(tmp_path / "run")[-1]["step"] == 4
+    assert [step for step, _ in on_the_board(tmp_path / "run")][-1] == 4
+
+
+# ---------------------------------------------------------------------------------------------
+# TensorBoard
+# ---------------------------------------------------------------------------------------------
+
+
+def told_of(records):
+    return [
+        (r["step"], {f"{r['split']}/{k}": v for k, v in r.items() if k not in ("step", "split")})
+        for r in records
+    ]
+
+
+def events(folder):
+    """The events of all files; a record is its length, a checksum, itself, a checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in sorted((folder / "tensorboard").iterdir(), key=lambda path: path.stat().st_mtime):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            found.append(Event.FromString(data[12 : 12 + length]))
+            data = data[16 + length :]
+    return found
+
+
+def on_the_board(folder):
+    """What TensorBoard shows: a session hides what earlier ones say of its steps."""
+    shown = []
+    for event in events(folder):
+        if event.HasField("session_log"):
+            shown = [(step, values) for step, values in shown if step < event.step]
+        if event.HasField("summary"):
+            shown.append((event.step, {v.tag: v.simple_value for v in event.summary.value}))
+    return shown
+
+
+@pytest.mark.slow
+def test_metrics_are_on_the_board(tmp_path):
+    folder = tmp_path / "run"
+    _toy.run(folder, stop_at=6, log_every=1)
+    # As if the last steps had not been saved.
+    shutil.rmtree(folder / "checkpoints/6")
+    _toy.run(folder, resume=True, log_every=1)
+    shown, expected = on_the_board(folder), told_of(read_metrics(folder))
+    assert [step for step, _ in shown] == [step for step, _ in expected]
+    for (_, found), (_, values) in zip(shown, expected, strict=True):
+        assert found == pytest.approx(values, rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_full_disk_stops_the_board_only(whole, tmp_path, monkeypatch, caplog):
+    from tensorboardX.event_file_writer import EventsWriter
+
+    def full(self):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(EventsWriter, "flush", full)
+    _, model = _toy.run(tmp_path / "run")
+    assert _toy.digest(model) == _toy.digest(whole[2])
+    (warning,) = [r.getMessage() for r in caplog.records if "TensorBoard" in r.getMessage()]
+    assert "nothing more is written for TensorBoard: [Errno 28] No space left" in warning
+
+
 # ---------------------------------------------------------------------------------------------
 # Weights & Biases
 # ---------------------------------------------------------------------------------------------
@@ -455,10 +537,7 @@ def test_metrics_are_told_to_weights_and_biases(tmp_path, monkeypatch):
     # The same run goes on there.
     assert first["id"] == second["id"]
     told = [*fake.runs[0].told, *fake.runs[1].told]
-    assert told == [
-        (r["step"], {f"{r['split']}/{k}": v for k, v in r.items() if k not in ("step", "split")})
-        for r in read_metrics(folder)
-    ]
+    assert told == told_of(read_metrics(folder))
     assert [run.finished for run in fake.runs] == [1, 1]
     # Another project has a run of its own.
     (folder / "wandb.json").write_text("{")

@@ -10,6 +10,8 @@ import pytest
 from _models import CONFIGS, build, inputs, loss_of
 from flax import nnx
 
+from bdia_jax.nn import Decoder
+
 pytestmark = pytest.mark.slow
 
 KEY = jax.random.key(1)
@@ -68,3 +70,36 @@ def test_export_with_a_symbolic_batch(name):
     for size in (1, 3):
         some = [a[:size] for a in given]
         np.testing.assert_allclose(read.call(*some), model(*some), atol=2e-2)
+
+
+@pytest.mark.parametrize("name", ["vit-linear", "gpt2-plain"])
+def test_standard_networks_have_all_derivatives(name):
+    """Forward mode against reverse mode, and the second derivative by both ways."""
+    config = dataclasses.replace(CONFIGS[name], method="standard", dtype="float32", dropout=0.0)
+    graph, params, rest = nnx.split(build(config, nnx.Rngs(0)), nnx.Param, ...)
+    v = jax.tree.map(jnp.cos, params)
+
+    def output(params):
+        model = nnx.merge(graph, params, rest)
+        # Logits over a vocabulary and their loss are differentiable once.
+        call = model.features if isinstance(model, Decoder) else model
+        return jnp.mean(jnp.sin(call(*inputs(type(config)))))
+
+    def along(params):
+        return jax.jvp(output, (params,), (v,))[1]
+
+    def times(a, b):
+        return sum(jnp.vdot(x, y) for x, y in zip(*map(jax.tree.leaves, (a, b)), strict=True))
+
+    @jax.jit
+    def run(params):
+        gradient = jax.grad(output)
+        first = along(params), times(gradient(params), v)
+        return first, (jax.jvp(gradient, (params,), (v,))[1], jax.grad(along)(params))
+
+    (forward, reverse), (over_reverse, over_forward) = run(params)
+    np.testing.assert_allclose(forward, reverse, rtol=1e-4)
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(over_forward))
+    assert largest > 1e-6
+    for a, b in zip(*map(jax.tree.leaves, (over_reverse, over_forward)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * largest)

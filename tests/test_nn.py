@@ -115,6 +115,33 @@ def test_the_product_of_a_layer_has_the_derivatives_of_a_product(shape):
             np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
+def test_the_product_of_a_layer_in_forward_mode_twice_and_in_vmap():
+    def results(f):
+        def scalar(x, kernel):
+            return jnp.sum(jnp.sin(f(x, kernel)))
+
+        yield jax.jvp(f, (x[0], kernel[0]), (x[1], kernel[1]))
+        yield jax.hessian(scalar, (0, 1))(x[0], kernel[0])
+        yield jax.grad(lambda x: jnp.sum(jax.grad(scalar)(x, kernel[0]) ** 2))(x[0])
+        for axes, given in [
+            ((0, 0), (x, kernel)),
+            ((1, None), (x, kernel[0])),
+            ((None, 2), (x[0], kernel)),
+        ]:
+            yield jax.vmap(f, axes)(*given)
+            yield jax.vmap(jax.grad(scalar, (0, 1)), axes)(*given)
+
+    with jax.enable_x64(True):
+        x, kernel = (
+            jax.random.normal(k, size, jnp.float64)
+            for k, size in zip(jax.random.split(KEY), ((3, 4, 6), (3, 6, 6)))
+        )
+        given = (results(f) for f in (product, lambda x, kernel: x @ kernel))
+        for ours, theirs in zip(*given, strict=True):
+            for a, b in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
 def test_the_product_of_a_frozen_kernel_keeps_no_argument():
     x, kernel = jnp.ones((4, 6)), jnp.ones((6, 5))
     _, of_both = jax.vjp(product, x, kernel)

@@ -22,7 +22,8 @@ weights              what the model holds before and after
 run_folder           the folder of a run, and whose it is
 settings_file        all settings of a command, as YAML
 checkpoints          saving and restoring
-metrics              numbers for programs, and for TensorBoard
+metrics              numbers for programs
+tensorboard          the same for TensorBoard
 weights_and_biases   the same for Weights & Biases
 pace                 how fast a run is, and how long it takes
 wording              the same numbers for people

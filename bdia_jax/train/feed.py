@@ -42,10 +42,11 @@ class Feed:
         fed, self.position = made
         return fed
 
-    def close(self) -> None:
+    def close(self, wait: bool = True) -> None:
         """Ends the thread, when it has made what it is making."""
         self._closed.set()
-        self._thread.join()
+        if wait:
+            self._thread.join()
 
     def _make(self, position: Any) -> None:
         try:

@@ -105,6 +105,7 @@ def train(
     with logging_to(folder, main) as tell:
         checkpoints = Checkpoints(folder / "checkpoints", settings.keep_last, task.best)
         writer = run = feed = None
+        interrupted = False
         try:
             restored = checkpoints.restore(programs.abstract_state()) if resume else None
             if restored is None:
@@ -137,14 +138,16 @@ def train(
             if main:
                 write_report(folder, model, task, settings, described, result, run.ending)
         except BaseException as error:
-            # After a second Ctrl-C, nothing is waited for.
-            if not isinstance(error, KeyboardInterrupt):
+            # A second Ctrl-C. Nothing is waited for: it may have come while a lock was taken that
+            # others wait for.
+            interrupted = isinstance(error, KeyboardInterrupt)
+            if not interrupted:
                 checkpoints.abandon()
             raise
         finally:
             if feed is not None:
-                feed.close()
-            if writer is not None:
+                feed.close(wait=not interrupted)
+            if writer is not None and not interrupted:
                 writer.close()
             if run is not None:
                 give_back(model, run.state.params)

@@ -5,16 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import logging
 import math
 import os
 import pathlib
 from typing import Any
 
 from bdia_jax.files import write_text
+from bdia_jax.train.tensorboard import Board
 from bdia_jax.train.weights_and_biases import Project
-
-log = logging.getLogger("bdia_jax")
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -46,12 +44,10 @@ class MetricsWriter:
         self.kept = [record for record in read_metrics(path) if record["step"] <= step]
         if not active:
             return
-        from tensorboardX import SummaryWriter
-
         write_text(path, "".join(json.dumps(record) + "\n" for record in self.kept))
         # Unbuffered: what a full disk refused must not come back when the file is closed.
         self.file = open(path, "ab", buffering=0)  # noqa: SIM115  (closed by close)
-        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        self.board = Board(folder / "tensorboard", step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
         """``record`` has "step", "split" and numbers; OSError if the disk is full."""
@@ -72,8 +68,7 @@ class MetricsWriter:
             for name, value in record.items()
             if name not in ("step", "split") and math.isfinite(value)
         }
-        for name, value in values.items():
-            self.board.add_scalar(name, value, record["step"])
+        self.board.write(values, record["step"])
         if self.project is not None:
             self.project.write(values, record["step"])
 
@@ -83,14 +78,10 @@ class MetricsWriter:
             os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        """Flushes all."""
+        """Waits until all is written."""
         if not self.active:
             return
         self.file.close()
-        try:
-            self.board.close()
-        except OSError as error:
-            # A copy of metrics.jsonl: not worth hiding the error that the loop stopped with.
-            log.warning("TensorBoard's file could not be written: %s", error)
+        self.board.close()
         if self.project is not None:
             self.project.close()

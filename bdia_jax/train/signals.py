@@ -62,13 +62,13 @@ class Stop:
 
 
 def _say(text: str) -> None:
-    """To standard error, past Python's files and logs.
+    """To standard error, past Python's files and logs, on a line of its own below a bar.
 
     A signal may come while one of these is being written, which cannot be written to again then:
     the line would be lost.
     """
     try:
-        os.write(2, f"{text}\n".encode())
+        os.write(2, f"\n{text}\n".encode())
     except OSError:
         # Nobody reads it.
         return
