@@ -14,6 +14,7 @@ stays alive without being changed by it.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +22,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax._src import dispatch
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.extend.core import Primitive
@@ -103,8 +103,12 @@ _parts_laid_out.def_partition(
 )
 
 
-# Where there are several, lowering is told which ones.
-dispatch.prim_requires_devices_during_lowering.add(_by_rows_p)
+# Where there are several, lowering is told which ones. Not JAX's public interface: without it, no
+# layouts are fixed there, and the guard tells whether they had to be.
+with contextlib.suppress(ImportError, AttributeError):
+    from jax._src import dispatch
+
+    dispatch.prim_requires_devices_during_lowering.add(_by_rows_p)
 
 
 def _lower_by_rows(context: mlir.LoweringRuleContext, array):

@@ -28,6 +28,7 @@ from bdia_jax.nn import ViT, ViTConfig
 from bdia_jax.planning.ways import WAYS
 from bdia_jax.steps import Signs
 from bdia_jax.train import ImageClassification, TrainSettings, figures, train
+from bdia_jax.train.wording import per_step
 
 COMPARED = ("standard", "checkpointed", "BDIA, parts")
 TRAINED = ("checkpointed", "BDIA, parts")
@@ -103,7 +104,7 @@ def main(demo: Demo) -> str:
             trained = ViT(WAYS[way].config(model), rngs=nnx.Rngs(0))
             result = train(trained, task, settings, runs / way)
             row["validation accuracy"] = f"{result.last('eval', 'accuracy'):.2%}"
-            row["time per step"] = f"{result.seconds_per_step * 1e3:.0f} ms"
+            row["time"] = per_step(result.seconds_per_step)
         if way.startswith("BDIA"):
             mismatched = sum(r["mismatched"] for r in result.history if r["split"] == "train")
             taken_back = trained.blocks.depth * len(trained.blocks.parts) - 1

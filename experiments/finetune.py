@@ -60,6 +60,7 @@ from bdia_jax.train import (
     restore_best,
     train,
 )
+from bdia_jax.train.wording import per_step
 
 log = logging.getLogger("bdia_jax")
 
@@ -233,7 +234,7 @@ def main(f: FineTune) -> dict[str, float]:
     print(
         f"after {result.step} steps, best at step {best}: validation loss {after['loss']:.4f}, "
         f"token accuracy {before['accuracy']:.2%} -> {after['accuracy']:.2%}; "
-        f"{result.pace}. Saved to {f.out / 'model'}"
+        f"{per_step(result.seconds_per_step)}. Saved to {f.out / 'model'}"
     )
     for prompt, answer in samples(model, tokenizer, eval_texts[:1]):
         print(f"{prompt}\n  -> {answer}")

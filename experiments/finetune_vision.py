@@ -47,6 +47,7 @@ from bdia_jax.train import (
     restore_best,
     train,
 )
+from bdia_jax.train.wording import per_step
 
 SOME = TrainSettings(
     batch_size=32,
@@ -191,7 +192,7 @@ def main(f: FineTuneVision) -> dict[str, float]:
     print(
         f"after {result.step} steps, best at step {best}: validation accuracy "
         f"{before['accuracy']:.2%} -> {after['accuracy']:.2%}, loss {after['loss']:.4f}; "
-        f"{result.pace}. Saved to {f.out / 'model'}"
+        f"{per_step(result.seconds_per_step)}. Saved to {f.out / 'model'}"
     )
     return {"loss before": before["loss"], **{name: after[name] for name in ("loss", "accuracy")}}
 

@@ -30,6 +30,7 @@ from measure import records, vision_tables
 from bdia_jax.data import load_image_folder, load_images
 from bdia_jax.nn import ViT, ViTConfig
 from bdia_jax.train import ImageClassification, TrainSettings, plot_curves, train
+from bdia_jax.train.wording import per_step
 
 SMALL = ViTConfig(
     image_size=8, channels=1, patch_size=2, width=64, heads=4, head_dim=16, hidden=128
@@ -93,7 +94,7 @@ def main(experiment: Experiment) -> float:
     accuracy = result.last("eval", "accuracy")
     print(
         f"{config.method}: validation accuracy {accuracy:.2%} after {result.step} steps, "
-        f"{result.pace}; see {e.out}"
+        f"{per_step(result.seconds_per_step)}; see {e.out}"
     )
     return accuracy
 

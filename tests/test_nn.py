@@ -134,7 +134,7 @@ def test_the_product_of_a_layer_in_forward_mode_twice_and_in_vmap():
     with jax.enable_x64(True):
         x, kernel = (
             jax.random.normal(k, size, jnp.float64)
-            for k, size in zip(jax.random.split(KEY), ((3, 4, 6), (3, 6, 6)))
+            for k, size in zip(jax.random.split(KEY), ((6, 4, 6), (6, 6, 6)))
         )
         given = (results(f) for f in (product, lambda x, kernel: x @ kernel))
         for ours, theirs in zip(*given, strict=True):

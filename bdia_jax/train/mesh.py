@@ -92,7 +92,7 @@ def merged(mesh: Mesh | None, graph: nnx.GraphDef, params: nnx.State, *rest: nnx
     """
     if mesh is None:
         return nnx.merge(graph, params, *rest)
-    placement = Placement(mesh)
+    placement = OnMesh(mesh)
     params, *others = (
         jax.tree_util.tree_map_with_path(
             lambda path, leaf: leaf if is_stacked(path) else placement.gathered(leaf), tree
@@ -107,8 +107,8 @@ def merged(mesh: Mesh | None, graph: nnx.GraphDef, params: nnx.State, *rest: nnx
 
 
 @dataclasses.dataclass(frozen=True)
-class Placement:
-    """Of samples on their devices, and of whole weights on all of them."""
+class OnMesh:
+    """Samples on their devices, and whole weights on all of them: the placement of a mesh."""
 
     mesh: Mesh
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -27,13 +26,6 @@ class Result:
     """Median over the steps of this call, evaluation and compilation left out; NaN if too few."""
     seconds: float
     """Wall-clock time over all continuations."""
-
-    @property
-    def pace(self) -> str:
-        """The time per step, for people."""
-        if math.isnan(self.seconds_per_step):
-            return "too few steps to time"
-        return f"{self.seconds_per_step:.3g} s per step"
 
     def last(self, split: str, metric: str) -> float:
         """The last value of a metric; KeyError if there is none."""

@@ -6,6 +6,8 @@ import logging
 import os
 import pathlib
 import time
+from collections.abc import Callable
+from typing import Any
 
 log = logging.getLogger("bdia_jax")
 
@@ -20,9 +22,11 @@ class Board:
     def __init__(self, folder: pathlib.Path, step: int):
         """Hides what earlier files of ``folder`` say of steps from ``step`` on."""
         from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto import event_pb2, summary_pb2
+        from tensorboardX.proto import event_pb2
 
-        self._Event, self._Summary = event_pb2.Event, summary_pb2.Summary
+        # Its classes are made when it is imported.
+        module: Any = event_pb2
+        self._event: Callable[..., Any] = module.Event
         self._file = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -30,13 +34,12 @@ class Board:
             self._file = EventsWriter(str(folder / "events"), f".{os.getpid()}")
         except OSError as error:
             self._give_up(error)
-        begin = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._add(self._Event(step=step, session_log=begin))
+        self._add(step, session_log={"status": "START"})
 
     def write(self, values: dict[str, float], step: int) -> None:
         """Adds some values, and brings them to the disk."""
-        named = [self._Summary.Value(tag=name, simple_value=v) for name, v in values.items()]
-        self._add(self._Event(step=step, summary=self._Summary(value=named)))
+        named = [{"tag": name, "simple_value": value} for name, value in values.items()]
+        self._add(step, summary={"value": named})
 
     def close(self) -> None:
         """Closes the file."""
@@ -47,12 +50,11 @@ class Board:
                 self._give_up(error)
         self._file = None
 
-    def _add(self, event) -> None:
+    def _add(self, step: int, **said: Any) -> None:
         if self._file is None:
             return
-        event.wall_time = time.time()
         try:
-            self._file.write_event(event)
+            self._file.write_event(self._event(step=step, wall_time=time.time(), **said))
             self._file.flush()
         except OSError as error:
             self._give_up(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -41,6 +42,11 @@ def about_training(record: dict[str, Any], end: int, unit: str, left: float | No
         costs.append(f"{gigabytes(record['peak_bytes'])} at most")
     told = f"step {record['step']} of {end}: {_listed(record)}"
     return f"{told}; {', '.join(costs)}" if costs else told
+
+
+def per_step(seconds: float) -> str:
+    """The time that a step takes; NaN is not known."""
+    return "too few steps to time" if math.isnan(seconds) else f"{seconds:.3g} s per step"
 
 
 def about_evaluation(record: dict[str, Any], end: int, best: dict[str, Any], metric: str) -> str:

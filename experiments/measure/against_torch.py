@@ -50,11 +50,12 @@ DEPENDS = (
     "experiments/measure/timing.py",
 )
 OURS = {
-    "standard": "standard",
-    "checkpointed": "checkpointed",
-    "BDIA, γ = 1/2": "BDIA",
-    "BDIA, γ = 1/16": "BDIA",
+    "standard": ("standard", 1 / 2),
+    "checkpointed": ("checkpointed", 1 / 2),
+    "BDIA, γ = 1/2": ("BDIA", 1 / 2),
+    "BDIA, γ = 1/16": ("BDIA", 1 / 16),
 }
+"""Names of rows: a way of :data:`bdia_jax.planning.ways.WAYS`, and γ."""
 BASES = ("PyTorch, standard", "PyTorch, checkpointed", "checkpointed")
 ROWS, LENGTH, IMAGES = 6, 128, 128
 
@@ -104,17 +105,8 @@ def smollm2() -> Steps:
         return interop.load(path, **dataclasses.asdict(settings))
 
     task = LanguageModelling(TextData("random", tokens, tokens, 49_152), LENGTH)
-    config = transformers.LlamaConfig(
-        vocab_size=49_152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        max_position_embeddings=LENGTH,
-        tie_word_embeddings=True,
-        use_cache=False,
-    )
+    config = transformers.AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    config.use_cache = False
     model = transformers.LlamaForCausalLM(config)
     batch = torch.tensor(tokens[: ROWS * LENGTH].reshape(ROWS, LENGTH).astype(np.int64))
 
@@ -202,8 +194,8 @@ def ours(
     settings = TrainSettings(batch_size=batch, optimizer="adamw", weight_decay=0.01, clip_norm=None)
 
     def way(name: str) -> Callable[[], Any]:
-        gamma = 1 / 16 if "16" in name else 1 / 2
-        asked = WAYS[OURS[name]].config(dataclasses.replace(config, gamma=gamma))
+        of, gamma = OURS[name]
+        asked = WAYS[of].config(dataclasses.replace(config, gamma=gamma))
         programs = Programs(made(asked), task, settings)
         alike = jax.tree.structure(programs.abstract_state())
 

@@ -242,7 +242,7 @@ def caption(about: dict[str, Any]) -> str:
     if again := about.get("again"):
         commit += (
             f" (in a short run, {again['commit'][:7]} gives the same {again['numbers']} numbers"
-            + (f" to {again['within']:.0e} of them" if again["within"] else "")
+            + (f", within a share of {again['within']:.0e}" if again["within"] else "")
             + ")"
         )
     if changed(about):

@@ -99,7 +99,7 @@ def main(s: Still) -> None:
         again |= {"numbers": len(shares), "within": shares[at]}
         lines = [about | {"again": again}, *result.rows]
         files.write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
-        print(f"{name}: {len(shares)} numbers are the same, to {shares[at]:.0e} of them")
+        print(f"{name}: {len(shares)} numbers are the same, within a share of {shares[at]:.0e}")
 
 
 def part_of(name: str) -> Part | None:
