@@ -87,23 +87,21 @@ def test_unequal_micro_batches(case):
         np.sum((wrong[path].get_value() - e.get_value()) ** 2) for path, e in expected.items()
     )
     assert difference > 0.1 * square, "this test wants rows whose mean of means is another"
-    for parts in (1, 2):
-        settings = dataclasses.replace(SETTINGS, accumulate=parts)
-        found, report = after_a_step(*case("float32"), settings)
-        assert found.keys() == expected.keys()
-        scale = max(np.abs(e.get_value()).max() for e in expected.values())
-        for path, gradient in expected.items():
-            # A difference of weights of order 1: an error of 2^-23 or two.
-            np.testing.assert_allclose(
-                found[path].get_value(),
-                gradient.get_value(),
-                rtol=2e-5,
-                atol=5e-7 * max(1, scale),
-                err_msg=f"{parts} parts, {path}",
-            )
-        for name, mean in means.items():
-            np.testing.assert_allclose(report.sums.means()[name], mean, rtol=1e-5, err_msg=name)
-        np.testing.assert_allclose(report.grad_norm, np.sqrt(square), rtol=1e-5)
+    found, report = after_a_step(*case("float32"), dataclasses.replace(SETTINGS, accumulate=2))
+    assert found.keys() == expected.keys()
+    scale = max(np.abs(e.get_value()).max() for e in expected.values())
+    for path, gradient in expected.items():
+        # A difference of weights of order 1: an error of 2^-23 or two.
+        np.testing.assert_allclose(
+            found[path].get_value(),
+            gradient.get_value(),
+            rtol=2e-5,
+            atol=5e-7 * max(1, scale),
+            err_msg=str(path),
+        )
+    for name, mean in means.items():
+        np.testing.assert_allclose(report.sums.means()[name], mean, rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(report.grad_norm, np.sqrt(square), rtol=1e-5)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -86,21 +86,12 @@ def test_online_gradients_are_those_of_the_forward_pass(separate):
 
 @pytest.mark.optimized
 def test_both_stacks_are_reversible_in_bfloat16():
+    """By the report of the backward pass of a training step."""
     config = dataclasses.replace(
         SMALL, dtype="bfloat16", width=64, encoder_depth=6, decoder_depth=6
     )
     model = EncoderDecoder(config, rngs=nnx.Rngs(0))
     batch, key = packed(rows=3), jax.random.key(1)
-    x = jax.random.normal(key, (3, 16, 64), jnp.bfloat16)
-    report = model.encoder.check_reversible(x, None, batch.source_segments, key=key)
-    assert (report.compared, report.mismatched) == (6 * x.size, 0)
-    memory = jax.random.normal(jax.random.key(2), x.shape, jnp.bfloat16)
-    report = model.decoder.check_reversible(
-        x, memory, batch.segments, batch.source_segments, key=key
-    )
-    assert (report.compared, report.mismatched) == (6 * x.size, 0)
-
-    # And in a training step, by the report of its backward pass.
     graph, probes, rest = nnx.split(model, Probe, ...)
 
     @jax.jit

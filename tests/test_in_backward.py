@@ -192,7 +192,6 @@ def in_one_form(found, like):
     [
         ("adamw", lambda: decoder(method="bdia")),
         ("adamw", lambda: decoder(method="bdia", lora=2, dropout=0.0)),
-        ("sgd", lambda: _toy.Toy(method="bdia-checkpoint")),
         ("adamw", lambda: _toy.Toy(method="standard-checkpoint")),
         ("adam", lambda: _toy.Toy(method="midpoint")),
     ],
@@ -219,8 +218,9 @@ def test_a_gradient_that_is_not_finite_changes_nothing(method):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before)
 
 
-@pytest.mark.parametrize("optimizer", sorted(OPTIMIZERS))
-def test_every_optimizer(optimizer):
+@pytest.mark.parametrize("optimizer", ["adafactor", "muon", "set-adam"])
+def test_optimizers_whose_steps_differ_between_blocks(optimizer):
+    """What a whole tree, a matrix or its rows have in common is a block's own here."""
     expected, found = (
         after(3, _toy.Toy(), optimizer=optimizer, update_in_backward=way) for way in (False, True)
     )
@@ -265,8 +265,9 @@ def test_the_first_step_finds_the_norm_that_the_second_is_clipped_by():
     assert 0.5 < optax.tree.norm(moved) / (1e-2 * 0.3) < 2
 
 
-@pytest.mark.parametrize("clip_by", ["previous", "second-pass"])
-@pytest.mark.parametrize("method", ["bdia", "standard-checkpoint"])
+@pytest.mark.parametrize(
+    ("method", "clip_by"), [("bdia", "previous"), ("standard-checkpoint", "second-pass")]
+)
 def test_clipping_and_resuming(tmp_path, method, clip_by):
     """By this step's norm, as ordinarily; by the previous one's, as by hand; and cut in two."""
     changes = {
@@ -367,7 +368,6 @@ def in_a_scan(function):
     return scanned
 
 
-@pytest.mark.parametrize("method", ["bdia", "standard-checkpoint"])
 @pytest.mark.parametrize(
     ("task", "message"),
     [
@@ -380,8 +380,8 @@ def in_a_scan(function):
     ],
     ids=["penalty", "penalty on the stack", "twice", "checkpoint", "scan", "apart"],
 )
-def test_losses_that_cannot_be(task, message, method, tmp_path):
-    model = decoder(method=method)
+def test_losses_that_cannot_be(task, message, tmp_path):
+    model = decoder(method="bdia")
     before = jax.device_get(nnx.state(model, nnx.Param))
     with pytest.raises(ValueError, match=message):
         train(model, task, FEW, tmp_path / "run")

@@ -430,9 +430,16 @@ def write(folder, network, several, like=None):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("several", [(False, False), (False, True), (True, False), (True, True)])
-@pytest.mark.parametrize("same", [True, False], ids=["same", "other"])
-def test_interrupted_saves(several, same, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("same", "several"),
+    [
+        (True, (False, True)),
+        (True, (True, True)),
+        (False, (True, False)),
+        (False, (False, False)),
+    ],
+)
+def test_interrupted_saves(same, several, tmp_path, monkeypatch):
     """Killed before each of its file operations, a save leaves the old model, or the new one.
 
     Loaders that know nothing of this find the old or the new one as well; where the new one is

@@ -101,23 +101,21 @@ def test_gradients_are_those_of_the_forward_pass(name):
     """With dropout, whose keys are the same in both passes; and every step is taken back."""
     with jax.enable_x64(True):
         config = wide(dataclasses.replace(CONFIGS[name], parts_as_steps=True))
-        online, checkpointed, direct = (
+        online, direct = (
             loss_and_gradients(dataclasses.replace(config, method=method))
-            for method in ("bdia", "bdia-checkpoint", "bdia-direct")
+            for method in ("bdia", "bdia-direct")
         )
         assert online[0] == direct[0]
-        for found in (online, checkpointed):
-            assert relative(found[1], direct[1]) < 1e-6
+        assert relative(online[1], direct[1]) < 1e-6
         assert all(not leaf.any() for leaf in jax.tree.leaves(online[2]))
 
 
 @pytest.mark.optimized
 @pytest.mark.parametrize("name", PARTED)
 def test_every_part_is_reversible_in_bfloat16(name):
-    config = dataclasses.replace(CONFIGS[name], parts_as_steps=True, dtype="bfloat16", gamma=1 / 8)
-    if name != "llama":
-        # To compile dropout takes long.
-        config = dataclasses.replace(config, dropout=0.0)
+    """Without dropout, which takes long to compile: test_exactness has it."""
+    changes = {"parts_as_steps": True, "dtype": "bfloat16", "gamma": 1 / 8, "dropout": 0.0}
+    config = dataclasses.replace(CONFIGS[name], **changes)
     model = build(config, nnx.Rngs(0))
     stack = model.decoder if name == "encoder-decoder" else model.blocks
     x = jax.random.normal(KEY, (3, 12, 16), jnp.bfloat16)
