@@ -118,9 +118,9 @@ def test_nothing_is_mismatched_at_any_depth(kind, depth):
     assert_exact(train, (params, x, *consts))
 
 
-@pytest.mark.parametrize(("kind", "parts"), [("dot_product_attention", 3), ("conv", 1)])
-def test_the_audit_finds_nothing(kind, parts):
+def test_the_audit_finds_nothing():
     """Integer by integer, against the states of the forward pass themselves."""
+    kind, parts = "dot_product_attention", 3
     block, params, x, consts = case(kind, 6, parts=parts, dropout=0.1, dtype="bfloat16")
     found = check_reversible(
         block, params, x, key=jax.random.key(0), consts=consts, step=BDIA(1 / 8, "sample")

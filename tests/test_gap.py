@@ -107,17 +107,13 @@ def test_a_model_of_ones_own_network(tmp_path):
     ("changes", "warned"),
     [
         ({"gamma": 1 / 2}, True),
-        ({"gamma": 1 / 2, "accumulate": 2}, True),
         ({"gamma": 1 / 32}, False),
-        ({"method": "standard"}, False),
     ],
 )
 def test_pretrained_weights(changes, warned, pretrained, tmp_path, caplog):
-    changes = dict(changes)
-    accumulate = changes.pop("accumulate", 1)
     model = decoder(**changes)
     nnx.update(model, jax.tree.map(jnp.array, pretrained))
-    first, second = lines(tmp_path / "run", model, caplog, accumulate=accumulate)
+    first, second = lines(tmp_path / "run", model, caplog)
     assert caplog.text.count(WARNING) == warned
     assert (WARNING in (tmp_path / "run" / "log.txt").read_text()) == warned
     if warned:

@@ -25,8 +25,8 @@ FACTORS = {
     "kind": ["mlp", "conv"],
     "parts": [1, 2, 3],
     "signs": ["block", "sample", "minus", "plus"],
-    "m": [1, 0, 2, 3, 4],
-    "frac_bits": [9, 5, 0, -2],
+    "m": [1, 0, 3],
+    "frac_bits": [9, 5, -2],
     "tolerance_bits": [0, 2],
     "depth": [5, 2, 1],
     "dropout": [0.0, 0.1],
@@ -168,7 +168,6 @@ def six_tenths(x_prev, x, h, sign):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize(
     ("step", "advance"),
     [
@@ -179,10 +178,10 @@ def six_tenths(x_prev, x, h, sign):
     ],
     ids=["standard", "standard-on-the-grid", "gamma-0.6", "gamma-0.6-on-the-grid"],
 )
-def test_steps_that_are_not_taken_back_are_plain_networks(step, advance, parts):
+def test_steps_that_are_not_taken_back_are_plain_networks(step, advance):
     key = key_of(2)
     with jax.enable_x64(True):
-        block, params, x, (shift, mask) = case("mlp", 3, parts=parts, dtype=jnp.float64)
+        block, params, x, (shift, mask) = case("mlp", 3, parts=2, dtype=jnp.float64)
         if step.frac_bits is not None:
             x = bdia_jax.quantize(x, step.frac_bits)
 
@@ -590,10 +589,8 @@ def cut(block, params, state, at, *, start=0, key=KEY, **settings):
 @pytest.mark.parametrize(
     ("signs", "parts", "adjoint", "dtype", "generator"),
     [
-        ("block", 1, Online(), "float32", "threefry2x32"),
         ("sample", 2, Online(), "bfloat16", "rbg"),
-        ("sample", 1, Checkpoint(), "float32", "threefry2x32"),
-        ("minus", 2, Checkpoint(), "float32", "rbg"),
+        ("minus", 1, Checkpoint(), "float32", "threefry2x32"),
     ],
 )
 def test_a_stack_cut_into_pieces_is_the_same_to_the_bit(signs, parts, adjoint, dtype, generator):
@@ -625,8 +622,7 @@ def test_a_stack_cut_into_pieces_is_the_same_to_the_bit(signs, parts, adjoint, d
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [BDIA(), Euler(), Euler(9)], ids=str)
-@pytest.mark.parametrize("start", [0, 2])
-@pytest.mark.parametrize("read", ["both", "x_prev", "x"])
+@pytest.mark.parametrize(("start", "read"), [(0, "both"), (2, "both"), (2, "x_prev"), (2, "x")])
 def test_gradients_by_both_states(step, start, read):
     """Of both, and of each alone: the cotangent of the other is then known to be zero."""
     block, params, x, other = simple(2)

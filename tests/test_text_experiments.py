@@ -66,7 +66,7 @@ def test_gpt2_small_data(tmp_path):
     given = gpt2_small_data.SmallData(
         work=tmp_path / "work",
         out=tmp_path / "out",
-        methods=("standard", "bdia"),
+        methods=("bdia",),
         gammas=(0.5, 0.125),
         signs=("sample",),
         dropouts=(0.1,),
@@ -78,11 +78,11 @@ def test_gpt2_small_data(tmp_path):
         train=FEW,
     )
     text = gpt2_small_data.main(given)
-    names = ["bdia, γ = 0.5, signs: sample, dropout 0.1", "bdia, γ = 0.125, signs: sample"]
-    assert all(f"| {name}" in text for name in [*names, "standard, dropout 0.1"])
+    for gamma in (0.5, 0.125):
+        assert f"| bdia, γ = {gamma}, signs: sample, dropout 0.1" in text
     (path,) = (tmp_path / "out").glob("small-text-python-0.01-*.jsonl")
     about, rows = records.read(path)
-    assert len(rows) == 3
+    assert len(rows) == 2
     assert "work" not in about["settings"]
     assert pages.table_of("small-text-python-0.01")(rows) == text
     curves.draw(rows, tmp_path / "curves.png")
@@ -398,9 +398,6 @@ def test_finetune_e2e(folder, tmp_path, monkeypatch):
     assert references[0] == ["The 0 is a pub, riverside.", "The 0 was a pub, riverside."]
     assert finetune_e2e.main(given) == text
     assert len(judged) == 1
-    # Of other settings there is nothing yet.
-    finetune_e2e.main(dataclasses.replace(given, beams=3))
-    assert len(judged) == 2
 
 
 def test_memory_of_translation(tmp_path, monkeypatch):
