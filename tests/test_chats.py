@@ -287,3 +287,42 @@ def test_files_of_texts(inner, tmp_path):
     # A prompt goes before: its record has a text by chance.
     written(path, [{"prompt": "the", "completion": " cat", "text": "x"}])
     assert data.read_examples(path, tokenizer, 20) == [data.completion(tokenizer, "the", " cat")]
+
+
+ASKED = [
+    {"instruction": "the", "input": "", "output": "cat"},
+    {"instruction": "the {}", "input": "cat", "output": "sat", "text": "the same once more"},
+]
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\nthe\n\n### Response:\n",
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n### Instruction:\n"
+    "the {}\n\n### Input:\ncat\n\n### Response:\n",
+)
+
+
+def test_files_of_instructions(inner, tmp_path):
+    """In the words of those who made the format, or by the template of the model."""
+    tokenizer = data.Tokenizer(inner, inner.token_to_id("</s>"))
+    path = written(tmp_path / "a.jsonl", ASKED)
+    outputs = ("cat", "sat")
+    expected = [data.completion(tokenizer, *pair) for pair in zip(ALPACA, outputs)]
+    assert data.read_examples(path, tokenizer, 500) == expected
+    (tmp_path / "a.csv").write_text("output,instruction,input\ncat,the,\nsat,the {},cat\n")
+    assert data.read_examples(tmp_path / "a.csv", tokenizer, 500) == expected
+    (tmp_path / "b.csv").write_text("instruction,output\nthe,cat\n")
+    assert data.read_examples(tmp_path / "b.csv", tokenizer, 500) == expected[:1]
+
+    template = ChatTemplate(CHATML)
+    chats = [chat("the", "cat"), chat("the {}\n\ncat", "sat")]
+    expected = [data.conversation(tokenizer, template, messages) for messages in chats]
+    found = data.read_examples(path, tokenizer, 500, template=template)
+    assert found == [example for some in expected for example in some]
+
+    written(path, [ASKED[0], {"instruction": "", "input": "x", "output": "cat"}])
+    with pytest.raises(ValueError, match="line 2: the instruction must not be empty; its output"):
+        data.read_examples(path, tokenizer, 500)
+    written(path, [ASKED[0], {"instruction": "the", "output": "cat"}])
+    with pytest.raises(ValueError, match=r"line 2: .* input is missing"):
+        data.read_examples(path, tokenizer, 500)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 from scipy import stats
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "experiments"))
@@ -18,7 +18,13 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "experiment
 import finetune_vision
 
 from bdia_jax import interop
-from bdia_jax.data import Augmentation, class_names, load_image_folder, read_image
+from bdia_jax.data import (
+    Augmentation,
+    class_names,
+    load_image_folder,
+    rand_augment,
+    read_image,
+)
 from bdia_jax.data.augmentation import center_crop, crop_and_resize, mix, random_resized_crop
 from bdia_jax.nn import VisionTower, VisionTowerConfig
 from bdia_jax.train import ResizedImages, TrainSettings, evaluate, fit_head
@@ -251,11 +257,77 @@ def test_the_loss_is_shared_between_both_labels(photos):
         ({"smallest": 0}, r"smallest must lie in \(0, 1\]; got 0"),
         ({"stretch": 0.5}, "stretch must be at least 1; got 0.5"),
         ({"mixup": -1}, "mixup must be at least 0; got -1"),
+        ({"operations": -1}, "operations must be at least 0; got -1"),
+        ({"magnitude": 31}, r"magnitude must lie in \[0, 30\]; got 31"),
     ],
 )
 def test_bad_augmentation(given, message):
     with pytest.raises(ValueError, match=message):
         Augmentation(**given)
+
+
+operate = jax.jit(rand_augment.operate, static_argnums=3)
+
+
+def by_pillow(image, name, sign, share):
+    """The operation, and fourteen of them in all, as Pillow does it."""
+    height, width = image.shape[:2]
+    picture = Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image)
+    grey = 128 if picture.mode == "L" else (128, 128, 128)
+    factor = 1 + sign * 0.9 * share
+    shear, x, y = sign * 0.3 * share, *(sign * 150 / 331 * share * side for side in (width, height))
+    of = {
+        "identity": lambda: picture,
+        "brightness": lambda: ImageEnhance.Brightness(picture).enhance(factor),
+        "color": lambda: ImageEnhance.Color(picture).enhance(factor),
+        "contrast": lambda: ImageEnhance.Contrast(picture).enhance(factor),
+        "sharpness": lambda: ImageEnhance.Sharpness(picture).enhance(factor),
+        "posterize": lambda: ImageOps.posterize(picture, 8 - round(4 * share)),
+        "solarize": lambda: ImageOps.solarize(picture, 255 * (1 - share)),
+        "autocontrast": lambda: ImageOps.autocontrast(picture),
+        "equalize": lambda: ImageOps.equalize(picture),
+        "shear_x": lambda: affine(1, shear, 0, 0, 1, 0),
+        "shear_y": lambda: affine(1, 0, 0, shear, 1, 0),
+        "translate_x": lambda: affine(1, 0, x, 0, 1, 0),
+        "translate_y": lambda: affine(1, 0, 0, 0, 1, y),
+        "rotate": lambda: picture.rotate(sign * 30 * share, fillcolor=grey),
+    }
+
+    def affine(*numbers):
+        return picture.transform(picture.size, Image.Transform.AFFINE, numbers, fillcolor=grey)
+
+    found = np.asarray(of[name]())
+    return found.reshape(image.shape), len(of)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("name", rand_augment.OPERATIONS)
+def test_operations_are_those_of_pillow(name, channels):
+    rng = np.random.default_rng(channels)
+    ramp = 20 + 8.0 * np.arange(24)[:, None, None] + 3.0 * np.arange(16)[None, :, None]
+    image = (ramp + rng.normal(scale=20, size=(24, 16, channels))).clip(0, 255).astype(np.uint8)
+    number = rand_augment.OPERATIONS.index(name)
+    for share in (0.3, 1.0):
+        for sign in (-1.0, 1.0):
+            expected, count = by_pillow(image, name, sign, share)
+            assert count == len(rand_augment.OPERATIONS)
+            found = operate(jnp.asarray(image, jnp.float32), number, sign, share)
+            difference = np.abs(found - expected.astype(np.float32))
+            # Pillow cuts fractions off, here and there; a pixel on the border of two comes from
+            # either.
+            moves = name in rand_augment.MOVES
+            assert (difference > 1).mean() <= (0.01 if moves else 0), (share, sign)
+
+
+def test_operations_are_drawn_for_each_image():
+    """Whole values come out, of an image of one value, too; and another key draws others."""
+    images = jnp.full((8, 6, 6, 3), 77, jnp.uint8)
+    draw = jax.jit(lambda key: rand_augment.rand_augment(key, images, 2, 9.0))
+    first, second = (np.asarray(draw(jax.random.key(seed))) for seed in (0, 1))
+    assert (first == first.round()).all()
+    assert 0 <= first.min() < first.max() <= 255
+    assert len(np.unique(first.mean((1, 2, 3)))) > 2
+    assert (first != second).any()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -327,7 +399,7 @@ def test_finetune(pretrained, photos, tmp_path, capsys, rank):
         out=tmp_path / "run",
         gamma=1 / 8 if rank else "auto",
         lora=finetune_vision.LowRank(rank),
-        augmentation=Augmentation(mixup=0.2 * rank),
+        augmentation=Augmentation(mixup=0.2 * rank, operations=rank // 2),
         train=TrainSettings(
             steps=20, batch_size=12, learning_rate=3e-3, eval_every=10, checkpoint_every=10
         ),

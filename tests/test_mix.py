@@ -206,6 +206,9 @@ FILES = {
             for i in range(12)
         ],
     ),
+    "asked.jsonl": lambda path: write_lines(
+        path, [{"instruction": f"{i}", "input": "x" * (i % 2), "output": "y"} for i in range(12)]
+    ),
 }
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, Num
 
 from bdia_jax.data.batches import random_flip
+from bdia_jax.data.rand_augment import LARGEST, rand_augment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,11 @@ class Augmentation:
     mixup: float = 0.0
     """Parameter of the beta distribution that shares of two images are drawn from; 0 for no mixing.
     (Zhang, Cissé, Dauphin, Lopez-Paz, "mixup: Beyond Empirical Risk Minimization", 2018.)"""
+    operations: int = 0
+    """How many operations of :func:`~bdia_jax.data.rand_augment.rand_augment` an image gets: 2 are
+    usual, 0 for none."""
+    magnitude: float = 9
+    """Of these operations, in [0, 30]."""
 
     def __post_init__(self):
         if not 0 < self.smallest <= 1:
@@ -37,6 +43,10 @@ class Augmentation:
             raise ValueError(f"stretch must be at least 1; got {self.stretch}")
         if not 0 <= self.mixup < math.inf:
             raise ValueError(f"mixup must be at least 0; got {self.mixup}")
+        if self.operations < 0:
+            raise ValueError(f"operations must be at least 0; got {self.operations}")
+        if not 0 <= self.magnitude <= LARGEST:
+            raise ValueError(f"magnitude must lie in [0, {LARGEST}]; got {self.magnitude}")
 
 
 def crop_and_resize(
@@ -110,13 +120,17 @@ def augment_to(
     size: int,
     how: Augmentation,
 ) -> Float[Array, "batch size size channel"]:
-    """Crops, scales and mirrors."""
-    crop_key, flip_key = jax.random.split(key)
+    """Crops, scales, mirrors, and does random operations."""
+    crop_key, flip_key, operations_key = jax.random.split(key, 3)
     if how.smallest < 1:
         images = random_resized_crop(crop_key, images, size, how.smallest, how.stretch)
     else:
         images = center_crop(images, 1.0, size)
-    return random_flip(flip_key, images) if how.flip else images
+    if how.flip:
+        images = random_flip(flip_key, images)
+    if how.operations:
+        images = rand_augment(operations_key, images, how.operations, how.magnitude)
+    return images
 
 
 def mix(

@@ -15,6 +15,7 @@ from bdia_jax.data.fitting import Fitting, Found, TooLong
 from bdia_jax.data.reading import holds_records, read_text
 from bdia_jax.data.records import (
     MESSAGES,
+    PAIR,
     TEXT,
     fields_of_first,
     kind_of,
@@ -22,6 +23,18 @@ from bdia_jax.data.records import (
     read_records,
 )
 from bdia_jax.data.tokenizers import Tokenizer
+
+ALPACA = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes "
+    "the request.\n\n### Instruction:\n{}\n\n### Response:\n"
+)
+ALPACA_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further "
+    "context. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{}\n\n### Input:\n{}\n\n### Response:\n"
+)
+"""How models are asked that have no template of their own (Taori et al., "Stanford Alpaca: An
+Instruction-following LLaMA model", 2023), as they are by those who train with this format."""
 
 
 def read_examples(
@@ -46,6 +59,9 @@ def read_examples(
         - ``messages``: a conversation, ``[{"role": "user", "content": "..."}, ...]``, of which the
           assistant's messages are learned (:func:`bdia_jax.data.conversation`);
         - ``prompt`` and ``completion``, of which completions are learned;
+        - ``instruction``, ``output``, and ``input`` if there is one, of which outputs are learned.
+          To a model with a template the first two are a user's message (``input`` below
+          ``instruction``); to others they are put in the words of Stanford's Alpaca;
         - ``text``: all of it is learned.
       tokenizer: makes the tokens.
       length: most tokens of a text that are predicted.
@@ -148,15 +164,27 @@ def found_in(
     refuse_empty(name, where, fields, values)
     if fields == TEXT:
         yield Found(where, whole(values[0], tokenizer))
-    else:
+    elif fields == PAIR:
         yield Found(where, *completed(tokenizer, *values))
+    else:
+        instruction, *context, output = values
+        asked = "\n\n".join([instruction, *filter(None, context)])
+        if template is not None:
+            said = {"user": asked, "assistant": output}
+            messages = [{"role": role, "content": text} for role, text in said.items()]
+            for example, across in conversed(tokenizer, template, messages):
+                yield Found(where, example, across)
+        else:
+            words = ALPACA_WITH_INPUT if any(context) else ALPACA
+            prompt = words.format(instruction, *context)
+            yield Found(where, *completed(tokenizer, prompt, output))
 
 
 def refuse_empty(name: str, where: str, fields: tuple[str, ...], values: tuple[str, ...]) -> None:
-    """A ``ValueError`` for an empty text or prompt."""
+    """A ``ValueError`` for an empty text, prompt or instruction."""
     if values[0]:
         return
-    completion = "" if fields == TEXT else f"; its completion is {values[1][:80]!r}"
+    completion = "" if fields == TEXT else f"; its {fields[-1]} is {values[-1][:80]!r}"
     raise ValueError(f"{name}, {where}: the {fields[0]} must not be empty{completion}")
 
 

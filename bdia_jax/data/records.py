@@ -35,7 +35,8 @@ SEPARATORS = {".csv": ",", ".tsv": "\t"}
 """Suffixes of tables, and what separates their columns."""
 
 MESSAGES, TEXT, PAIR = ("messages",), ("text",), ("prompt", "completion")
-"""Fields of the kinds of records that are learned."""
+INSTRUCTION, BARE_INSTRUCTION = ("instruction", "input", "output"), ("instruction", "output")
+"""Fields of the kinds of records that are learned. Of instructions: as of Stanford's Alpaca."""
 
 
 def read_records(path: str | os.PathLike, fields: Sequence[str]) -> list[Record]:
@@ -130,11 +131,19 @@ def fields_of_first(path: str | os.PathLike) -> tuple[str, ...]:
 
 
 def kind_of(fields: Iterable[str]) -> tuple[str, ...]:
-    """:data:`MESSAGES`, :data:`TEXT` or :data:`PAIR`: what a record with these fields is."""
+    """What a record with these fields is; a pair, if it has none that say so.
+
+    Sets in Alpaca's format may have ``text``, too: the same once more, in its words.
+    """
     fields = {*fields}
     if "messages" in fields:
         return MESSAGES
-    return TEXT if "text" in fields and not fields & {*PAIR} else PAIR
+    if fields & {*PAIR}:
+        return PAIR
+    for kind in (INSTRUCTION, BARE_INSTRUCTION, TEXT):
+        if fields >= {*kind}:
+            return kind
+    return PAIR
 
 
 def _suffix(name: str) -> str:
