@@ -11,8 +11,9 @@
 The data is a file of records (``*.jsonl``, ``*.json``, ``*.csv``): conversations (``messages``), of
 which the assistant's messages are learned, by the model's own chat template; a ``prompt`` and a
 ``completion``, which is learned; an ``instruction``, ``input`` and ``output``; or a ``text``. Or it
-is any text. Short texts are packed into full sequences, without attention from one to another. What comes out, ``runs/mine/model``, is a folder
-that ``transformers`` loads: the network that went in, with the weights of the best evaluation.
+is any text. Short texts are packed into full sequences, without attention from one to another.
+What comes out, ``runs/mine/model``, is a folder that ``transformers`` loads: the network that went
+in, with the weights of the best evaluation.
 
 Before training, the γ that the model bears is measured by a few forward passes (``--gamma auto``):
 the fewest bits per activation with which the loss rises by at most ``--gamma-tolerance``.
