@@ -192,7 +192,6 @@ def in_one_form(found, like):
     [
         ("adamw", lambda: decoder(method="bdia")),
         ("adamw", lambda: decoder(method="bdia", lora=2, dropout=0.0)),
-        ("adamw", lambda: _toy.Toy(method="standard-checkpoint")),
         ("adam", lambda: _toy.Toy(method="midpoint")),
     ],
 )

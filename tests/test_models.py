@@ -35,9 +35,7 @@ def strict():
 
 
 @pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize(
-    "name", ["vit", "vit-linear", "resnet", "gpt2", "gemma", "olmo", "encoder-decoder"]
-)
+@pytest.mark.parametrize("name", ["vit-linear", "resnet", "gpt2", "gemma", "encoder-decoder"])
 def test_loss_and_gradient_under_strict_modes(name):
     """With NaN checks, masked softmaxes must make none. In float32, since Flax's own layers do not
     pass strict promotion in bfloat16."""

@@ -304,9 +304,7 @@ SEQUENCE = dataclasses.replace(
 @pytest.mark.parametrize(
     ("layout", "explicit", "dtype", "tolerance_bits"),
     [
-        pytest.param(DATA, True, "float32", 0, id="data-explicit"),
         pytest.param(FSDP, False, "float32", 1, id="fully-sharded-auto-r1"),
-        pytest.param(TENSOR, False, "float32", 0, id="tensor-auto"),
         pytest.param(TENSOR, True, "bfloat16", 1, id="tensor-explicit-bfloat16-r1"),
         # Where nothing is explicit, the partitioner decides what the sequence axis makes travel.
         pytest.param(SEQUENCE, True, "float32", 0, id="tensor-and-sequence-explicit"),
@@ -420,7 +418,6 @@ def test_check_reversible(layout, explicit, dtype, record_property):
 @pytest.mark.parametrize(
     ("split", "check_vma", "tolerance_bits"),
     [
-        pytest.param(False, True, 0, id="data"),
         pytest.param(False, False, 0, id="data-unchecked"),
         pytest.param(True, True, 1, id="tensor-r1"),
     ],
@@ -549,8 +546,6 @@ def test_flax_stack(explicit, fully_sharded, record_property):
 @pytest.mark.parametrize(
     ("mesh", "changes"),
     [
-        ("data=8", {}),
-        ("fsdp=8", {}),
         ("data=2,fsdp=4", {"update_in_backward": True, "optimizer": "adafactor"}),
         ("fsdp=8", {"accumulate": 3}),
     ],

@@ -71,12 +71,10 @@ def descend(params, grads, state):
 
 
 WAYS = {
-    "bdia": (BDIA(), Online(), "float32"),
     "tolerance bits": (BDIA(0.25, "sample", 9, 2), Online(), "bfloat16"),
     "checkpoint": (BDIA(0.25, "sample", 9), Checkpoint(), "bfloat16"),
     "rounded checkpoint": (Euler(), Checkpoint(bits=3), "bfloat16"),
     "direct": (BDIA(), Direct(), "bfloat16"),
-    "no grid": (BDIA(0.6, frac_bits=None), Direct(), "bfloat16"),
 }
 
 

@@ -227,13 +227,12 @@ def test_linear_vit_is_reversible_and_all_of_it_is_trained():
 def test_resnet_trains_alike_by_every_method():
     images = jax.random.normal(KEY, (3, 8, 8, 1))
     found = {}
-    for method in ("bdia", "bdia-direct", "standard", "standard-checkpoint"):
+    for method in ("bdia", "bdia-direct", "standard"):
         model = ResNet(dataclasses.replace(RESNET, method=method), rngs=nnx.Rngs(0))
         found[method] = gradients(model, images)
         model.eval()
         assert nnx.eval_shape(lambda m: m(images), model).shape == (3, 10)
-    for a, b in (("bdia", "bdia-direct"), ("standard", "standard-checkpoint")):
-        assert_close(found[a][:2], found[b][:2], 1e-4)
+    assert_close(found["bdia"][:2], found["bdia-direct"][:2], 1e-4)
     y, grads, probes = found["bdia"]
     assert not np.allclose(y, found["standard"][0], atol=1e-3)
     assert len(jax.tree.leaves(probes)) == 3 * 2
