@@ -709,14 +709,14 @@ FAULTS = [
         """        d,
         x,
         ((positions""",
-        ("test_nn::test_the_product",),
+        ("test_nn::test_the_product_of_a_layer_has_the_derivatives_of_a_product",),
     ),
     Fault(
         "the product of a layer in vmap",
         "nn/linear",
         "jax.vmap(_product, axes)(*arguments), 0",
         "jax.vmap(_product, axes)(*arguments), 1",
-        ("test_nn::test_the_product",),
+        ("test_nn::test_the_product_of_a_layer_in_forward_mode_twice_and_in_vmap",),
     ),
     Fault(
         "the gradient of a kernel is of one device",
