@@ -546,6 +546,8 @@ def test_flax_stack(explicit, fully_sharded, record_property):
 @pytest.mark.parametrize(
     ("mesh", "changes"),
     [
+        ("data=8", {}),
+        ("fsdp=8", {}),
         ("data=2,fsdp=4", {"update_in_backward": True, "optimizer": "adafactor"}),
         ("fsdp=8", {"accumulate": 3}),
     ],
