@@ -548,7 +548,7 @@ def test_fused_attention_is_chosen_where_it_can_be_had(monkeypatch):
     ],
 )
 def test_every_family_is_reversible_in_bfloat16(family, attention, chunk):
-    """Without dropout, which takes long to compile: test_exactness has it."""
+    """Without dropout, which takes long to compile: test_encoder_decoder has it."""
     of = FAMILIES[family]
     config = dataclasses.replace(
         of,

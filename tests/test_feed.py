@@ -196,3 +196,28 @@ def test_what_a_mix_must_have(whole):
         MixedTexts("mix", mix, nothing)
     with pytest.raises(ValueError, match="eval_batch_size must be at least 1"):
         MixedTexts("mix", mix, packed(1), eval_batch_size=0)
+
+
+def test_a_feed_that_is_interrupted_waits_for_nobody():
+    """A second Ctrl-C may have left a lock of the queue taken, which the thread then waits for."""
+    going, let_go = threading.Event(), threading.Event()
+
+    class Stuck(_toy.FromFiles):
+        def __init__(self):
+            pass
+
+        def start(self):
+            return 0
+
+        def feed(self, position, size):
+            going.set()
+            let_go.wait(60)
+            return {}, position + 1
+
+    feed = Feed(Stuck(), 4)
+    assert going.wait(60)
+    feed.close(wait=False)
+    assert feed._thread.is_alive()
+    let_go.set()
+    feed.close()
+    assert not feed._thread.is_alive()

@@ -328,6 +328,8 @@ def test_operations_are_drawn_for_each_image():
     assert 0 <= first.min() < first.max() <= 255
     assert len(np.unique(first.mean((1, 2, 3)))) > 2
     assert (first != second).any()
+    with pytest.raises(ValueError, match="1 or 3 channels; got 4"):
+        rand_augment.rand_augment(jax.random.key(0), jnp.zeros((1, 6, 6, 4)), 2, 9.0)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def test_gradients_are_those_of_the_forward_pass(name):
 @pytest.mark.optimized
 @pytest.mark.parametrize("name", PARTED)
 def test_every_part_is_reversible_in_bfloat16(name):
-    """Without dropout, which takes long to compile: test_exactness has it."""
+    """Without dropout, which takes long to compile: test_encoder_decoder has it."""
     changes = {"parts_as_steps": True, "dtype": "bfloat16", "gamma": 1 / 8, "dropout": 0.0}
     config = dataclasses.replace(CONFIGS[name], **changes)
     model = build(config, nnx.Rngs(0))

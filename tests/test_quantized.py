@@ -122,7 +122,7 @@ def test_read_a_block_at_a_time(kind, folder, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.optimized
-@pytest.mark.parametrize(("kind", "parts"), [("nf4", True), ("int8", False)])
+@pytest.mark.parametrize(("kind", "parts"), [("nf4", True), ("int4", False), ("int8", False)])
 def test_taken_back(kind, parts):
     """Every integer is reconstructed in bfloat16."""
     config = dataclasses.replace(TINY, parts_as_steps=parts, gamma=1 / 8)

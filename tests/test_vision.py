@@ -119,7 +119,7 @@ def test_a_tower_without_a_head(folder, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.optimized
-@pytest.mark.parametrize("folder", ["dinov2"], indirect=True)
+@pytest.mark.parametrize("folder", ["dinov2", "siglip"], indirect=True)
 def test_reversible_in_bfloat16(folder):
     kind, _, place = folder
     parts = kind == "dinov2"

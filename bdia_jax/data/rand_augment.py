@@ -47,7 +47,12 @@ def rand_augment(
       images: of one or three channels, with values from 0 to 255.
       operations: how many, one after the other.
       magnitude: in [0, 30].
+
+    Raises:
+      ValueError: for images of other channels, of which no luma is known.
     """
+    if (channels := images.shape[-1]) not in (1, 3):
+        raise ValueError(f"images must have 1 or 3 channels; got {channels}")
     images = jnp.round(images.astype(jnp.float32)).clip(0, 255)
     count = (len(images),)
     for step in range(operations):
