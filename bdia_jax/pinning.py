@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -111,20 +112,22 @@ with contextlib.suppress(ImportError, AttributeError):
     dispatch.prim_requires_devices_during_lowering.add(_by_rows_p)
 
 
-def _lower_by_rows(context: mlir.LoweringRuleContext, array):
+def _lower_by_rows(context: mlir.LoweringRuleContext, array, *, on_several: bool = True):
     axes: Any = context.module_context.axis_context
     if isinstance(axes, mlir.SPMDAxisContext):
         count, known = axes.mesh.size, True
     else:
         count, known = axes.num_devices, axes.device_assignment is not None
-    if count > 1 and not known:
-        # An exported program: its devices are those of whoever loads it.
+    if count > 1 and not (known and on_several):
+        # Not known in an exported program, whose devices are those of whoever loads it.
         return [array]
     constrain = _parts_laid_out if count > 1 else _laid_out
     return mlir.lower_fun(constrain, multiple_results=False)(context, array)
 
 
 mlir.register_lowering(_by_rows_p, _lower_by_rows)
+# A TPU's compiler has no custom partitioning (https://github.com/jax-ml/jax/issues/38196).
+mlir.register_lowering(_by_rows_p, partial(_lower_by_rows, on_several=False), platform="tpu")
 mlir.register_lowering(_by_rows_p, lambda context, array: [array], platform="cpu")
 
 
