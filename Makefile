@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo finetune-demo check test lint types docs results clean
+.PHONY: demo finetune-demo check test test-all lint types docs results clean
 
 demo: .venv/installed
 	$(BIN)/python experiments/demo.py --out demo
@@ -13,10 +13,13 @@ finetune-demo: .venv/installed
 	$(BIN)/python experiments/finetune_demo.py
 
 # Before every commit.
-check: lint types
-	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+check: lint types test
 
 test: .venv/installed
+	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+# Before every release, and whenever the core is changed.
+test-all: .venv/installed
 	$(BIN)/python -m pytest -q -n 2
 
 lint: .venv/installed

@@ -71,7 +71,6 @@ def with_updates(model, alpha=2.0, targets=("q", "v", "down")):
     return model
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("scale", [{}, {"lora_alpha": 2.5}, {"use_rslora": True}])
 def test_adapters_of_peft(scale, base, tmp_path):
     """The same matrices and the same alpha give the same logits, merged or not."""

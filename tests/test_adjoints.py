@@ -109,7 +109,6 @@ AROUND = {
 }
 
 
-@pytest.mark.slow
 @once
 @pytest.mark.parametrize("around", AROUND)
 @pytest.mark.parametrize("derivative", SECOND)
@@ -184,7 +183,6 @@ def test_quantizing_twice_in_a_scan():
     assert jax.grad(jax.grad(jax.grad(function)))(1.0) == 24
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "parts"),
     [
@@ -309,7 +307,6 @@ def loss(params, x, shift, step, adjoint, parts=2):
     return jnp.sum(jnp.sin(reversible_scan(block, params, x, **settings)))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("way", "parts"), [*((way, 2) for way in WAYS), ("online-bdia", 1)])
 def test_an_update_is_the_ordinary_gradient_and_then_the_function(way, parts):
     step, adjoint = WAYS[way]

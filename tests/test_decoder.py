@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from _rows import fast
 from flax import nnx
 from jax.interpreters.partial_eval import dce_jaxpr
 
@@ -536,16 +537,18 @@ def test_fused_attention_is_chosen_where_it_can_be_had(monkeypatch):
         assert not kernels.fusible(dtype, head_dim)
 
 
-@pytest.mark.slow
 @pytest.mark.optimized
 @pytest.mark.parametrize(
     ("family", "attention", "chunk"),
-    [
-        ("gpt2", "xla", 5),
-        ("llama", "plain", None),
-        ("gemma", "chunked", None),
-        ("olmo", "chunked", 5),
-    ],
+    fast(
+        2,
+        [
+            ("gpt2", "xla", 5),
+            ("llama", "plain", None),
+            ("gemma", "chunked", None),
+            ("olmo", "chunked", 5),
+        ],
+    ),
 )
 def test_every_family_is_reversible_in_bfloat16(family, attention, chunk):
     """Without dropout, which takes long to compile: test_encoder_decoder has it."""

@@ -23,8 +23,6 @@ from test_sharding import BLOCKS, gradients, loss_of, make_mesh, problem, transf
 
 import bdia_jax
 
-pytestmark = pytest.mark.slow
-
 STEPS = 3
 NO_COLLECTIVES = 77
 """Exit status of a process on a platform without collectives between processes."""

@@ -60,7 +60,6 @@ def test_the_readme_s_example_gives_finite_gradients():
     assert all(jnp.isfinite(g).all() and g.any() for g in jax.tree.leaves(names["gradients"]))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if "docs" in p.parts and code_of(p)], ids=name_of
 )
@@ -253,7 +252,6 @@ def test_the_command_line_says_what_is_wrong(arguments, message, tmp_path, vit):
     assert "Traceback" not in told
 
 
-@pytest.mark.slow
 def test_help_is_readable(vit):
     status, text = vit("--help")
     assert status == 0

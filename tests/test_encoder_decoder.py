@@ -7,13 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from _rows import fast
 from flax import nnx
 
 from bdia_jax.data import PackedPairs, pack_pairs
 from bdia_jax.nn import EncoderDecoder, EncoderDecoderConfig, Probe, beam_search, generate
 from bdia_jax.train import TrainSettings, Translation, step_memory
-
-pytestmark = pytest.mark.slow
 
 SMALL = EncoderDecoderConfig(
     source_vocab=23,
@@ -50,7 +49,7 @@ def mean_loss(model, batch, **options):
     return sums.loss / sums.weight
 
 
-@pytest.mark.parametrize("separate", [False, True])
+@pytest.mark.parametrize("separate", fast(1, [False, True]))
 def test_online_gradients_are_those_of_the_forward_pass(separate):
     """Of all parameters, the encoder's included, in float64; one embedding, or two and a head."""
     with jax.enable_x64(True):
@@ -84,6 +83,7 @@ def test_online_gradients_are_those_of_the_forward_pass(separate):
         assert np.abs(d[...] - expected[...]).max() <= 1e-10 * scale, path
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 def test_both_stacks_are_reversible_in_bfloat16():
     """By the report of the backward pass of a training step."""
@@ -104,6 +104,7 @@ def test_both_stacks_are_reversible_in_bfloat16():
         assert not found[stack]["probe"].get_value().mismatched.any()
 
 
+@pytest.mark.slow
 def test_pairs_in_a_row_do_not_see_each_other():
     """What a pair gives is the same alone and packed: no text, and no source, but its own."""
     model = EncoderDecoder(dataclasses.replace(SMALL, method="standard"), rngs=nnx.Rngs(0))
@@ -134,6 +135,7 @@ def sharp() -> EncoderDecoder:
     return model
 
 
+@pytest.mark.slow
 def test_generation_with_caches_is_that_without():
     model = sharp()
     sources, prompts = [[1, 2, 3], [9], [4, 7, 8, 15, 16]], [[END], [END, 3], [END]]
@@ -159,6 +161,7 @@ def test_generation_with_caches_is_that_without():
     assert len({token for text in found for token in text}) > 3
 
 
+@pytest.mark.slow
 def test_beams_find_what_is_at_least_as_probable():
     model = sharp()
     sources, prompts = [[1, 2, 3], [9, 4]], [[END], [END]]
@@ -171,6 +174,7 @@ def test_beams_find_what_is_at_least_as_probable():
     assert alone[0] == wide[0][0]
 
 
+@pytest.mark.slow
 def test_memory_falls():
     """Of a training step: below that of checkpointed blocks, and far below the standard one's."""
     batch = pack_pairs([([1] * 60, [2] * 59)] * 8, 64, end=END)
@@ -217,6 +221,7 @@ def test_the_network_refuses():
         Translation("x", packed(), packed(), label_smoothing=1.0)
 
 
+@pytest.mark.slow
 def test_label_smoothing_is_for_training_only():
     model = EncoderDecoder(SMALL, rngs=nnx.Rngs(0))
     model.eval()

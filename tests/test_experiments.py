@@ -428,7 +428,6 @@ def test_costs_say_what_is_wrong():
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_demo(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "MODEL", SMALL)
     monkeypatch.setattr(demo, "DEPTHS", (1, 2))

@@ -55,7 +55,6 @@ def test_stopped_in_one_process_and_resumed_in_another(undisturbed, tmp_path):
     assert told(folder) == undisturbed
 
 
-@pytest.mark.slow
 def test_killed_at_random_moments(undisturbed, tmp_path, record_property):
     folder = tmp_path / "run"
     kills = kill_repeatedly(command(folder), folder, kills=KILLS)
@@ -65,7 +64,6 @@ def test_killed_at_random_moments(undisturbed, tmp_path, record_property):
     assert told(folder) == undisturbed
 
 
-@pytest.mark.slow
 def test_sigterm_saves_and_leaves(undisturbed, tmp_path):
     folder = tmp_path / "run"
     # Without checkpoints on the way: what is found later was saved because of the signal.

@@ -17,8 +17,6 @@ from bdia_jax.data.text import TextData
 from bdia_jax.gamma import FAIR, GAMMAS
 from bdia_jax.steps import SIGNS
 
-pytestmark = pytest.mark.slow
-
 DEPTH, WIDTH = 6, 8
 
 
@@ -37,6 +35,7 @@ def given(seed):
     return jnp.asarray(params, jnp.float32), jnp.asarray(x, jnp.float32), jax.random.key(seed)
 
 
+@pytest.mark.slow
 def test_every_trial_is_the_loss_of_its_step():
     """One program with a traced γ, against a step of its own for each γ and kind of signs."""
     calls, seen = [given(0), given(1)], []
@@ -159,6 +158,7 @@ def task():
     return train.LanguageModelling(TextData("some", tokens, tokens[:50], 13), 8)
 
 
+@pytest.mark.slow
 def test_a_model_is_measured_on_its_task_and_left_as_it_is():
     model, of = decoder(signs="minus", frac_bits=8, tolerance_bits=1), task()
     before = jax.tree.map(jnp.copy, nnx.state(model, nnx.Param))
@@ -198,6 +198,7 @@ def test_a_step_is_set_in_all_stacks_and_in_the_configuration():
     assert model.blocks.adjoint == bdia_jax.Checkpoint()
 
 
+@pytest.mark.slow
 def test_two_stacks_of_a_model_are_measured_together():
     config = nn.EncoderDecoderConfig(
         source_vocab=9, max_length=8, width=8, encoder_depth=2, decoder_depth=2, heads=2, dropout=0

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from _rows import fast
 from flax import nnx
 
 from bdia_jax import Direct
@@ -15,8 +16,6 @@ from bdia_jax.data import TextData
 from bdia_jax.nn import Decoder, DecoderConfig
 from bdia_jax.train import LanguageModelling, TrainSettings, gap, train, training_step
 from bdia_jax.train.programs import Programs
-
-pytestmark = pytest.mark.slow
 
 PERIOD = np.random.default_rng(0).permutation(40)
 TEXT = np.tile(PERIOD, 20).astype(np.int32)
@@ -60,7 +59,7 @@ def lines(folder, model, caplog, **changes):
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("accumulate", fast(1, [1, 4]))
 def test_it_is_that_of_the_network_handed_back(accumulate):
     model = decoder(depth=3)
     settings = dataclasses.replace(SETTINGS, accumulate=accumulate)
@@ -76,6 +75,7 @@ def test_it_is_that_of_the_network_handed_back(accumulate):
     assert abs(float(report.sums.means()["loss"]) - found) > 1e-5
 
 
+@pytest.mark.slow
 def test_lines_have_it_where_training_runs_another_network(tmp_path):
     for method, has in (("bdia", True), ("midpoint", False), ("standard", False)):
         model = _toy.Toy(method=method)
@@ -103,6 +103,7 @@ def test_a_model_of_ones_own_network(tmp_path):
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "warned"),
     [
@@ -124,6 +125,7 @@ def test_pretrained_weights(changes, warned, pretrained, tmp_path, caplog):
         assert second["loss"] > second["network_loss"]
 
 
+@pytest.mark.slow
 def test_it_is_not_said_again_when_the_run_is_resumed(pretrained, tmp_path, caplog):
     for resume in (False, True):
         caplog.clear()
@@ -135,6 +137,7 @@ def test_it_is_not_said_again_when_the_run_is_resumed(pretrained, tmp_path, capl
         assert (WARNING in caplog.text) == (not resume)
 
 
+@pytest.mark.slow
 def test_fresh_weights_are_not_warned_of(tmp_path):
     """With γ = 1/2, dropout and small batches, over seeds of weights, batches and signs."""
     model = decoder(dropout=0.2, depth=6)

@@ -189,7 +189,6 @@ def ours(path):
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("family", IN_GGUF)
 def test_parity(family, tmp_path):
     """Logits and greedy tokens; the file, the folder made of it, and its tokenizer."""

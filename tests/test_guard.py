@@ -316,7 +316,6 @@ def bound(tolerance_bits):
     return {0: 0.0, 1: 0.5}.get(tolerance_bits, 2.0 ** (tolerance_bits - 1) - 0.5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("m", [0, 2])
 @pytest.mark.parametrize("tolerance_bits", [0, 1, 2, 3])
 def test_noise_under_the_bound_is_put_right_and_over_it_is_caught(m, tolerance_bits):

@@ -139,7 +139,6 @@ def theirs(family):
 
 
 # The last one, of a folder with another network, too, is tested with the other things it is.
-@pytest.mark.slow
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gemma3"])
 def test_parity(family, tmp_path):
     """Logits, greedy tokens, and the way there and back, bit for bit; windows are shorter."""

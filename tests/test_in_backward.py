@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from _rows import fast
 from flax import nnx
 
 import bdia_jax
@@ -19,8 +20,6 @@ from bdia_jax.train import LanguageModelling, Sums, TrainSettings, step_memory, 
 from bdia_jax.train.blockwise import joined, stack_name, stack_paths
 from bdia_jax.train.optimizers import OPTIMIZERS
 from bdia_jax.train.programs import Programs
-
-pytestmark = pytest.mark.slow
 
 KEY = jax.random.key(0)
 TOKENS = np.random.default_rng(0).integers(0, 50, 600).astype(np.int32)
@@ -106,6 +105,7 @@ def test_a_step_in_the_backward_pass_is_the_ordinary_one(way):
     assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))
 
 
+@pytest.mark.slow
 @pytest.mark.buffers
 @pytest.mark.parametrize("way", [WAYS[0], WAYS[4]], ids=str)
 def test_no_gradient_of_all_blocks_and_no_copy_of_them(way):
@@ -189,11 +189,14 @@ def in_one_form(found, like):
 @pytest.mark.optimized
 @pytest.mark.parametrize(
     ("optimizer", "make"),
-    [
-        ("adamw", lambda: decoder(method="bdia")),
-        ("adamw", lambda: decoder(method="bdia", lora=2, dropout=0.0)),
-        ("adam", lambda: _toy.Toy(method="midpoint")),
-    ],
+    fast(
+        1,
+        [
+            ("adamw", lambda: decoder(method="bdia")),
+            ("adamw", lambda: decoder(method="bdia", lora=2, dropout=0.0)),
+            ("adam", lambda: _toy.Toy(method="midpoint")),
+        ],
+    ),
 )
 def test_training_is_the_same_to_the_bit(optimizer, make):
     decay = {"weight_decay": 0.1} if OPTIMIZERS[optimizer].decays else {}
@@ -217,6 +220,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(method):
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adafactor", "muon", "set-adam"])
 def test_optimizers_whose_steps_differ_between_blocks(optimizer):
     """What a whole tree, a matrix or its rows have in common is a block's own here."""
@@ -229,6 +233,7 @@ def test_optimizers_whose_steps_differ_between_blocks(optimizer):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.buffers
 @pytest.mark.parametrize("method", ["bdia", "standard-checkpoint"])
 def test_a_step_of_training_is_in_place(method):
@@ -249,6 +254,7 @@ def test_a_step_of_training_is_in_place(method):
     assert grown[True] < 0.05 * one_block
 
 
+@pytest.mark.slow
 def test_the_first_step_finds_the_norm_that_the_second_is_clipped_by():
     settings = dataclasses.replace(FEW, clip_norm=0.3, optimizer="sgd")
     step, state = training_step(_toy.Toy(method="standard-checkpoint"), _toy.Regression(), settings)
@@ -264,6 +270,7 @@ def test_the_first_step_finds_the_norm_that_the_second_is_clipped_by():
     assert 0.5 < optax.tree.norm(moved) / (1e-2 * 0.3) < 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "clip_by"), [("bdia", "previous"), ("standard-checkpoint", "second-pass")]
 )
@@ -393,6 +400,7 @@ def test_losses_that_cannot_be(task, message, tmp_path):
     Programs(model, task, ordinary).trace()
 
 
+@pytest.mark.slow
 def test_a_penalty_on_other_weights_is_right():
     """On those outside the stacks, whose gradient there is."""
 

@@ -429,7 +429,6 @@ def write(folder, network, several, like=None):
         saving.SHARD_BYTES = before
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("same", "several"),
     [

@@ -8,11 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from _models import CONFIGS, build, inputs, loss_of
+from _rows import fast
 from flax import nnx
 
 from bdia_jax.nn import Decoder
-
-pytestmark = pytest.mark.slow
 
 KEY = jax.random.key(1)
 MODES = {
@@ -35,7 +34,9 @@ def strict():
 
 
 @pytest.mark.usefixtures("strict")
-@pytest.mark.parametrize("name", ["vit-linear", "resnet", "gpt2", "gemma", "encoder-decoder"])
+@pytest.mark.parametrize(
+    "name", fast(1, ["vit-linear", "resnet", "gpt2", "gemma", "encoder-decoder"])
+)
 def test_loss_and_gradient_under_strict_modes(name):
     """With NaN checks, masked softmaxes must make none. In float32, since Flax's own layers do not
     pass strict promotion in bfloat16."""
@@ -69,6 +70,7 @@ def test_export_with_a_symbolic_batch(name):
         np.testing.assert_allclose(read.call(*some), model(*some), atol=2e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit-linear", "gpt2-plain"])
 def test_standard_networks_have_all_derivatives(name):
     """Forward mode against reverse mode, and the second derivative by both ways."""

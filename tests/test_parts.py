@@ -8,12 +8,11 @@ import numpy as np
 import optax
 import pytest
 from _models import CONFIGS, build, inputs, loss_of
+from _rows import fast
 from flax import nnx
 
 from bdia_jax import BDIA, Direct, Euler, check_reversible
 from bdia_jax.nn import Probe, ReversibleStack, TransformerBlock
-
-pytestmark = pytest.mark.slow
 
 PARTED = ("vit", "llama", "encoder-decoder")
 """One of each kind of block."""
@@ -51,7 +50,7 @@ def relative(tree, reference) -> float:
     return float(difference / optax.tree.norm(reference))
 
 
-@pytest.mark.parametrize("name", ["vit", "encoder-decoder"])
+@pytest.mark.parametrize("name", fast(1, ["vit", "encoder-decoder"]))
 def test_the_standard_network_is_the_same(name):
     """``(x + a) + f(x + a)`` is ``x + (a + f(x + a))``, in values and gradients."""
     with jax.enable_x64(True):
@@ -65,6 +64,7 @@ def test_the_standard_network_is_the_same(name):
         assert relative(grads, expected) < 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PARTED)
 def test_evaluation_on_the_grid_is_the_network_of_parts(name):
     """What evaluation computes is ``x + part(x)``, rounded to the grid, part by part."""
@@ -96,7 +96,7 @@ def test_evaluation_on_the_grid_is_the_network_of_parts(name):
     assert (found == expected).mean() > 0.9
 
 
-@pytest.mark.parametrize("name", ["llama", "encoder-decoder"])
+@pytest.mark.parametrize("name", fast(1, ["llama", "encoder-decoder"]))
 def test_gradients_are_those_of_the_forward_pass(name):
     """With dropout, whose keys are the same in both passes; and every step is taken back."""
     with jax.enable_x64(True):
@@ -111,7 +111,7 @@ def test_gradients_are_those_of_the_forward_pass(name):
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("name", PARTED)
+@pytest.mark.parametrize("name", fast(2, PARTED))
 def test_every_part_is_reversible_in_bfloat16(name):
     """Without dropout, which takes long to compile: test_encoder_decoder has it."""
     changes = {"parts_as_steps": True, "dtype": "bfloat16", "gamma": 1 / 8, "dropout": 0.0}
@@ -151,6 +151,7 @@ def test_parts_draw_from_keys_of_their_own():
     assert abs(np.mean(added == 2.0) - 0.5) < 0.2
 
 
+@pytest.mark.slow
 def test_a_stack_of_parts_is_a_function_per_part():
     def make(rngs):
         return TransformerBlock(8, lambda rngs: nnx.Linear(8, 8, rngs=rngs), hidden=8, rngs=rngs)
@@ -162,6 +163,7 @@ def test_a_stack_of_parts_is_a_function_per_part():
     assert check_reversible(functions, params, x, key=KEY, step=BDIA(1 / 4)).exact
 
 
+@pytest.mark.slow
 def test_streams_of_parts_are_the_coupled_ones():
     """RevViT is made of the same methods; its stack is asked for no step."""
     model = build(dataclasses.replace(CONFIGS["vit"], method="coupled"), nnx.Rngs(0))

@@ -327,7 +327,6 @@ def reversible_steps(draw):
     return BDIA(2.0 ** -draw(st.integers(0, 4)), draw(signs), draw(st.integers(-2, 9)), r)
 
 
-@pytest.mark.slow
 @hypothesis.given(step=reversible_steps(), seed=st.integers(0, 2**32 - 1))
 def test_every_step_takes_itself_back(step, seed):
     """On arrays, with recomputed values that are off by as much as the tolerance bits allow."""

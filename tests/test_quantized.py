@@ -16,6 +16,7 @@ from scipy import stats
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "experiments"))
 
 import finetune
+from _rows import fast
 
 from bdia_jax import data, interop
 from bdia_jax.nn import Decoder, add_lora, expand_base, llama, merge_lora, quantize_base
@@ -120,9 +121,10 @@ def test_read_a_block_at_a_time(kind, folder, monkeypatch):
     np.testing.assert_allclose(read(TOKENS), before, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.optimized
-@pytest.mark.parametrize(("kind", "parts"), [("nf4", True), ("int4", False), ("int8", False)])
+@pytest.mark.parametrize(
+    ("kind", "parts"), fast(1, [("nf4", True), ("int4", False), ("int8", False)])
+)
 def test_taken_back(kind, parts):
     """Every integer is reconstructed in bfloat16."""
     config = dataclasses.replace(TINY, parts_as_steps=parts, gamma=1 / 8)

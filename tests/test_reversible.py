@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from _blocks import BATCH, case, covering, holds, names
+from _blocks import BATCH, case
+from _rows import covering, holds, names
 
 import bdia_jax
 from bdia_jax import (
@@ -620,7 +621,6 @@ def test_a_stack_cut_into_pieces_is_the_same_to_the_bit(signs, parts, adjoint, d
     chex.assert_trees_all_equal(whole, pieces)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("step", [BDIA(), Euler(), Euler(9)], ids=str)
 @pytest.mark.parametrize(("start", "read"), [(0, "both"), (2, "both"), (2, "x_prev"), (2, "x")])
 def test_gradients_by_both_states(step, start, read):

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from _rows import fast
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -35,8 +36,6 @@ from bdia_jax.nn import (
 from bdia_jax.nn.blocks import FeedForward
 from bdia_jax.train import LanguageModelling, TrainSettings
 from bdia_jax.train.programs import Programs
-
-pytestmark = pytest.mark.slow
 
 BLOCKS, BATCH, LENGTH, WIDTH, HEADS, HEAD_DIM, HIDDEN = 4, 16, 8, 32, 4, 8, 64
 FRAC_BITS = 18
@@ -305,9 +304,13 @@ SEQUENCE = dataclasses.replace(
     ("layout", "explicit", "dtype", "tolerance_bits"),
     [
         pytest.param(FSDP, False, "float32", 1, id="fully-sharded-auto-r1"),
-        pytest.param(TENSOR, True, "bfloat16", 1, id="tensor-explicit-bfloat16-r1"),
+        pytest.param(
+            TENSOR, True, "bfloat16", 1, id="tensor-explicit-bfloat16-r1", marks=pytest.mark.slow
+        ),
         # Where nothing is explicit, the partitioner decides what the sequence axis makes travel.
-        pytest.param(SEQUENCE, True, "float32", 0, id="tensor-and-sequence-explicit"),
+        pytest.param(
+            SEQUENCE, True, "float32", 0, id="tensor-and-sequence-explicit", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_under_jit(layout, explicit, dtype, tolerance_bits, record_property):
@@ -346,7 +349,7 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
+@pytest.mark.parametrize("name", fast(1, OTHERS))
 def test_steps_and_adjoints(name, record_property):
     """The same for every kind of step and adjoint."""
     mesh = make_mesh(False, **FSDP.axes)
@@ -361,6 +364,7 @@ def test_steps_and_adjoints(name, record_property):
         agrees(program(params, x, probe, target, key), reference, record_property)
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 @pytest.mark.parametrize("name", ["a sign per sample", "checkpoints"])
 def test_steps_and_adjoints_under_shard_map(name):
@@ -383,6 +387,7 @@ def test_steps_and_adjoints_under_shard_map(name):
     assert not np.any(report.mismatched)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "explicit", "dtype"),
     [
@@ -414,6 +419,7 @@ def test_check_reversible(layout, explicit, dtype, record_property):
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 @pytest.mark.parametrize(
     ("split", "check_vma", "tolerance_bits"),
@@ -499,6 +505,7 @@ def flax_stack():
     return loss, jax.device_get((params, probe)), jax.device_get(reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("explicit", "fully_sharded"),
     [pytest.param(True, False, id="data-explicit"), pytest.param(False, True, id="fully-sharded")],
@@ -542,6 +549,7 @@ def test_flax_stack(explicit, fully_sharded, record_property):
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.buffers
 @pytest.mark.parametrize(
     ("mesh", "changes"),
@@ -588,6 +596,7 @@ def test_a_training_step_sends_weights_and_their_gradients(mesh, changes, record
 # ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.buffers
 @pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
 def test_temporaries_per_device(explicit, record_property):

@@ -17,6 +17,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "experiment
 import finetune
 import finetune_data
 import translate
+from _rows import fast
 from measure import (
     chat_tables,
     chats,
@@ -95,8 +96,7 @@ def test_gpt2_small_data(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize("rank", fast(1, [0, 2]))
 def test_finetune(folder, tmp_path, rank, capsys):
     texts = tmp_path / "texts.jsonl"
     lines = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(40)]

@@ -139,7 +139,6 @@ def test_a_line_cut_short_is_passed_over(tmp_path):
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_stopped_and_resumed_is_the_same_run(whole, tmp_path):
     folder, result, model, _ = whole
     half, _ = _toy.run(tmp_path / "run", stop_at=4)
@@ -286,7 +285,6 @@ def test_bad_meshes(mesh, message, tmp_path, no_compiling):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.slow
 def test_a_run_is_never_overwritten(whole, no_compiling):
     with pytest.raises(FileExistsError, match=r"there is a run in .*resume"):
         _toy.run(whole[0])
@@ -406,7 +404,6 @@ def test_image_evaluation_weighs_every_sample_once(size):
 # ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_nan_loss_stops_the_run(tmp_path):
     # Three steps are taken before it, and what follows in the same interval changes nothing.
     model, task = _toy.Toy(), _toy.Regression(poison=3)

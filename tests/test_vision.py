@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from _rows import fast
 from flax import nnx
 
 from bdia_jax import interop
@@ -61,7 +62,6 @@ def folder(request, tmp_path_factory):
     return request.param, model, place
 
 
-@pytest.mark.slow
 def test_logits_and_back(folder, tmp_path):
     _, model, place = folder
     ours = interop.load_vision(place, method="standard")
@@ -117,9 +117,8 @@ def test_a_tower_without_a_head(folder, tmp_path):
     assert [*again.config.id2label.values()] == list("abcdefg")
 
 
-@pytest.mark.slow
 @pytest.mark.optimized
-@pytest.mark.parametrize("folder", ["dinov2", "siglip"], indirect=True)
+@pytest.mark.parametrize("folder", fast(1, ["dinov2", "siglip"]), indirect=True)
 def test_reversible_in_bfloat16(folder):
     kind, _, place = folder
     parts = kind == "dinov2"
