@@ -61,6 +61,9 @@ GEMMA = dataclasses.replace(
     logit_cap=3.0,
     embedding_scale=4.0,
 )
+PYTHIA = dataclasses.replace(
+    GPT2, positions="rotary", rotary_dim=2, parallel=True, feed_forward="exact_gelu"
+)
 OLMO = dataclasses.replace(
     LLAMA, norm_place="after", qk_norm_whole=True, window=5, rotated=(True, False, True)
 )
@@ -71,6 +74,7 @@ FAMILIES = {
     "qwen3": QWEN3,
     "gemma": GEMMA,
     "olmo": OLMO,
+    "pythia": PYTHIA,
 }
 
 
@@ -547,6 +551,7 @@ def test_fused_attention_is_chosen_where_it_can_be_had(monkeypatch):
             ("llama", "plain", None),
             ("gemma", "chunked", None),
             ("olmo", "chunked", 5),
+            ("pythia", "chunked", 5),
         ],
     ),
 )

@@ -72,6 +72,10 @@ def theirs(family):
         "seed_oss": lambda: transformers.SeedOssConfig(
             head_dim=16, attention_bias=True, attention_out_bias=False, **LLAMA, **COMMON
         ),
+        # Of 8 features, 2 are rotated.
+        "gpt_neox": lambda: transformers.GPTNeoXConfig(
+            **{k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}, **COMMON
+        ),
         # Of which grouped queries make parts of unequal size; of 8 features, 6 are rotated.
         "phi3": lambda: transformers.Phi3Config(
             tie_word_embeddings=False, partial_rotary_factor=0.75, **LLAMA, **COMMON
@@ -292,7 +296,9 @@ def test_size_of_heads_that_is_not_given(family):
     assert FAMILIES[family].read(given).size_of_head == expected
 
 
-@pytest.mark.parametrize("family", ["gpt2", "qwen3", "phi3", "granite", "ernie4_5", "gemma3_text"])
+@pytest.mark.parametrize(
+    "family", ["gpt2", "qwen3", "phi3", "gpt_neox", "granite", "ernie4_5", "gemma3_text"]
+)
 def test_bfloat16_there_and_back(family, tmp_path):
     torch, model = theirs(family)
     model.to(torch.bfloat16).save_pretrained(tmp_path / "theirs", max_shard_size="20KB")

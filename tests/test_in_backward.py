@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from _rows import fast
 from flax import nnx
 
 import bdia_jax
@@ -186,17 +185,15 @@ def in_one_form(found, like):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.optimized
 @pytest.mark.parametrize(
     ("optimizer", "make"),
-    fast(
-        1,
-        [
-            ("adamw", lambda: decoder(method="bdia")),
-            ("adamw", lambda: decoder(method="bdia", lora=2, dropout=0.0)),
-            ("adam", lambda: _toy.Toy(method="midpoint")),
-        ],
-    ),
+    [
+        ("adamw", lambda: decoder(method="bdia")),
+        ("adamw", lambda: decoder(method="bdia", lora=2, dropout=0.0)),
+        ("adam", lambda: _toy.Toy(method="midpoint")),
+    ],
 )
 def test_training_is_the_same_to_the_bit(optimizer, make):
     decay = {"weight_decay": 0.1} if OPTIMIZERS[optimizer].decays else {}

@@ -14,7 +14,7 @@ from flax import nnx
 from bdia_jax import BDIA, Direct, Euler, check_reversible
 from bdia_jax.nn import Probe, ReversibleStack, TransformerBlock
 
-PARTED = ("vit", "llama", "encoder-decoder")
+PARTED = ("llama", "vit", "encoder-decoder")
 """One of each kind of block."""
 KEY = jax.random.key(1)
 
@@ -111,7 +111,7 @@ def test_gradients_are_those_of_the_forward_pass(name):
 
 
 @pytest.mark.optimized
-@pytest.mark.parametrize("name", fast(2, PARTED))
+@pytest.mark.parametrize("name", fast(1, PARTED))
 def test_every_part_is_reversible_in_bfloat16(name):
     """Without dropout, which takes long to compile: test_encoder_decoder has it."""
     changes = {"parts_as_steps": True, "dtype": "bfloat16", "gamma": 1 / 8, "dropout": 0.0}

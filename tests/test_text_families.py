@@ -160,6 +160,9 @@ def test_long_factors(tmp_path):
         ("gemma3_text", {}),
         ("gemma3_text", OLD_GEMMA3),
         ("gemma3_text", WINDOWS | {"layer_types": ["full_attention"] * 3}),
+        ("gpt_neox", {}),
+        ("gpt_neox", {"rotary_pct": 0.5, "rotary_emb_base": 5000}),
+        ("gpt_neox", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
         ("olmo2", {"rope_scaling": YARN}),
         ("olmo3", {}),
         ("olmo3", {"rope_theta": 5e5, "rope_scaling": YARN | {"rope_theta": None}}),
@@ -180,6 +183,36 @@ def test_settings_that_are_not_given(family, settings):
     shown = None if window is None or window >= 64 else window
     assert found.windows == tuple(shown if "sliding" in kind else None for kind in kinds)
     assert FAMILIES[family].read(FAMILIES[family].whole(found)) == found
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"use_parallel_residual": False, "hidden_act": "gelu_new"},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}, "rotary_pct": 1.0},
+    ],
+)
+def test_other_networks_of_pythia(settings, tmp_path):
+    """With the same weights: one part after the other, another GELU, all of a head rotated."""
+    torch, model = theirs("gpt_neox")
+    transformers = pytest.importorskip("transformers")
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    before = interop.load(tmp_path, method="standard")
+    (tmp_path / "config.json").write_text(json.dumps(config | settings))
+    after = interop.load(tmp_path, method="standard")
+    expected = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    tokens = np.random.default_rng(0).integers(0, 61, (2, 20))
+    with torch.no_grad():
+        expected = expected.double()(torch.tensor(tokens)).logits.numpy()
+    for ours in (before, after):
+        ours.eval()
+    assert np.abs(before(jnp.asarray(tokens)) - expected).max() > 1e-2
+    np.testing.assert_allclose(after(jnp.asarray(tokens)), expected, atol=1e-4, rtol=1e-4)
+    interop.save(after, tmp_path / "again", like=tmp_path)
+    interop.save(after, tmp_path / "alone")
+    for folder in ("again", "alone"):
+        assert interop.read_config(tmp_path / folder) == interop.read_config(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -204,6 +237,7 @@ def test_settings_that_are_not_given(family, settings):
         ("olmo3", {"layer_types": ["full_attention"] * 2}, "num_hidden_layers = 3; got 2"),
         ("mistral", WINDOWS, "must be sliding_attention, because transformers ignores them"),
         ("phi3", WINDOWS | {"layer_types": ["full_attention"] * 3}, "transformers ignores them"),
+        ("gpt_neox", {"hidden_act": "relu"}, "hidden_act must be gelu or .*; got 'relu'"),
         ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers must .* = 3; got 1"),
         ("qwen2", WINDOWS, "layer_types must be full_attention; got sliding_attention"),
         ("llama", {"rope_scaling": PHI["rope_scaling"]}, "rope_type must be .*; got 'longrope'"),

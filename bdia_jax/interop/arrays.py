@@ -55,7 +55,8 @@ def _one(
     if source.transposed:
         tensor = tensor.T
     if source.span is not None:
-        tensor = tensor[..., slice(*source.span)]
+        groups = tensor.reshape(*tensor.shape[:-1], source.groups, -1)
+        tensor = groups[..., slice(*source.span)].reshape(*tensor.shape[:-1], -1)
     if tensor.shape != shape:
         raise FolderError(
             f"{tensors.where}: the tensor {theirs}, for {name}, should give an array of shape "
@@ -103,7 +104,9 @@ def tensors(
                 else np.asarray(pick(array).astype(dtype))
                 for source, array in parts
             ]
-            together = np.concatenate(arrays, axis=-1)
+            leading, groups = arrays[0].shape[:-1], parts[0][0].groups
+            arrays = [array.reshape(*leading, groups, -1) for array in arrays]
+            together = np.concatenate(arrays, axis=-1).reshape(*leading, -1)
             return np.ascontiguousarray(together.T if parts[0][0].transposed else together)
 
         if "{}" not in name:

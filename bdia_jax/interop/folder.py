@@ -42,7 +42,14 @@ NOT_READ = {
     "quant_config.json": "quantized weights (AWQ); only those that are not can be read",
 }
 """Files of folders that are refused, and what such a folder holds."""
-_LEFT_ALONE = ("attn.bias", "attn.masked_bias", "rotary_emb.inv_freq", "position_ids")
+_LEFT_ALONE = (
+    "attn.bias",
+    "attn.masked_bias",
+    "attention.bias",
+    "attention.masked_bias",
+    "rotary_emb.inv_freq",
+    "position_ids",
+)
 """Ends of the names of masks, frequencies and counts in old files, which are computed here."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
 

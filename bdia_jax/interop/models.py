@@ -128,10 +128,9 @@ def _configuration(checkpoint: Checkpoint) -> DecoderConfig:
     (Since its version 5.)
     """
     config = families.read(checkpoint.config)
-    head = "lm_head.weight"
-    if not config.tied_head or not checkpoint.has_weights or head not in checkpoint:
-        return config
     family = families.named(checkpoint.config)
+    if not config.tied_head or not checkpoint.has_weights or family.head not in checkpoint:
+        return config
     embedding = family.layout(config, checkpoint)["embedding"].name
-    same = np.array_equal(checkpoint.get(head), checkpoint.get(embedding))
+    same = np.array_equal(checkpoint.get(family.head), checkpoint.get(embedding))
     return config if same else dataclasses.replace(config, tied_head=False)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from functools import partial
+from typing import ClassVar, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -65,8 +66,19 @@ class ZeroCenteredRMSNorm(nnx.Module):
         return normalized(x, self.scale[...])
 
 
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "silu"]
+"""The second is an approximation of the first, by tanh; the third one by the logistic function."""
+_ACTIVATIONS: dict[Activation, Callable[[Array], Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "silu": jax.nn.silu,
+}
+assert set(_ACTIVATIONS) == set(get_args(Activation))
+
+
 class FeedForward(nnx.Module):
-    """Linear, GELU, linear, with dropout after both; or gated, ``down(act(gate(x)) * up(x))``.
+    """``down(act(up(x)))``, with dropout after both; or gated, ``down(act(gate(x)) * up(x))``.
 
     (SwiGLU and GEGLU: Shazeer, "GLU Variants Improve Transformer", 2020.)
     """
@@ -77,7 +89,7 @@ class FeedForward(nnx.Module):
         hidden: int,
         *,
         gated: bool = False,
-        activation: Literal["silu", "gelu"] = "silu",
+        activation: Activation = "gelu_tanh",
         bias: bool = True,
         dropout: float = 0.0,
         dtype: jnp.dtype = jnp.float32,
@@ -85,8 +97,6 @@ class FeedForward(nnx.Module):
         kernel_init: nnx.Initializer | None = None,
         rngs: nnx.Rngs,
     ):
-        """``activation`` is that of a gate."""
-
         def linear(inputs, outputs):
             return nnx.Linear(
                 inputs,
@@ -107,18 +117,19 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         """Applied to every position alike."""
-        gated = _GATED[self.activation]
-        y = _gelu(self.up(x)) if self.gate is None else gated(self.gate(x), self.up(x))
+        gate = () if self.gate is None else (self.gate(x),)
+        y = _activated(self.activation, *gate, self.up(x))
         return self.dropout(self.down(self.dropout(y)))
 
 
-# Their derivatives keep the arguments only, rather than four arrays of the hidden layer's size;
-# what is computed again is a part of what writing and reading those would cost.
-_gelu = jax.checkpoint(jax.nn.gelu)
-_GATED = {
-    "silu": jax.checkpoint(lambda gate, y: jax.nn.silu(gate) * y),
-    "gelu": jax.checkpoint(lambda gate, y: jax.nn.gelu(gate) * y),
-}
+@partial(jax.checkpoint, static_argnums=0)
+def _activated(activation: Activation, x: Array, gated: Array | float = 1.0) -> Array:
+    """``act(x) * gated``. The derivative keeps the arguments only.
+
+    Otherwise it would keep four arrays of the hidden layer's size; what is computed again is a part
+    of what writing and reading those would cost.
+    """
+    return _ACTIVATIONS[activation](x) * gated
 
 
 class Block(nnx.Module):

@@ -33,7 +33,7 @@ class Decoder(nnx.Module):
         self.dropout = Dropout(c.dropout)
         self.blocks = ReversibleStack(
             lambda rngs: DecoderBlock(c, rngs=rngs),
-            **c.of_stack(c.depth, DecoderBlock.PARTS),
+            **c.of_stack(c.depth, None if c.parallel else DecoderBlock.PARTS),
             rngs=rngs,
         )
         fill_in(self.blocks, c)

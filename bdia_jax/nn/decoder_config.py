@@ -59,8 +59,11 @@ class DecoderConfig(ReversibleSettings):
     window_rope_theta: float | None = None
     """Base of the wavelengths in blocks with a window, which then have no rope_scaling (Gemma 3);
     None for what other blocks have."""
-    feed_forward: Literal["gelu", "swiglu", "geglu"] = "gelu"
-    """Two matrices and a GELU, or three and a gate, of SiLU or GELU."""
+    parallel: bool = False
+    """Whether the feed-forward network reads what attention reads, x, rather than x and the update
+    of attention (Pythia). A block is then one part."""
+    feed_forward: Literal["gelu", "exact_gelu", "swiglu", "geglu"] = "gelu"
+    """Two matrices and a GELU, by tanh or exact; or three and a gate, of SiLU or GELU by tanh."""
     qkv_bias: bool = True
     """Whether queries, keys and values have biases."""
     out_bias: bool = True

@@ -8,13 +8,27 @@ from jaxtyping import Array, Float, Int
 
 from bdia_jax.nn.attention import GroupedQueryAttention
 from bdia_jax.nn.attention.grouped import KeysValues
-from bdia_jax.nn.blocks import Block, FeedForward, LayerNorm, RMSNorm, ZeroCenteredRMSNorm
+from bdia_jax.nn.blocks import (
+    Activation,
+    Block,
+    FeedForward,
+    LayerNorm,
+    RMSNorm,
+    ZeroCenteredRMSNorm,
+)
 from bdia_jax.nn.chunks import by_chunks
 from bdia_jax.nn.configs import DecoderConfig
 from bdia_jax.nn.dropout import Dropout
 from bdia_jax.nn.positions import Angles
 from bdia_jax.nn.settings import DTYPES
 from bdia_jax.nn.stack import PerBlock
+
+_ACTIVATIONS: dict[str, Activation] = {
+    "gelu": "gelu_tanh",
+    "exact_gelu": "gelu",
+    "swiglu": "silu",
+    "geglu": "gelu_tanh",
+}
 
 
 def make_norm(config: DecoderConfig, width: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -62,8 +76,8 @@ def make_feed_forward(c: DecoderConfig, rngs: nnx.Rngs) -> FeedForward:
     return FeedForward(
         c.width,
         c.hidden or 4 * c.width,
-        gated=c.feed_forward != "gelu",
-        activation="gelu" if c.feed_forward == "geglu" else "silu",
+        gated=c.feed_forward in ("swiglu", "geglu"),
+        activation=_ACTIVATIONS[c.feed_forward],
         bias=c.ffn_bias,
         dtype=DTYPES[c.dtype],
         param_dtype=DTYPES[c.param_dtype],
@@ -76,7 +90,8 @@ class DecoderBlock(Block):
     """``h(x) = a + ffn(norm(x + a))`` with causal ``a = attn(norm(x))`` (or, on request, not).
 
     As configured, what the sublayers return is normalized, too, or instead of their argument:
-    ``a = norm(attn(norm(x)))``. The block is still ``x + h(x)``.
+    ``a = norm(attn(norm(x)))``. The block is still ``x + h(x)``. A parallel one is
+    ``h(x) = attn(norm(x)) + ffn(norm(x))`` (Wang and Komatsuzaki, "GPT-J-6B", 2021).
     """
 
     PARTS = ("attend", "feed_forward")
@@ -95,6 +110,15 @@ class DecoderBlock(Block):
         self.ffn_update_norm = norm("after", "both")
         self.dropout = Dropout(c.dropout, rngs=rngs)
         self.ffn_chunk = c.ffn_chunk
+        self.parallel = c.parallel
+
+    def __call__(
+        self, x: Float[Array, "batch length width"], *consts
+    ) -> Float[Array, "batch length width"]:
+        """The update ``h(x)``; ``consts`` are those of :meth:`attend`."""
+        if self.parallel:
+            return self.attend(x, *consts) + self.feed_forward(x)
+        return super().__call__(x, *consts)
 
     def attend(
         self,
@@ -128,7 +152,7 @@ class DecoderBlock(Block):
         z = _normed(self.attention_norm, x)
         a, cache = self.attention.extend(z, angles, cache, start, present)
         a = _normed(self.attention_update_norm, a)
-        return a + self.feed_forward(x + a), cache
+        return a + self.feed_forward(x if self.parallel else x + a), cache
 
 
 def _normed(norm: nnx.Module | None, x: Array) -> Array:

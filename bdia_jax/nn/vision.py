@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal, get_args
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,19 +12,12 @@ from jaxtyping import Array, Float, Key
 
 from bdia_jax.nn.attention import GroupedQueryAttention
 from bdia_jax.nn.attention.kernels import KernelName
-from bdia_jax.nn.blocks import Block, FeedForward, LayerNorm
+from bdia_jax.nn.blocks import Activation, Block, FeedForward, LayerNorm
 from bdia_jax.nn.configs import ParamDtype
 from bdia_jax.nn.dropout import Dropout
 from bdia_jax.nn.settings import DTYPES, ReversibleSettings, check_dropout, check_sizes
 from bdia_jax.nn.stack import ReversibleStack
 
-Activation = Literal["gelu", "gelu_tanh", "quick_gelu"]
-# The derivative keeps the argument only.
-ACTIVATIONS = {
-    "gelu": jax.checkpoint(lambda x: jax.nn.gelu(x, approximate=False)),
-    "gelu_tanh": jax.checkpoint(lambda x: jax.nn.gelu(x, approximate=True)),
-    "quick_gelu": jax.checkpoint(lambda x: x * jax.nn.sigmoid(1.702 * x)),
-}
 Pool = Literal["token", "mean", "both"]
 
 
@@ -49,7 +42,7 @@ class VisionTowerConfig(ReversibleSettings):
     hidden: int = 3072
     """Features of the hidden layer of the feed-forward network."""
     activation: Activation = "gelu"
-    """By the error function, by tanh, or x sigmoid(1.702 x) (CLIP)."""
+    """CLIP has quick_gelu."""
     norm_epsilon: float = 1e-12
     """Added to the variance."""
     patch_bias: bool = True
@@ -216,7 +209,7 @@ class VisionBlock(Block):
             **dtypes,
         )
         self.ffn_norm = make_norm(c, rngs)
-        self.ffn = Perceptron(
+        self.ffn = FeedForward(
             c.width, c.hidden, activation=c.activation, dropout=c.dropout, rngs=rngs, **dtypes
         )
 
@@ -237,18 +230,6 @@ class VisionBlock(Block):
         return self.dropout(scaled(self.ffn(self.ffn_norm(x)), self.ffn_scale))
 
 
-class Perceptron(FeedForward):
-    """Linear, a kind of GELU, linear."""
-
-    def __init__(self, width: int, hidden: int, *, activation: Activation, **settings):
-        super().__init__(width, hidden, **settings)
-        self.activation: Activation = activation
-
-    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
-        """Applied to every position alike."""
-        return self.dropout(self.down(self.dropout(ACTIVATIONS[self.activation](self.up(x)))))
-
-
 def scaled(
     h: Float[Array, "batch length width"], scale: nnx.Param | None
 ) -> Float[Array, "batch length width"]:
@@ -265,6 +246,3 @@ def make_norm(c: VisionTowerConfig, rngs: nnx.Rngs) -> LayerNorm:
         param_dtype=DTYPES[c.param_dtype],
         rngs=rngs,
     )
-
-
-assert set(ACTIVATIONS) == set(get_args(Activation))

@@ -11,6 +11,7 @@ from bdia_jax.interop.families.gemma import Gemma, Gemma2, Gemma3, Gemma3WithIma
 from bdia_jax.interop.families.gpt2 import GPT2
 from bdia_jax.interop.families.granite import Granite
 from bdia_jax.interop.families.llama import Llama, Mistral, Qwen2, Qwen3, SeedOss
+from bdia_jax.interop.families.neox import NeoX
 from bdia_jax.interop.families.olmo import Olmo2, Olmo3
 from bdia_jax.interop.families.phi import Phi3
 from bdia_jax.interop.families.smollm import SmolLM3
@@ -20,7 +21,7 @@ FAMILIES: dict[str, Family] = {
     f.name: f
     for f in (
         *(GPT2(), Llama(), Qwen2(), Qwen3(), Mistral(), SeedOss(), Phi3()),
-        *(Granite(), Ernie(), SmolLM3(), Olmo2(), Olmo3()),
+        *(NeoX(), Granite(), Ernie(), SmolLM3(), Olmo2(), Olmo3()),
         *(Gemma(), Gemma2(), Gemma3(), Gemma3WithImages()),
     )
 }
@@ -132,6 +133,6 @@ def layout(
     """
     found = family.layout(config, names)
     if not config.tied_head:
-        found["head"] = Source("lm_head.weight")
+        found["head"] = Source(family.head)
     scales = family.scales(c, config.tied_head)
     return {name: source._replace(scale=scales.get(name, 1.0)) for name, source in found.items()}

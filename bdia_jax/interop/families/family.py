@@ -18,7 +18,7 @@ BLOCKS = "blocks.stacked."
 """Where a decoder of ours keeps the parameters of its blocks, each with a leading block axis."""
 
 KIND = (
-    *("norm", "norm_place", "zero_centered_norm", "feed_forward"),
+    *("norm", "norm_place", "zero_centered_norm", "parallel", "feed_forward"),
     *("positions", "rope_theta", "rope_scaling", "rotary_dim", "rotated"),
     *("window", "windowed", "window_rope_theta"),
     *("qkv_bias", "out_bias", "ffn_bias", "qk_norm", "qk_norm_whole"),
@@ -35,7 +35,9 @@ class Source(NamedTuple):
     transposed: bool = False
     """Whether it is stored as ``[outputs, inputs]``; ours are ``[inputs, outputs]``."""
     span: tuple[int, int] | None = None
-    """First entry of our last axis, and the one behind the last; None for all of it."""
+    """First entry of their last axis that is ours, and the one behind the last; None for all."""
+    groups: int = 1
+    """How many equal groups their last axis consists of, each of which has that span."""
     heads: int | None = None
     """How many heads our last axis has, where features 2i and 2i + 1 of each are rotated together;
     ours are i and i + dim/2."""
@@ -63,6 +65,8 @@ class Family(abc.ABC):
     architecture: ClassVar[str]
     """The class in ``transformers``."""
 
+    head: ClassVar[str] = "lm_head.weight"
+    """The tensor of a head that is not tied."""
     others: ClassVar[tuple[str, ...]] = ()
     """How names of tensors begin that belong to another network in the folder."""
     reads_gguf: ClassVar[bool] = True
@@ -124,7 +128,6 @@ class Family(abc.ABC):
           names: those that are there, if it is read; None if it is written.
         """
 
-    @abc.abstractmethod
     def read_gguf(self, metadata: Mapping[str, Any], tensors: Checkpoint) -> dict[str, Any]:
         """The contents of a config.json, from a GGUF file.
 
@@ -140,6 +143,7 @@ class Family(abc.ABC):
           KeyError: for metadata that are missing.
           FolderError: for a network that there is no equivalent of.
         """
+        raise FolderError(f"GGUF files of {self.name} are not read")
 
     def from_gguf(self, name: str, tensor: np.ndarray, c: Config) -> np.ndarray:
         """Undoes what llama.cpp does to a tensor when it writes it.

@@ -139,8 +139,8 @@ _TYPES: dict[str, Callable[[Any], Any]] = {
 """Of settings that are no floats."""
 
 
-def read_share(c: Config) -> float:
-    """Which share of the features of a head is rotated.
+def read_share(c: Config, usual: float = 1.0) -> float:
+    """Which share of the features of a head is rotated; ``usual``, where nothing says.
 
     Raises:
       FolderError: for two places that contradict each other.
@@ -150,7 +150,7 @@ def read_share(c: Config) -> float:
     for place in _PLACES:
         places[f"{place}.{name}"] = (c.get(place) or {}).get(name)
     share = agree(places)
-    return 1.0 if share is None else float(share)
+    return usual if share is None else float(share)
 
 
 def write_share(turned: int, head_dim: int) -> float:

@@ -10,7 +10,8 @@ import numpy as np
 
 from bdia_jax.interop.checkpoint import FolderError
 from bdia_jax.interop.families.family import BLOCKS, Config, Names, Source, expect
-from bdia_jax.nn.vision import Activation, VisionTowerConfig
+from bdia_jax.nn.blocks import Activation
+from bdia_jax.nn.vision import VisionTowerConfig
 
 ACTIVATIONS: dict[str, Activation] = {
     "gelu": "gelu",
