@@ -90,7 +90,10 @@ class LowRank:
     alpha: float | None = None
     """Updates are scaled by alpha / rank; None for alpha = rank."""
     targets: tuple[str, ...] = ("q", "v")
-    """Linear layers of a block that get one: q, k, v, out, up, down, gate."""
+    """Linear layers of a block that get one: q, k, v, out, up, down, gate; or names in the folder,
+    as for peft: q_proj, all-linear."""
+    dora: bool = False
+    """Train magnitudes of the columns of these layers apart from their directions (DoRA)."""
     adapter: pathlib.Path | None = None
     """Go on from the updates in this folder, in peft's format, of its rank, alpha and targets."""
 
@@ -271,9 +274,9 @@ def load(f: FineTune, path: pathlib.Path) -> Decoder:
         paths = interop.load_adapter(model, f.lora.adapter, like=path)
         print(f"low-rank updates of {', '.join(paths)}, from {f.lora.adapter}")
     elif f.lora.rank:
-        paths = add_lora(
-            model, f.lora.rank, f.lora.alpha, f.lora.targets, rngs=nnx.Rngs(f.train.seed)
-        )
+        rank, alpha, rngs = f.lora.rank, f.lora.alpha, nnx.Rngs(f.train.seed)
+        targets = interop.lora_targets(model, f.lora.targets, like=path)
+        paths = add_lora(model, rank, alpha, targets, dora=f.lora.dora, rngs=rngs)
         print(f"low-rank updates of {', '.join(paths)}")
     elif f.freeze_embedding:
         freeze(model, "^(embedding|positions|head)$")

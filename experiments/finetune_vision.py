@@ -77,6 +77,8 @@ class LowRank:
     """Updates are scaled by alpha / rank; None for alpha = rank."""
     targets: tuple[str, ...] = ("q", "v")
     """Linear layers of a block that get one: q, k, v, out, up, down."""
+    dora: bool = False
+    """Train magnitudes of the columns of these layers apart from their directions (DoRA)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +231,8 @@ def load(f: FineTuneVision, path: pathlib.Path, num_classes: int, size: int) -> 
     )
     if f.lora.rank:
         rngs = nnx.Rngs(f.train.seed)
-        paths = add_lora(model, f.lora.rank, f.lora.alpha, f.lora.targets, rngs=rngs)
+        rank, alpha, targets = f.lora.rank, f.lora.alpha, f.lora.targets
+        paths = add_lora(model, rank, alpha, targets, dora=f.lora.dora, rngs=rngs)
         # It is new, and knows nothing yet.
         unfreeze(model.head)
         print(f"low-rank updates of {', '.join(paths)}, and a head")

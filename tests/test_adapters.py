@@ -3,6 +3,8 @@
 import json
 import shutil
 
+import chex
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ from test_hugging_face import theirs
 
 from bdia_jax import interop
 from bdia_jax.nn import Decoder, add_lora, llama, merge_lora
-from bdia_jax.nn.lora import LowRankLinear
+from bdia_jax.nn.lora import DecomposedLinear, LowRankLinear
 
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 20))
 NAMES = {"q": "q_proj", "v": "v_proj", "down": "down_proj"}
@@ -62,19 +64,21 @@ def updates(model):
     return {p[-1]: m for p, m in nnx.iter_modules(model) if isinstance(m, LowRankLinear)}
 
 
-def with_updates(model, alpha=2.0, targets=("q", "v", "down")):
-    add_lora(model, 4, alpha, targets, rngs=nnx.Rngs(0))
+def with_updates(model, alpha=2.0, targets=("q", "v", "down"), dora=False):
+    add_lora(model, 4, alpha, targets, dora=dora, rngs=nnx.Rngs(0))
     rng = np.random.default_rng(2)
     for layer in updates(model).values():
         for matrix in (layer.a, layer.b):
             matrix[...] = jnp.asarray(rng.normal(size=matrix.shape) / 4, jnp.float32)
+        if dora:
+            layer.magnitude[...] *= jnp.asarray(rng.uniform(0.5, 2, layer.magnitude.shape))
     return model
 
 
-@pytest.mark.parametrize("scale", [{}, {"lora_alpha": 2.5}, {"use_rslora": True}])
-def test_adapters_of_peft(scale, base, tmp_path):
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"use_dora": True}])
+def test_adapters_of_peft(settings, base, tmp_path):
     """The same matrices and the same alpha give the same logits, merged or not."""
-    expected = adapted(base, **scale)
+    expected = adapted(base, **settings)
     expected.save_pretrained(tmp_path / "adapter")
     model = load(base)
     paths = interop.load_adapter(model, tmp_path / "adapter")
@@ -86,14 +90,11 @@ def test_adapters_of_peft(scale, base, tmp_path):
     np.testing.assert_allclose(ours(model), expected, atol=3e-4, rtol=3e-4)
 
 
-@pytest.mark.parametrize("alpha", [None, 2.0, 7.0])
-def test_peft_loads_ours(alpha, base, tmp_path):
-    peft = pytest.importorskip("peft", reason="parity of low-rank updates needs peft")
-    transformers = pytest.importorskip("transformers", reason="parity needs transformers")
-    model = with_updates(load(base), alpha)
+@pytest.mark.parametrize(("alpha", "dora"), [(None, False), (7.0, False), (2.0, True)])
+def test_peft_loads_ours(alpha, dora, base, tmp_path):
+    model = with_updates(load(base), alpha, dora=dora)
     interop.save_adapter(model, tmp_path / "adapter", like=base)
-    back = transformers.AutoModelForCausalLM.from_pretrained(base)
-    back = peft.PeftModel.from_pretrained(back, tmp_path / "adapter").eval()
+    back = loaded_by_peft(base, tmp_path / "adapter")
     np.testing.assert_allclose(ours(model), logits(back), atol=3e-4, rtol=3e-4)
     assert back.peft_config["default"].target_modules == {
         "self_attn.q_proj",
@@ -102,8 +103,9 @@ def test_peft_loads_ours(alpha, base, tmp_path):
     }
 
 
-def test_there_and_back_to_the_bit(base, tmp_path):
-    model = with_updates(load(base))
+@pytest.mark.parametrize("dora", [False, True])
+def test_there_and_back_to_the_bit(dora, base, tmp_path):
+    model = with_updates(load(base), dora=dora)
     interop.save_adapter(model, tmp_path / "adapter", like=base)
     # Once more, over the first one.
     interop.save_adapter(model, tmp_path / "adapter", like=base)
@@ -114,6 +116,8 @@ def test_there_and_back_to_the_bit(base, tmp_path):
         assert layer.scale == other.scale
         np.testing.assert_array_equal(layer.a[...], other.a[...])
         np.testing.assert_array_equal(layer.b[...], other.b[...])
+        if dora:
+            np.testing.assert_array_equal(layer.magnitude[...], other.magnitude[...])
 
 
 @pytest.mark.slow
@@ -140,21 +144,171 @@ def test_updates_of_rewritten_weights(family, tmp_path):
     np.testing.assert_allclose(logits(back), expected, atol=3e-4, rtol=3e-4)
 
 
-def test_gpt2_has_updates_where_peft_has(tmp_path):
-    """Its queries, keys and values are one matrix there; other layers are its own kind."""
+FUSED = {
+    "gpt2": (["c_attn", "mlp.c_proj"], ("q", "v", "down")),
+    "phi3": (["qkv_proj", "gate_up_proj"], ("q", "k", "up")),
+    "gpt_neox": (["query_key_value", "dense_4h_to_h"], ("k", "v", "down")),
+}
+"""Families, their names of matrices that are several of ours, and some of ours."""
+
+
+@pytest.fixture(scope="module")
+def fused(request, tmp_path_factory):
+    """A folder of such a family, and its names."""
+    _, model = theirs(request.param)
+    folder = tmp_path_factory.mktemp(request.param)
+    model.save_pretrained(folder)
+    return folder, *FUSED[request.param]
+
+
+def loaded_by_peft(base, adapter):
     peft = pytest.importorskip("peft", reason="parity of low-rank updates needs peft")
     transformers = pytest.importorskip("transformers", reason="parity needs transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(base)
+    return peft.PeftModel.from_pretrained(model, adapter).eval()
+
+
+@pytest.mark.parametrize("fused", FUSED, indirect=True)
+def test_matrices_that_are_several_of_ours(fused, tmp_path):
+    """An update of peft is one of each of ours; several of ours are one of peft."""
+    base, theirs_of, ours_of = fused
+    whole = adapted(base, target_modules=theirs_of)
+    whole.save_pretrained(tmp_path / "theirs")
+    mine = load(base)
+    interop.load_adapter(mine, tmp_path / "theirs", like=base)
+    assert {"q", "k", "v"} < {*updates(mine)}
+    expected = logits(whole)
+    assert np.abs(expected - ours(load(base))).max() > 0.1
+    np.testing.assert_allclose(ours(mine), expected, atol=1e-3, rtol=1e-3)
+
+    mine = with_updates(load(base), targets=ours_of)
+    interop.save_adapter(mine, tmp_path / "ours", like=base)
+    np.testing.assert_allclose(
+        logits(loaded_by_peft(base, tmp_path / "ours")), ours(mine), atol=1e-3, rtol=1e-3
+    )
+    again = load(base)
+    interop.load_adapter(again, tmp_path / "ours", like=base)
+    assert {*updates(again)} == {*ours_of}
+    for name, layer in updates(mine).items():
+        other = updates(again)[name]
+        assert layer.scale == other.scale
+        np.testing.assert_array_equal(layer.a[...], other.a[...])
+        np.testing.assert_array_equal(layer.b[...], other.b[...])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fused", ["gpt2", "gpt_neox"], indirect=True)
+def test_magnitudes_of_matrices_that_are_several_of_ours(fused, tmp_path):
+    base, theirs_of, _ = fused
+    whole = adapted(base, target_modules=theirs_of[:1], use_dora=True)
+    whole.save_pretrained(tmp_path / "theirs")
+    mine = load(base)
+    interop.load_adapter(mine, tmp_path / "theirs", like=base)
+    expected = logits(whole)
+    np.testing.assert_allclose(ours(mine), expected, atol=1e-3, rtol=1e-3)
+    interop.save_adapter(mine, tmp_path / "ours", like=base)
+    back = loaded_by_peft(base, tmp_path / "ours")
+    np.testing.assert_allclose(logits(back), expected, atol=1e-3, rtol=1e-3)
+    some = with_updates(load(base), targets=("q", "k"), dora=True)
+    with pytest.raises(ValueError, match=r"of .*q, .*k need one of .*attention.v, too, because"):
+        interop.save_adapter(some, tmp_path / "some", like=base)
+    assert not (tmp_path / "some").exists()
+
+
+def test_scales_of_matrices_that_are_several_of_ours(tmp_path):
     _, model = theirs("gpt2")
     model.save_pretrained(tmp_path / "base")
-    mine = with_updates(load(tmp_path / "base"), targets=("attention.out", "up"))
-    interop.save_adapter(mine, tmp_path / "adapter", like=tmp_path / "base")
-    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    back = peft.PeftModel.from_pretrained(back, tmp_path / "adapter").eval()
-    np.testing.assert_allclose(ours(mine), logits(back), atol=1e-3, rtol=1e-3)
-    queries = with_updates(load(tmp_path / "base"), targets=("q",))
-    with pytest.raises(ValueError, match=r"attention.q is a part of .*c_attn.weight in a folder"):
-        interop.save_adapter(queries, tmp_path / "other", like=tmp_path / "base")
-    assert not (tmp_path / "other").exists()
+    mine = with_updates(load(tmp_path / "base"), targets=("q", "v"))
+    updates(mine)["v"].scale = 3.0
+    with pytest.raises(ValueError, match=r"q, .*v must have one scale, .*; got 0.5, 3.0"):
+        interop.save_adapter(mine, tmp_path / "a", like=tmp_path / "base")
+
+
+def test_ranks_and_scales_of_layers(base, tmp_path):
+    """Patterns of peft, in and out; with rsLoRA, too."""
+    patterns = {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"mlp.down_proj": 3}}
+    expected = adapted(base, use_rslora=True, **patterns)
+    expected.save_pretrained(tmp_path / "theirs")
+    mine = load(base)
+    interop.load_adapter(mine, tmp_path / "theirs")
+    assert {name: layer.a.shape[-1] for name, layer in updates(mine).items()} == {
+        "q": 4,
+        "v": 2,
+        "down": 4,
+    }
+    expected = logits(expected)
+    np.testing.assert_allclose(ours(mine), expected, atol=3e-4, rtol=3e-4)
+    interop.save_adapter(mine, tmp_path / "ours", like=base)
+    back = logits(loaded_by_peft(base, tmp_path / "ours"))
+    np.testing.assert_allclose(back, expected, atol=3e-4, rtol=3e-4)
+
+
+def test_gradients_with_magnitudes_are_those_of_peft(base, tmp_path):
+    """In float64. Norms are constants there, too."""
+    torch = pytest.importorskip("torch", reason="parity needs torch")
+    expected = adapted(base, use_dora=True)
+    expected.save_pretrained(tmp_path / "adapter")
+    expected.double().requires_grad_(True)
+    weights = np.random.default_rng(3).normal(size=(2, 20, 61))
+    (expected(torch.tensor(TOKENS)).logits * torch.tensor(weights)).sum().backward()
+    of_peft = {
+        name: parameter.grad.numpy()
+        for name, parameter in expected.named_parameters()
+        if "layers.1.self_attn.q_proj.lora" in name
+    }
+    with jax.enable_x64(True):
+        wide = {"dtype": "float64", "param_dtype": "float64"}
+        model = interop.load(base, method="standard", **wide)
+        interop.load_adapter(model, tmp_path / "adapter")
+        model.eval()
+        graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+        @jax.grad
+        def gradient(params):
+            return jnp.sum(nnx.merge(graph, params, rest)(jnp.asarray(TOKENS)) * weights)
+
+        found = gradient(params)["blocks"]["stacked"]["attention"]["q"]
+        for name, which, turned in (
+            ("A", "a", True),
+            ("B", "b", True),
+            ("mag", "magnitude", False),
+        ):
+            (theirs_,) = [value for key, value in of_peft.items() if f"lora_{name}" in key]
+            mine = found[which][...][1]
+            np.testing.assert_allclose(mine.T if turned else mine, theirs_, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_updates_with_magnitudes_start_as_none(family, tmp_path):
+    """And what is merged is what was there; Qwen's queries have biases, which are not scaled."""
+    _, model = theirs(family)
+    model.save_pretrained(tmp_path)
+    model = load(tmp_path)
+    before, whole = ours(model), nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    add_lora(model, 2, targets=("q", "down"), dora=True, rngs=nnx.Rngs(0))
+    np.testing.assert_allclose(ours(model), before, atol=1e-5, rtol=1e-5)
+    merge_lora(model)
+    chex.assert_trees_all_close(
+        nnx.to_pure_dict(nnx.state(model, nnx.Param)), whole, atol=1e-6, rtol=1e-6
+    )
+
+
+def test_layers_by_the_names_of_peft(base, tmp_path):
+    model = load(base)
+
+    def targets(*names):
+        return interop.lora_targets(model, names, like=base)
+
+    assert targets("q_proj", "mlp.down_proj", "q", "out") == (
+        *("attention.q", "ffn.down"),
+        *("q", "out"),
+    )
+    every = ("attention.q", "attention.k", "attention.v", "attention.out")
+    assert sorted(targets("all-linear")) == sorted((*every, "ffn.gate", "ffn.up", "ffn.down"))
+    _, gpt2 = theirs("gpt2")
+    gpt2.save_pretrained(tmp_path)
+    found = interop.lora_targets(load(tmp_path), ("c_attn",), like=tmp_path)
+    assert sorted(found) == ["attention.k", "attention.q", "attention.v"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -215,19 +369,22 @@ def of_another_width(config, tensors):
     ("change", "message"),
     [
         (changed("peft_type", "IA3"), "peft_type must be LORA; got 'IA3'"),
-        (changed("use_dora", True), "use_dora must be False; got True"),
+        (
+            changed("use_dora", True),
+            "must have A, B, magnitude in every block, from 0 to 1; magnit",
+        ),
         (changed("bias", "all"), "bias must be none; got 'all'"),
         (changed("modules_to_save", ["lm_head"]), "modules_to_save must be None"),
-        (changed("alpha_pattern", {"q_proj": 3}), "alpha_pattern must be None"),
+        (changed("alpha_pattern", {"0.*q_proj": 3}), r"q_proj one value in all blocks; got 3, 2"),
         (changed("init_lora_weights", "pissa"), "init_lora_weights must be True; got 'pissa'"),
-        (changed("r", 3), r"with r = 3, lora_A of blocks.stacked.* must have the shape \(3, "),
+        (changed("r", 3), r"with r = 3, lora_A of .* must have 3 rows; got .*\(4, "),
         (changed("lora_alpha", None), "must have r and lora_alpha; got 4, None"),
         (
             another_layer,
             "lm_head.lora_A.weight is no update of a linear layer of the model's blocks",
         ),
-        (without_a_block, r"ffn.down must have both matrices in every block|must have both"),
-        (without_a_matrix, "ffn.down must have both matrices in every block, from 0 to 1"),
+        (without_a_block, r"lora_A of .*ffn.down must have .* in each of 2 blocks; got .* in 1"),
+        (without_a_matrix, "mlp.down_proj must have A, B in every block, from 0 to 1; B is there"),
         (of_another_width, r"lora_A of .*attention.q must have the shape \(4, 16\).*got \(4, 7\)"),
         (of_a_wider_block, r"must have one shape in all blocks; got \(4, 16\), \(4, 17\)"),
         (without_the_last_block, r"in each of 2 blocks; got \(.*\) in 1"),
@@ -278,6 +435,7 @@ def test_models_without_updates(saved, tmp_path):
     with pytest.raises(ValueError, match="the model has no low-rank updates"):
         interop.save_adapter(load(saved / "base"), tmp_path / "a", like=saved / "base")
     model = with_updates(load(saved / "base"))
-    model.blocks.stacked.attention.q.scale = 3.0
-    with pytest.raises(ValueError, match="all updates must have one rank and scale; got"):
+    q = model.blocks.stacked.attention.q
+    model.blocks.stacked.attention.q = DecomposedLinear(q.base, 4, 2.0, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"all updates must have magnitudes .*, or none; got both"):
         interop.save_adapter(model, tmp_path / "a", like=saved / "base")

@@ -1,48 +1,33 @@
-"""Low-rank updates in the format of ``peft``: a folder with the updates alone, in and out."""
+"""Low-rank updates of a model, to and from a folder of ``peft``.
+
+Where one matrix there is several of ours (GPT-2's queries, keys and values), its update has their
+ranks together: ``A = [A_q; A_k]``, and ``B`` has ``B_q`` and ``B_k`` where their outputs are, and
+zeros elsewhere. An update of such a matrix that ``peft`` trained is one of each of ours, with the
+same ``A``.
+"""
 
 from __future__ import annotations
 
 import os
 import pathlib
-import re
 from collections.abc import Mapping
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array
 
-from bdia_jax.files import write_json
-from bdia_jax.interop import arrays, families, replacing
+from bdia_jax.interop import adapter_files, arrays, families
+from bdia_jax.interop.adapter_files import Adapter, Place, Update
 from bdia_jax.interop.checkpoint import FolderError
+from bdia_jax.interop.families import Source
 from bdia_jax.interop.families.family import BLOCKS
-from bdia_jax.interop.folder import file_in, read_json
 from bdia_jax.interop.models import open_checkpoint
-from bdia_jax.nn import Decoder, add_lora
-from bdia_jax.nn.lora import LowRankLinear
+from bdia_jax.nn import Decoder
+from bdia_jax.nn.lora import DecomposedLinear, Kind, LowRankLinear, add_updates
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_NAME = re.compile(r"(?:base_model\.model\.)?(.+)\.(\d+)\.(.+)\.lora_([AB])(?:\.default)?\.weight")
-"""Of a tensor: what is before the number of a block, that number, the layer, and which matrix."""
-_AS_USUAL: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none", None),
-    "use_dora": (False, None),
-    "alora_invocation_tokens": (None,),
-    "modules_to_save": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
-    "megatron_config": (None,),
-    # Others change the weights that are not in the adapter.
-    "init_lora_weights": (True, False, None, "gaussian"),
-    "layer_replication": (None,),
-    "lora_bias": (False, None),
-    "use_qalora": (False, None),
-    "target_parameters": (None, []),
-}
-"""Settings of peft with another meaning than that of :class:`bdia_jax.nn.LowRankLinear`."""
+Layout = Mapping[str, Source]
+"""Where every parameter of a model is found."""
 
 
 def save_adapter(model: Decoder, folder: str | os.PathLike, *, like: str | os.PathLike) -> None:
@@ -54,54 +39,37 @@ def save_adapter(model: Decoder, folder: str | os.PathLike, *, like: str | os.Pa
       like: what the model was loaded from; says how its layers are called.
 
     Raises:
-      ValueError: for a model without low-rank updates, updates of several ranks or scales, or of a
-        layer that is a part of another one there (GPT-2's queries).
+      ValueError: for a model without low-rank updates, or some with magnitudes (DoRA) and some
+        without. Where several of its layers are one matrix there: for updates of several scales,
+        or with magnitudes of some of them only.
     """
-    from safetensors.numpy import save_file
-
-    layers = _layers(model)
+    layers = {
+        ".".join(map(str, path)): module
+        for path, module in nnx.iter_modules(model)
+        if isinstance(module, LowRankLinear)
+    }
     if not layers:
         raise ValueError("the model has no low-rank updates; make them by bdia_jax.nn.add_lora")
-    kinds = {(layer.a[...].shape[-1], layer.scale) for layer in layers.values()}
-    if len(kinds) > 1:
-        raise ValueError(f"all updates must have one rank and scale; got {sorted(kinds)}")
-    ((rank, scale),) = kinds
-    family, layout = _layout(model, like)
-    tensors, targets, outputs_first = {}, set(), set()
-    for name, layer in layers.items():
-        source = layout[f"{name}.kernel"]
-        if source.span is not None:
-            raise ValueError(
-                f"{name} is a part of {source.name} in a folder of {family.name}, of which peft "
-                "has no updates: merge them into the weights (bdia_jax.nn.merge_lora), and save "
-                "the whole model"
-            )
-        theirs = source.name.removesuffix(".weight")
-        targets.add(theirs.rpartition("{}.")[2])
-        outputs_first.add(source.transposed)
-        b = arrays.original(np.asarray(layer.b[...], np.float32), source)
-        for matrix, value in (("A", np.asarray(layer.a[...], np.float32)), ("B", b)):
-            for block, each in enumerate(value):
-                key = f"{_PREFIX}{theirs.format(block)}.lora_{matrix}.weight"
-                tensors[key] = np.ascontiguousarray(each.T)
-    config = {
-        "peft_type": "LORA",
+    if len({type(layer) for layer in layers.values()}) > 1:
+        raise ValueError("all updates must have magnitudes (DoRA), or none; got both")
+    layout = _layout(model, like)
+    adapter = Adapter({}, {})
+    for place, names in _places(layout).items():
+        parts = {name: layers[name] for name in names if name in layers}
+        if not parts:
+            continue
+        adapter.updates[place] = _together(parts, names, layout)
+        if len(names) > 1:
+            end = 0
+            for name, part in parts.items():
+                adapter.rows[name] = end, (end := end + part.a.shape[-1])
+    outputs_first = {layout[f"{name}.kernel"].transposed for name in layers}
+    settings = {
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(like),
-        "r": rank,
-        "lora_alpha": scale * rank,
-        "target_modules": sorted(targets),
         "fan_in_fan_out": outputs_first == {False},
-        "bias": "none",
-        "lora_dropout": 0.0,
-        "inference_mode": True,
     }
-    folder = pathlib.Path(folder).expanduser()
-    with replacing.new_files(folder) as new:
-        save_file(tensors, new / WEIGHTS, metadata={"format": "pt"})
-        write_json(new / CONFIG, config)
-        steps = [replacing.Step("put", name) for name in (WEIGHTS, CONFIG)]
-        replacing.put_in_place(folder, steps)
+    adapter_files.write(pathlib.Path(folder).expanduser(), adapter, settings)
 
 
 def load_adapter(
@@ -130,111 +98,142 @@ def load_adapter(
             "likewise: give like, the folder that the model was loaded from"
         )
     folder = pathlib.Path(folder).expanduser()
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no folder {folder}")
-    config = read_json(file_in(folder, CONFIG))
-    for name, allowed in _AS_USUAL.items():
-        if name in config and config[name] not in allowed:
-            raise FolderError(
-                f"{folder / CONFIG}: {name} must be {allowed[0]}; got {config[name]!r}"
-            )
     if like is None:
         layout = families.family_of(model.config).layout(model.config, None)
     else:
-        _, layout = _layout(model, like)
-    found = _matrices(folder, _names(layout))
-    rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or not isinstance(alpha, int | float):
-        raise FolderError(f"{folder / CONFIG} must have r and lora_alpha; got {rank}, {alpha}")
-    if config.get("use_rslora"):
-        # There, the scale is alpha / √rank.
-        alpha *= rank**0.5
-    linear: dict[str, Any] = {".".join(map(str, p)): m for p, m in nnx.iter_modules(model)}
-    for (name, which), value in found.items():
-        blocks, inputs, outputs = linear[name].kernel.shape
-        expected = (blocks, rank, inputs) if which == "A" else (blocks, outputs, rank)
-        if value.shape != expected:
-            raise FolderError(
-                f"{folder}: with r = {rank}, lora_{which} of {name} must have the shape "
-                f"{expected[1:]} in each of {blocks} blocks; got {value.shape[1:]} in "
-                f"{len(value)}"
-            )
-    targets = tuple(dict.fromkeys(name.removeprefix(BLOCKS) for name, _ in found))
-    paths = add_lora(model, rank, float(alpha), targets, rngs=nnx.Rngs(0))
-    for name, layer in _layers(model).items():
-        a, b = (found[name, which].swapaxes(1, 2) for which in "AB")
-        b = arrays.rewritten(b, layout[f"{name}.kernel"])
-        for matrix, value in ((layer.a, a), (layer.b, b)):
-            matrix[...] = jnp.asarray(value, matrix[...].dtype)
+        layout = _layout(model, like)
+    modules = {".".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    places = _places(layout)
+    adapter = adapter_files.read(folder, places)
+    kinds: dict[str, Kind] = {}
+    values: dict[str, dict[str, np.ndarray]] = {}
+    for place, update in adapter.updates.items():
+        for name in places[place]:
+            if len(places[place]) > 1 and adapter.rows and name not in adapter.rows:
+                # Another part of that matrix has an update.
+                continue
+            linear = modules[name]
+            assert isinstance(linear, nnx.Linear)
+            _check_shapes(update, name, linear, layout, folder)
+            values[name] = _ours(update, layout[f"{name}.kernel"], adapter.rows.get(name))
+            rank = values[name]["a"].shape[-1]
+            kinds[name] = Kind(rank, update.scale * rank, "magnitude" in values[name])
+    paths = add_updates(
+        model, {name.removeprefix(BLOCKS): kind for name, kind in kinds.items()}, nnx.Rngs(0)
+    )
+    for path, layer in nnx.iter_modules(model):
+        for which, value in values.get(".".join(map(str, path)), {}).items():
+            parameter = getattr(layer, which)
+            parameter[...] = jnp.asarray(value, parameter[...].dtype)
     return paths
 
 
-def _layout(
-    model: Decoder, like: str | os.PathLike
-) -> tuple[families.Family, dict[str, families.Source]]:
-    """The family of what a model was loaded from, and where its parameters are found there."""
+def lora_targets(
+    model: Decoder, names: tuple[str, ...], *, like: str | os.PathLike
+) -> tuple[str, ...]:
+    """What :func:`bdia_jax.nn.add_lora` calls the layers that ``peft`` calls so.
+
+    Args:
+      model: of :func:`bdia_jax.interop.load`.
+      names: of layers in the folder, or ends of these (``"q_proj"``, ``"mlp.down_proj"``); or
+        ``"all-linear"``. Others are returned as they are.
+      like: what the model was loaded from.
+    """
+    places = _places(_layout(model, like))
+    targets: list[str] = []
+    for given in names:
+        meant = [
+            name.removeprefix(BLOCKS)
+            for place, ours in places.items()
+            for name in ours
+            if given == "all-linear" or f".{place.behind}".endswith(f".{given}")
+        ]
+        targets += meant or [given]
+    return tuple(dict.fromkeys(targets))
+
+
+def _layout(model: Decoder, like: str | os.PathLike) -> Layout:
+    """Where the parameters are found in what the model was loaded from."""
     with open_checkpoint(like) as checkpoint:
         family = families.named(checkpoint.config)
-        return family, families.layout(family, model.config, None, checkpoint.config)
+        return families.layout(family, model.config, None, checkpoint.config)
 
 
-def _layers(model: nnx.Module) -> dict[str, LowRankLinear]:
-    """The layers with updates, by their names in a layout."""
-    return {
-        ".".join(map(str, path)): module
-        for path, module in nnx.iter_modules(model)
-        if isinstance(module, LowRankLinear)
-    }
-
-
-def _names(layout: Mapping[str, families.Source]) -> dict[tuple[str, str], str]:
-    """Our names of layers by theirs: what is before and behind the number of a block."""
-    names = {}
+def _places(layout: Layout) -> dict[Place, list[str]]:
+    """Our layers of the blocks, by theirs; several where one matrix there is several of ours."""
+    places: dict[Place, list[str]] = {}
     for ours, source in layout.items():
-        if source.span is None and ours.endswith(".kernel") and "{}" in source.name:
-            before, _, behind = source.name.removesuffix(".weight").partition(".{}.")
-            names[before, behind] = ours.removesuffix(".kernel")
-    return names
+        before, inside, behind = source.name.removesuffix(".weight").partition(".{}.")
+        if inside and ours.endswith(".kernel"):
+            places.setdefault(Place(before, behind), []).append(ours.removesuffix(".kernel"))
+    return places
 
 
-def _matrices(
-    folder: pathlib.Path, names: Mapping[tuple[str, str], str]
-) -> dict[tuple[str, str], np.ndarray]:
-    """Matrices by our name of a layer and A or B, with a leading block axis."""
-    from safetensors.numpy import load_file
+def _outputs(name: str, own: int, layout: Layout) -> int:
+    """Those of the matrix there; ``own`` are those of our layer."""
+    source = layout[f"{name}.kernel"]
+    ends = [s.span[1] for s in layout.values() if s.name == source.name and s.span is not None]
+    return source.groups * max(ends) if ends else own
 
-    path = file_in(folder, WEIGHTS)
-    if not path.exists():
-        raise FileNotFoundError(f"there is no {path}; adapters in other formats are not read")
-    try:
-        tensors = load_file(path)
-    except Exception as error:
-        raise FolderError(f"{path} is damaged, or no safetensors file: {error}") from error
-    blocks: dict[tuple[str, str], dict[int, np.ndarray]] = {}
-    for key, tensor in tensors.items():
-        match = _NAME.fullmatch(key)
-        layer = None if match is None else names.get((match[1], match[3]))
-        if match is None or layer is None:
-            raise FolderError(
-                f"{path}: {key} is no update of a linear layer of the model's blocks, which are "
-                f"{', '.join(behind for _, behind in names)}"
+
+def _together(parts: Mapping[str, LowRankLinear], names: list[str], layout: Layout) -> Update:
+    """The update of a matrix there, of which ``names`` are all parts."""
+
+    def theirs(name: str, array: Array) -> np.ndarray:
+        source = layout[f"{name}.kernel"]
+        whole = _outputs(name, array.shape[-1], layout)
+        return arrays.among_zeros(
+            arrays.original(np.asarray(array, np.float32), source), source, whole
+        )
+
+    if len(scales := {part.scale for part in parts.values()}) > 1:
+        raise ValueError(
+            f"updates of {', '.join(parts)} must have one scale, because these are one matrix in "
+            f"the folder; got {', '.join(map(str, sorted(scales)))}"
+        )
+    a = np.concatenate([np.asarray(part.a[...], np.float32) for part in parts.values()], -1)
+    b = np.concatenate([theirs(name, part.b[...]) for name, part in parts.items()], -2)
+    matrices = {"A": a.swapaxes(1, 2), "B": b.swapaxes(1, 2)}
+    magnitudes = [
+        theirs(name, part.magnitude[...])
+        for name, part in parts.items()
+        if isinstance(part, DecomposedLinear)
+    ]
+    if magnitudes:
+        if missing := [name for name in names if name not in parts]:
+            raise ValueError(
+                f"updates with magnitudes (DoRA) of {', '.join(parts)} need one of "
+                f"{', '.join(missing)}, too, because these are one matrix in the folder"
             )
-        blocks.setdefault((layer, match[4]), {})[int(match[2])] = tensor
-    if not blocks:
-        raise FolderError(f"{path} has no updates")
-    found = {}
-    for (layer, which), each in blocks.items():
-        count = len(next(iter(blocks.values())))
-        other = blocks.get((layer, "B" if which == "A" else "A"), {})
-        if sorted(each) != [*range(count)] or sorted(other) != [*range(count)]:
-            raise FolderError(
-                f"{path}: {layer} must have both matrices in every block, from 0 to {count - 1}; "
-                f"lora_{which} is there for {sorted(each)}"
-            )
-        if len(shapes := {tensor.shape for tensor in each.values()}) > 1:
-            raise FolderError(
-                f"{path}: lora_{which} of {layer} must have one shape in all blocks; got "
-                f"{', '.join(map(str, sorted(shapes)))}"
-            )
-        found[layer, which] = np.stack([each[i] for i in range(count)])
+        matrices["magnitude"] = np.sum(magnitudes, axis=0)
+    return Update(scales.pop(), matrices)
+
+
+def _ours(update: Update, source: Source, rows: tuple[int, int] | None) -> dict[str, np.ndarray]:
+    """The matrices of one of our layers; of some rows of A only."""
+
+    def own(array: np.ndarray) -> np.ndarray:
+        return arrays.rewritten(arrays.cut(array, source), source)
+
+    kept = slice(*rows) if rows is not None else slice(None)
+    found = {
+        "a": update.matrices["A"][:, kept].swapaxes(1, 2),
+        "b": own(update.matrices["B"][..., kept].swapaxes(1, 2)),
+    }
+    if (magnitude := update.matrices.get("magnitude")) is not None:
+        found["magnitude"] = own(magnitude)
     return found
+
+
+def _check_shapes(
+    update: Update, name: str, linear: nnx.Linear, layout: Layout, folder: pathlib.Path
+) -> None:
+    blocks, inputs, own = linear.kernel.shape
+    outputs = _outputs(name, own, layout)
+    shapes = {"A": (update.rank, inputs), "B": (outputs, update.rank), "magnitude": (outputs,)}
+    for which, value in update.matrices.items():
+        if value.shape != (blocks, *shapes[which]):
+            raise FolderError(
+                f"{folder}: with r = {update.rank}, lora_{which} of {name} must have the shape "
+                f"{shapes[which]} in each of {blocks} blocks; got {value.shape[1:]} in {len(value)}"
+            )

@@ -54,15 +54,30 @@ def _one(
     tensor = tensors.get(theirs)
     if source.transposed:
         tensor = tensor.T
-    if source.span is not None:
-        groups = tensor.reshape(*tensor.shape[:-1], source.groups, -1)
-        tensor = groups[..., slice(*source.span)].reshape(*tensor.shape[:-1], -1)
+    tensor = cut(tensor, source)
     if tensor.shape != shape:
         raise FolderError(
             f"{tensors.where}: the tensor {theirs}, for {name}, should give an array of shape "
             f"{shape}; it gives {tensor.shape}"
         )
     return rewritten(tensor, source)
+
+
+def cut(tensor: np.ndarray, source: Source) -> np.ndarray:
+    """Of their last axis, what is ours."""
+    if source.span is None:
+        return tensor
+    groups = tensor.reshape(*tensor.shape[:-1], source.groups, -1)
+    return groups[..., slice(*source.span)].reshape(*tensor.shape[:-1], -1)
+
+
+def among_zeros(array: np.ndarray, source: Source, size: int) -> np.ndarray:
+    """Their last axis, of some size, with zeros where it is not ours."""
+    if source.span is None:
+        return array
+    tensor = np.zeros((*array.shape[:-1], source.groups, size // source.groups), array.dtype)
+    tensor[..., slice(*source.span)] = array.reshape(*array.shape[:-1], source.groups, -1)
+    return tensor.reshape(*array.shape[:-1], size)
 
 
 def rewritten(array: np.ndarray, source: Source) -> np.ndarray:

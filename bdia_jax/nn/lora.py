@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from bdia_jax.grid import accumulator
 from bdia_jax.nn.stack import StackedBlocks
 
 
@@ -24,12 +27,8 @@ class LowRankLinear(nnx.Module):
     """
 
     def __init__(self, base: nnx.Linear, rank: int, alpha: float, *, rngs: nnx.Rngs):
+        _check_rank(base, rank)
         *blocks, inputs, outputs = base.kernel.shape
-        if not 1 <= rank <= min(inputs, outputs):
-            raise ValueError(
-                f"rank must lie in [1, {min(inputs, outputs)}] for a matrix of {inputs} × "
-                f"{outputs}; got {rank}"
-            )
         self.base, self.scale = base, alpha / rank
         spread = nnx.initializers.normal(inputs**-0.5)
         self.a = nnx.Param(spread(rngs.params(), (*blocks, inputs, rank)))
@@ -41,13 +40,72 @@ class LowRankLinear(nnx.Module):
         a, b = (matrix[...].astype(y.dtype) for matrix in (self.a, self.b))
         return y + (x.astype(y.dtype) @ a) @ b * self.scale
 
+    def updated(self) -> Float[Array, "*blocks inputs outputs"]:
+        """The kernel of the base, and the update, in float32 (float64)."""
+        kernel = weights(self.base)
+        a, b = (matrix[...].astype(kernel.dtype) for matrix in (self.a, self.b))
+        return kernel + a @ b * self.scale
+
     def merged(self) -> nnx.Linear:
-        """The base, with the update added to its kernel; in float32, then rounded to its dtype."""
-        a, b = (matrix[...].astype(jnp.float32) for matrix in (self.a, self.b))
-        kernel = self.base.kernel[...]
-        updated = kernel.astype(jnp.float32) + a @ b * self.scale
-        self.base.kernel[...] = updated.astype(kernel.dtype)
+        """The base, with the kernel :meth:`updated`, rounded to its dtype."""
+        self.base.kernel[...] = self.updated().astype(self.base.kernel.dtype)
         return self.base
+
+
+class DecomposedLinear(LowRankLinear):
+    """The same, where the columns of ``base + update`` have magnitudes that are trained apart.
+
+    ``x (W + u) * magnitude / |W + u|`` with ``u = (alpha/rank) a b``. The norms of the columns are
+    constants to the derivative. The magnitudes start as those of ``W``. (Liu et al., "DoRA", 2024;
+    in its section 4.3 they say why constants.)
+    """
+
+    def __init__(self, base: nnx.Linear, rank: int, alpha: float, *, rngs: nnx.Rngs):
+        super().__init__(base, rank, alpha, rngs=rngs)
+        self.magnitude = nnx.Param(_norms(weights(base)))
+        # It is not scaled.
+        self.bias = None if base.bias is None else Frozen(base.bias[...])
+        base.bias, base.use_bias = None, False
+
+    def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
+        """In the dtype that the base computes in."""
+        y = super().__call__(x)
+        norms = jax.lax.stop_gradient(_norms(super().updated()))
+        y = y * (self.magnitude[...] / norms).astype(y.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(y.dtype)
+
+    def updated(self) -> Float[Array, "*blocks inputs outputs"]:
+        """``(W + u) * magnitude / |W + u|``, in float32."""
+        whole = super().updated()
+        return whole * (self.magnitude[...] / _norms(whole))[..., None, :]
+
+    def merged(self) -> nnx.Linear:
+        """The base, with the kernel :meth:`updated`, rounded to its dtype."""
+        if self.bias is not None:
+            self.base.bias, self.base.use_bias = nnx.Param(self.bias[...]), True
+        return super().merged()
+
+
+def weights(layer: nnx.Linear) -> Float[Array, "*blocks inputs outputs"]:
+    """The kernel that a layer computes with, in float32 (float64); also of a quantized one."""
+    decoded = getattr(layer, "decoded", None)
+    if decoded is not None:
+        return decoded()
+    return layer.kernel[...].astype(accumulator(layer.kernel.dtype))
+
+
+def _norms(kernel: Float[Array, "*blocks inputs outputs"]) -> Float[Array, "*blocks outputs"]:
+    return jnp.linalg.norm(kernel, axis=-2)
+
+
+class Kind(NamedTuple):
+    """Of a low-rank update."""
+
+    rank: int
+    alpha: float
+    """The update is scaled by alpha / rank."""
+    dora: bool = False
+    """Whether magnitudes are trained apart (:class:`DecomposedLinear`)."""
 
 
 def add_lora(
@@ -56,6 +114,7 @@ def add_lora(
     alpha: float | None = None,
     targets: tuple[str, ...] = ("q", "v"),
     *,
+    dora: bool = False,
     rngs: nnx.Rngs,
 ) -> list[str]:
     """Freezes ``model``, in place, but for new low-rank updates of linear layers of its stacks.
@@ -66,6 +125,7 @@ def add_lora(
       alpha: the updates are scaled by alpha / rank; None for rank.
       targets: names of linear layers in a block (``"q"``), or ends of their paths
         (``"attention.out"``).
+      dora: whether the magnitudes of the columns are trained, too (:class:`DecomposedLinear`).
       rngs: for the initialization.
 
     Returns:
@@ -74,30 +134,43 @@ def add_lora(
     Raises:
       ValueError: if a target is no linear layer of a stack, with those that there are.
     """
-    found, matched = [], set()
-    linear = {}
-    for stack in _stacks(model):
-        for parent, name, path in _linears(stack.stacked):
-            linear[path] = None
-            hits = [t for t in targets if f".{path}".endswith(f".{t}")]
-            if hits:
-                matched.update(hits)
-                found.append((parent, name, path))
-    if missing := [t for t in targets if t not in matched]:
+    paths = dict.fromkeys(path for _, _, path in _linears(model))
+    hits = {t: [path for path in paths if f".{path}".endswith(f".{t}")] for t in targets}
+    if missing := [t for t, found in hits.items() if not found]:
         raise ValueError(
             f"targets must name linear layers of the blocks, of which there are "
-            f"{', '.join(linear) or 'none'}; got {', '.join(missing)}"
+            f"{', '.join(paths) or 'none'}; got {', '.join(missing)}"
         )
-    if not found:
+    if not hits:
         raise ValueError("targets must name at least one linear layer; got none")
-    updates = [
-        LowRankLinear(getattr(parent, name), rank, rank if alpha is None else alpha, rngs=rngs)
-        for parent, name, _ in found
-    ]
+    kind = Kind(rank, rank if alpha is None else alpha, dora)
+    return add_updates(model, {path: kind for found in hits.values() for path in found}, rngs)
+
+
+def add_updates(model: nnx.Module, kinds: Mapping[str, Kind], rngs: nnx.Rngs) -> list[str]:
+    """As :func:`add_lora`, with a kind of update for the path of each layer in its block."""
+    found = [(parent, name, path) for parent, name, path in _linears(model) if path in kinds]
+    # Before anything is changed.
+    for parent, name, path in found:
+        _check_rank(getattr(parent, name), kinds[path].rank)
+    updates = []
+    for parent, name, path in found:
+        rank, alpha, dora = kinds[path]
+        layer = DecomposedLinear if dora else LowRankLinear
+        updates.append(layer(getattr(parent, name), rank, alpha, rngs=rngs))
     freeze(model)
     for (parent, name, _), update in zip(found, updates, strict=True):
         setattr(parent, name, update)
     return [path for _, _, path in found]
+
+
+def _check_rank(layer: nnx.Linear, rank: int) -> None:
+    *_, inputs, outputs = layer.kernel.shape
+    if not 1 <= rank <= min(inputs, outputs):
+        raise ValueError(
+            f"rank must lie in [1, {min(inputs, outputs)}] for a matrix of {inputs} × {outputs}; "
+            f"got {rank}"
+        )
 
 
 def merge_lora(model: nnx.Module) -> None:
@@ -132,13 +205,12 @@ def _retype(model, old: type, new: type, chosen: Callable[[str], bool]) -> None:
                 setattr(module, name, new(value.get_value()))
 
 
-def _stacks(model: nnx.Module) -> Iterator[StackedBlocks]:
-    return (m for _, m in nnx.iter_modules(model) if isinstance(m, StackedBlocks))
-
-
-def _linears(block: nnx.Module) -> Iterator[tuple[nnx.Module, str, str]]:
-    """Modules, names in them, and paths, of the linear layers."""
-    for where, module in nnx.iter_modules(block):
-        for name, child in vars(module).items():
-            if isinstance(child, nnx.Linear):
-                yield module, name, ".".join(map(str, (*where, name)))
+def _linears(model: nnx.Module) -> Iterator[tuple[nnx.Module, str, str]]:
+    """Modules, names in them, and paths in a block, of the linear layers of all stacks."""
+    for _, stack in nnx.iter_modules(model):
+        if not isinstance(stack, StackedBlocks):
+            continue
+        for where, module in nnx.iter_modules(stack.stacked):
+            for name, child in vars(module).items():
+                if isinstance(child, nnx.Linear):
+                    yield module, name, ".".join(map(str, (*where, name)))

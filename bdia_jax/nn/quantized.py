@@ -129,12 +129,15 @@ class QuantizedLinear(nnx.Linear):
         y = product(x, Codes(self.codes[...], self.scales[...]))
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
+    def decoded(self) -> Float[Array, "*blocks inputs outputs"]:
+        """The kernel that it computes with, in float32."""
+        return decode(Codes(self.codes[...], self.scales[...]), self.kind)
+
     def expanded(self) -> nnx.Linear:
         """The layer with the kernel that it computes with, frozen, in the dtype it had before."""
-        kernel = decode(Codes(self.codes[...], self.scales[...]), self.kind)
         layer: Any = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
         _copy(self, layer, but=("codes", "scales", "kind", "kept_in"))
-        layer.kernel = Frozen(kernel.astype(self.kept_in))
+        layer.kernel = Frozen(self.decoded().astype(self.kept_in))
         return layer
 
 
