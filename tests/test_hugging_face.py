@@ -76,6 +76,21 @@ def theirs(family):
         "gpt_neox": lambda: transformers.GPTNeoXConfig(
             **{k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}, **COMMON
         ),
+        "mixtral": lambda: transformers.MixtralConfig(
+            num_local_experts=4, num_experts_per_tok=2, sliding_window=8, **LLAMA, **COMMON
+        ),
+        # Of 32 features, where a block with one network would have 48.
+        "qwen3_moe": lambda: transformers.Qwen3MoeConfig(
+            head_dim=16,
+            num_experts=5,
+            num_experts_per_tok=3,
+            moe_intermediate_size=32,
+            **LLAMA,
+            **COMMON,
+        ),
+        "olmoe": lambda: transformers.OlmoeConfig(
+            num_experts=4, num_experts_per_tok=2, norm_topk_prob=True, **LLAMA, **COMMON
+        ),
         # Of which grouped queries make parts of unequal size; of 8 features, 6 are rotated.
         "phi3": lambda: transformers.Phi3Config(
             tie_word_embeddings=False, partial_rotary_factor=0.75, **LLAMA, **COMMON
@@ -134,6 +149,9 @@ def theirs(family):
     }[family]()
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    if hasattr(config, "num_experts_per_tok"):
+        # The only one that computes in float64.
+        model.set_experts_implementation("eager")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:

@@ -45,7 +45,11 @@ def _of_blocks(
     name: str, shape: tuple[int, ...], source: Source, tensors: Checkpoint
 ) -> Iterator[np.ndarray]:
     for i in range(shape[0]):
-        yield _one(name, source.name.format(i), shape[1:], source, tensors)
+        if source.experts is None:
+            yield _one(name, source.name.format(i), shape[1:], source, tensors)
+        else:
+            names = (source.name.format(i, expert) for expert in range(source.experts))
+            yield np.stack([_one(name, theirs, shape[2:], source, tensors) for theirs in names])
 
 
 def _one(
@@ -128,4 +132,8 @@ def tensors(
             yield name, whole(lambda array: array)
             continue
         for i in range(len(parts[0][1])):
-            yield name.format(i), whole(lambda array, i=i: array[i])
+            if (experts := parts[0][0].experts) is None:
+                yield name.format(i), whole(lambda array, i=i: array[i])
+                continue
+            for expert in range(experts):
+                yield name.format(i, expert), whole(lambda array, i=i, e=expert: array[i, e])

@@ -118,12 +118,12 @@ class FeedForward(nnx.Module):
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         """Applied to every position alike."""
         gate = () if self.gate is None else (self.gate(x),)
-        y = _activated(self.activation, *gate, self.up(x))
+        y = activated(self.activation, *gate, self.up(x))
         return self.dropout(self.down(self.dropout(y)))
 
 
 @partial(jax.checkpoint, static_argnums=0)
-def _activated(activation: Activation, x: Array, gated: Array | float = 1.0) -> Array:
+def activated(activation: Activation, x: Array, gated: Array | float = 1.0) -> Array:
     """``act(x) * gated``. The derivative keeps the arguments only.
 
     Otherwise it would keep four arrays of the hidden layer's size; what is computed again is a part

@@ -11,6 +11,8 @@ from bdia_jax.nn.positions import Rotation
 from bdia_jax.nn.rotary_scaling import LongScaling, Scaling
 from bdia_jax.nn.settings import ReversibleSettings, check_dropout, check_sizes
 
+GATED = ("swiglu", "geglu")
+"""Feed-forward networks with a gate."""
 ParamDtype = Literal["float32", "bfloat16", "float64"]
 
 
@@ -64,6 +66,13 @@ class DecoderConfig(ReversibleSettings):
     of attention (Pythia). A block is then one part."""
     feed_forward: Literal["gelu", "exact_gelu", "swiglu", "geglu"] = "gelu"
     """Two matrices and a GELU, by tanh or exact; or three and a gate, of SiLU or GELU by tanh."""
+    experts: int | None = None
+    """Feed-forward networks of a block, of which a router picks some for each position; None for
+    one without a router."""
+    experts_per_token: int = 2
+    """How many it picks."""
+    normalized_shares: bool = True
+    """Whether the shares of those that it picks sum up to 1."""
     qkv_bias: bool = True
     """Whether queries, keys and values have biases."""
     out_bias: bool = True
@@ -112,6 +121,8 @@ class DecoderConfig(ReversibleSettings):
             "window",
             "rotary_dim",
             "ffn_chunk",
+            "experts",
+            "experts_per_token",
         )
         if self.head_dim is None and self.width % self.heads:
             raise ValueError(
@@ -134,6 +145,16 @@ class DecoderConfig(ReversibleSettings):
                         f"pair of features that is rotated; got {len(factors)}"
                     )
         self._check_kinds_of_blocks()
+        if self.experts is not None and (self.feed_forward not in GATED or self.ffn_bias):
+            raise ValueError(
+                f"experts need feed_forward = {' or '.join(GATED)}, and ffn_bias = False; got "
+                f"{self.feed_forward}, {self.ffn_bias}"
+            )
+        if self.experts is not None and self.experts_per_token > self.experts:
+            raise ValueError(
+                f"experts_per_token must be at most experts = {self.experts}; got "
+                f"{self.experts_per_token}"
+            )
         check_dropout(self)
         if self.zero_centered_norm and self.norm != "rms":
             raise ValueError(f"zero_centered_norm needs norm = 'rms'; got {self.norm!r}")

@@ -151,8 +151,9 @@ def quantize_base(model: nnx.Module, kind: Kind = "nf4") -> list[str]:
     """Quantizes the kernels of all linear layers of ``model``'s stacks, in place.
 
     They are not trained any more: give them low-rank updates afterwards, by
-    :func:`bdia_jax.nn.add_lora`. Embedding, head, norms and biases stay as they are. A folder is
-    read into a quantized model by ``interop.load(path, quantize=kind)``, one tensor at a time.
+    :func:`bdia_jax.nn.add_lora`. Embedding, head, norms, biases and experts stay as they are. A
+    folder is read into a quantized model by ``interop.load(path, quantize=kind)``, one tensor at a
+    time.
 
     Args:
       model: with :class:`bdia_jax.nn.ReversibleStack` somewhere in it, without low-rank updates.

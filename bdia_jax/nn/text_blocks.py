@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -18,7 +20,9 @@ from bdia_jax.nn.blocks import (
 )
 from bdia_jax.nn.chunks import by_chunks
 from bdia_jax.nn.configs import DecoderConfig
+from bdia_jax.nn.decoder_config import GATED
 from bdia_jax.nn.dropout import Dropout
+from bdia_jax.nn.experts import Experts
 from bdia_jax.nn.positions import Angles
 from bdia_jax.nn.settings import DTYPES
 from bdia_jax.nn.stack import PerBlock
@@ -71,19 +75,21 @@ def make_attention(c: DecoderConfig, *, causal: bool, rngs: nnx.Rngs) -> Grouped
     )
 
 
-def make_feed_forward(c: DecoderConfig, rngs: nnx.Rngs) -> FeedForward:
-    """The feed-forward network, as configured."""
-    return FeedForward(
-        c.width,
-        c.hidden or 4 * c.width,
-        gated=c.feed_forward in ("swiglu", "geglu"),
-        activation=_ACTIVATIONS[c.feed_forward],
-        bias=c.ffn_bias,
-        dtype=DTYPES[c.dtype],
-        param_dtype=DTYPES[c.param_dtype],
-        kernel_init=nnx.initializers.normal(0.02),
-        rngs=rngs,
-    )
+def make_feed_forward(c: DecoderConfig, rngs: nnx.Rngs) -> FeedForward | Experts:
+    """The feed-forward network, or a mixture of them, as configured."""
+    hidden = c.hidden or 4 * c.width
+    common: dict[str, Any] = {
+        "activation": _ACTIVATIONS[c.feed_forward],
+        "dtype": DTYPES[c.dtype],
+        "param_dtype": DTYPES[c.param_dtype],
+        "kernel_init": nnx.initializers.normal(0.02),
+        "rngs": rngs,
+    }
+    if c.experts is None:
+        gated = c.feed_forward in GATED
+        return FeedForward(c.width, hidden, gated=gated, bias=c.ffn_bias, **common)
+    sizes = (c.width, hidden, c.experts, c.experts_per_token)
+    return Experts(*sizes, normalized=c.normalized_shares, **common)
 
 
 class DecoderBlock(Block):

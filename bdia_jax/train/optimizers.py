@@ -56,9 +56,14 @@ def _muon(rate, decay, mask):
 
 
 def _matrix(p: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-    """A kernel, of a convolution too, as inputs × outputs; None for what has one axis."""
+    """A kernel, of a convolution too, as inputs × outputs; None for what has one axis.
+
+    What has three axes is as many matrices: a mixture of experts.
+    """
     if p.ndim < 2:
         return None
+    if p.ndim == 3:
+        return optax.contrib.MuonDimensionNumbers(1, 2)
     return optax.contrib.MuonDimensionNumbers(tuple(range(p.ndim - 1)), p.ndim - 1)
 
 

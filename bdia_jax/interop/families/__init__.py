@@ -6,6 +6,7 @@ from typing import Any
 
 from bdia_jax.interop.checkpoint import FolderError
 from bdia_jax.interop.families.ernie import Ernie
+from bdia_jax.interop.families.experts import Mixtral, OlmoExperts, Qwen3Experts
 from bdia_jax.interop.families.family import Config, Family, Names, Source, agree
 from bdia_jax.interop.families.gemma import Gemma, Gemma2, Gemma3, Gemma3WithImages
 from bdia_jax.interop.families.gpt2 import GPT2
@@ -22,6 +23,7 @@ FAMILIES: dict[str, Family] = {
     for f in (
         *(GPT2(), Llama(), Qwen2(), Qwen3(), Mistral(), SeedOss(), Phi3()),
         *(NeoX(), Granite(), Ernie(), SmolLM3(), Olmo2(), Olmo3()),
+        *(Mixtral(), Qwen3Experts(), OlmoExperts()),
         *(Gemma(), Gemma2(), Gemma3(), Gemma3WithImages()),
     )
 }

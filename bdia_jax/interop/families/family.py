@@ -19,6 +19,7 @@ BLOCKS = "blocks.stacked."
 
 KIND = (
     *("norm", "norm_place", "zero_centered_norm", "parallel", "feed_forward"),
+    *("experts", "experts_per_token", "normalized_shares"),
     *("positions", "rope_theta", "rope_scaling", "rotary_dim", "rotated"),
     *("window", "windowed", "window_rope_theta"),
     *("qkv_bias", "out_bias", "ffn_bias", "qk_norm", "qk_norm_whole"),
@@ -31,13 +32,15 @@ class Source(NamedTuple):
     """Where a parameter of ours is found."""
 
     name: str
-    """Of the tensor; with ``{}`` for the number of the block."""
+    """Of the tensor; with ``{}`` for the number of the block, and for that of an expert in it."""
     transposed: bool = False
     """Whether it is stored as ``[outputs, inputs]``; ours are ``[inputs, outputs]``."""
     span: tuple[int, int] | None = None
     """First entry of their last axis that is ours, and the one behind the last; None for all."""
     groups: int = 1
     """How many equal groups their last axis consists of, each of which has that span."""
+    experts: int | None = None
+    """How many tensors, one for each expert, ours has, one behind the other."""
     heads: int | None = None
     """How many heads our last axis has, where features 2i and 2i + 1 of each are rotated together;
     ours are i and i + dim/2."""

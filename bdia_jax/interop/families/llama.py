@@ -50,6 +50,8 @@ class Llama(Family):
     """What the gate's may be called; the first name is written."""
     activation_name: ClassVar[str] = "hidden_act"
     """The setting that calls it so."""
+    hidden: ClassVar[str] = "intermediate_size"
+    """The setting with the features of the hidden layer."""
 
     def details(self, c: Config) -> dict[str, Any]:
         """Settings of ours in which families differ, such as biases."""
@@ -94,7 +96,7 @@ class Llama(Family):
             heads=c["num_attention_heads"],
             kv_heads=c.get("num_key_value_heads") or c["num_attention_heads"],
             head_dim=self.head_dim(c),
-            hidden=c["intermediate_size"],
+            hidden=c[self.hidden],
             norm_epsilon=c.get("rms_norm_eps", 1e-6),
             tied_head=c.get("tie_word_embeddings", False),
             **self.rope(c),
@@ -110,7 +112,7 @@ class Llama(Family):
             "num_attention_heads": config.heads,
             "num_key_value_heads": config.num_kv_heads,
             "head_dim": config.size_of_head,
-            "intermediate_size": config.hidden or 4 * config.width,
+            self.hidden: config.hidden or 4 * config.width,
             "rms_norm_eps": config.norm_epsilon,
             self.activation_name: self.activation[0],
             **self.write_details(config),
