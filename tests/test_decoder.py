@@ -64,6 +64,7 @@ GEMMA = dataclasses.replace(
 PYTHIA = dataclasses.replace(
     GPT2, positions="rotary", rotary_dim=2, parallel=True, feed_forward="exact_gelu"
 )
+MIXTRAL = dataclasses.replace(LLAMA, experts=4, experts_per_token=2, rope_scaling=None)
 OLMO = dataclasses.replace(
     LLAMA, norm_place="after", qk_norm_whole=True, window=5, rotated=(True, False, True)
 )
@@ -75,6 +76,7 @@ FAMILIES = {
     "gemma": GEMMA,
     "olmo": OLMO,
     "pythia": PYTHIA,
+    "mixtral": MIXTRAL,
 }
 
 
@@ -552,6 +554,7 @@ def test_fused_attention_is_chosen_where_it_can_be_had(monkeypatch):
             ("gemma", "chunked", None),
             ("olmo", "chunked", 5),
             ("pythia", "chunked", 5),
+            ("mixtral", "chunked", 5),
         ],
     ),
 )

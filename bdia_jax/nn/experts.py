@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -10,6 +14,13 @@ from jaxtyping import Array, Float, Int
 
 from bdia_jax.grid import accumulator
 from bdia_jax.nn.blocks import Activation, activated
+from bdia_jax.pinning import alike
+
+LARGEST_TILE = 512
+"""Rows that are multiplied with an expert's matrices at a time."""
+
+Matrices = Sequence[Array]
+"""Gate and up, ``[experts, width, hidden]``, and down, ``[experts, hidden, width]``."""
 
 
 class Experts(nnx.Module):
@@ -17,10 +28,7 @@ class Experts(nnx.Module):
 
     ``Σ_e p_e down_e(act(gate_e(x)) * up_e(x))`` over the largest of ``p = softmax(x router)``; if
     ``normalized``, divided by their sum. (Jiang et al., "Mixtral of Experts", 2024.) No position is
-    dropped, and none waits for another: the update of a position depends on that position alone.
-
-    Positions are sorted by expert, for ``jax.lax.ragged_dot``. Where a backend does not have that,
-    XLA has every expert compute every position.
+    dropped: the update of a position depends on that position alone.
     """
 
     def __init__(
@@ -51,18 +59,16 @@ class Experts(nnx.Module):
         """Applied to every position alike."""
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
         shares, chosen = self.route(rows)
-        order = jnp.argsort(chosen.reshape(-1))
-        experts = jnp.arange(self.router.shape[-1])
-        sizes = jnp.sum(chosen.reshape(-1, 1) == experts, axis=0, dtype=jnp.int32)
-
-        def product(y, matrices):
-            return lax.ragged_dot(y, matrices[...].astype(self.dtype), sizes)
-
-        taken = rows[order // self.per_token]
-        y = activated(self.activation, product(taken, self.gate), product(taken, self.up))
-        y = product(y, self.down) * shares.reshape(-1, 1)[order]
-        back = jnp.argsort(order)
-        return jnp.sum(y[back].reshape(*chosen.shape, -1), axis=1).reshape(x.shape)
+        slots, of_tile, tile = arrange(chosen.reshape(-1), self.router.shape[-1])
+        tiles = jnp.zeros((len(of_tile) * tile, rows.shape[-1]), rows.dtype)
+        tiles = tiles.at[slots].set(jnp.repeat(rows, self.per_token, 0), unique_indices=True)
+        tiles, *matrices = alike(
+            tiles.reshape(len(of_tile), tile, rows.shape[-1]),
+            *(matrix[...].astype(self.dtype) for matrix in (self.gate, self.up, self.down)),
+        )
+        y: Array = by_tiles(self.activation, tiles, matrices, of_tile)
+        y = y.reshape(-1, rows.shape[-1])[slots].reshape(*chosen.shape, rows.shape[-1])
+        return jnp.sum(y * shares[..., None], axis=1).reshape(x.shape)
 
     def route(
         self, rows: Float[Array, "rows width"]
@@ -75,3 +81,83 @@ class Experts(nnx.Module):
         if self.normalized:
             shares /= jnp.sum(shares, axis=-1, keepdims=True)
         return shares.astype(rows.dtype), chosen
+
+
+def arrange(
+    chosen: Int[Array, " rows"], experts: int
+) -> tuple[Int[Array, " rows"], Int[Array, " tiles"], int]:
+    """Puts rows into tiles, each for one expert, the last of each expert's not full.
+
+    Args:
+      chosen: the expert of each row.
+      experts: how many there are.
+
+    Returns:
+      The place of each row, which expert each tile is for, and the rows of a tile: half of what an
+      expert has on average, so that a quarter is empty on average, or less.
+    """
+    rows = len(chosen)
+    tile = 2 ** round(math.log2(max(rows / experts / 2, 1)))
+    tile = min(tile, LARGEST_TILE)
+    is_of = (chosen[:, None] == jnp.arange(experts)).astype(jnp.int32)
+    rank = jnp.sum(jnp.cumsum(is_of, axis=0) * is_of, axis=1) - 1
+    ends = jnp.cumsum(-(-jnp.sum(is_of, axis=0) // tile))
+    first = jnp.concatenate([jnp.zeros(1, ends.dtype), ends[:-1]])
+    # At most one tile of each expert is not full.
+    tiles = jnp.arange(rows // tile + min(experts, rows))
+    of_tile = jnp.sum(tiles[:, None] >= ends, axis=1)
+    # Tiles that nobody needs are given to the last expert.
+    return first[chosen] * tile + rank, jnp.minimum(of_tile, experts - 1), tile
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def by_tiles(
+    activation: Activation,
+    tiles: Float[Array, "tiles rows width"],
+    matrices: Matrices,
+    of_tile: Int[Array, " tiles"],
+) -> Float[Array, "tiles rows width"]:
+    """Each tile through its expert, one after the other; so is its derivative.
+
+    No hidden layer but that of a tile ever exists. By itself, JAX would add up a gradient of all
+    experts for every tile.
+    """
+
+    def step(_, tile):
+        x, expert = tile
+        return None, _of_one(activation, x, _pick(matrices, expert))
+
+    return lax.scan(step, None, (tiles, of_tile))[1]
+
+
+def _pick(matrices: Matrices, expert: Int[Array, ""]) -> Matrices:
+    gate, up, down = (lax.dynamic_index_in_dim(m, expert, keepdims=False) for m in matrices)
+    return gate, up, down
+
+
+def _of_one(activation: Activation, x: Array, matrices: Matrices) -> Array:
+    gate, up, down = matrices
+    return activated(activation, x @ gate, x @ up) @ down
+
+
+def _forward(activation, tiles, matrices, of_tile):
+    return by_tiles(activation, tiles, matrices, of_tile), (tiles, matrices, of_tile)
+
+
+def _backward(activation, kept, d_y):
+    tiles, matrices, of_tile = kept
+
+    def step(sums, tile):
+        x, expert, d_y = tile
+        _, vjp = jax.vjp(partial(_of_one, activation), x, _pick(matrices, expert))
+        d_x, gradients = vjp(d_y)
+        added = tuple(s.at[expert].add(g.astype(s.dtype)) for s, g in zip(sums, gradients))
+        return added, d_x
+
+    zeros = tuple(jnp.zeros(m.shape, accumulator(m.dtype)) for m in matrices)
+    zeros = tuple(alike(zero, tiles)[0] for zero in zeros)
+    sums, d_tiles = lax.scan(step, zeros, (tiles, of_tile, d_y))
+    return d_tiles, [s.astype(m.dtype) for s, m in zip(sums, matrices)], None
+
+
+by_tiles.defvjp(_forward, _backward)
