@@ -1,6 +1,9 @@
 # A bare Python >= 3.11 is enough: every target makes the environment that it needs, in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
+# Tests of the core, and of what goes into a model.
+QUICK := grid maps steps side_bits proofs pinning bad_input settings_file tokenizers text_files \
+	chats mix data text_families docs
 
 .PHONY: demo finetune-demo check test test-all lint types docs results clean
 
@@ -13,7 +16,8 @@ finetune-demo: .venv/installed
 	$(BIN)/python experiments/finetune_demo.py
 
 # Before every commit.
-check: lint types test
+check: lint types
+	$(BIN)/python -m pytest -q -n 2 -m "not slow" $(QUICK:%=tests/test_%.py)
 
 test: .venv/installed
 	$(BIN)/python -m pytest -q -n 2 -m "not slow"

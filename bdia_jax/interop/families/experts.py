@@ -44,6 +44,9 @@ class _Experts(Llama):
             "norm_topk_prob": config.normalized_shares,
         }
 
+    def has(self, config: DecoderConfig) -> bool:
+        return config.experts is not None and super().has(config)
+
     def layout(self, config: DecoderConfig, names: Names | None) -> dict[str, Source]:
         layout, block = super().layout(config, names), f"model.layers.{{}}.{self.sublayer}"
         for ours, theirs in self.matrices.items():
