@@ -76,9 +76,13 @@ class LowRank:
     alpha: float | None = None
     """Updates are scaled by alpha / rank; None for alpha = rank."""
     targets: tuple[str, ...] = ("q", "v")
-    """Linear layers of a block that get one: q, k, v, out, up, down."""
+    """Linear layers of a block that get one: q, k, v, out, up, down; or names in the folder, as for
+    peft: q_proj, all-linear."""
     dora: bool = False
     """Train magnitudes of the columns of these layers apart from their directions (DoRA)."""
+    adapter: pathlib.Path | None = None
+    """Go on from the updates and the head in this folder, in peft's format, of its rank, alpha and
+    targets."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +168,7 @@ def main(f: FineTuneVision) -> dict[str, float]:
         f"{task.samples} images of {data.num_classes} classes; {task.eval_samples} for evaluation"
     )
     model = load(f, path, data.num_classes, size)
-    if f.head_images:
+    if f.head_images and f.lora.adapter is None:
         right = fit_head(model, task, f.head_images, seed=f.train.seed)
         print(f"new head: {right:.2%} of the images that it was fitted to are classified rightly")
     if f.method == "bdia" and f.gamma == "auto":
@@ -188,7 +192,9 @@ def main(f: FineTuneVision) -> dict[str, float]:
     plot_curves({f.method: f.out}, f.out / "accuracy.png")
     best = restore_best(f.out, model)
     after = evaluate(model, task, eval_batch_size=eval_batch_size(task, f.train))
-    if f.lora.rank:
+    if f.lora.rank or f.lora.adapter is not None:
+        interop.save_adapter(model, f.out / "adapter", like=path)
+        print(f"the low-rank updates and the head alone are in {f.out / 'adapter'}")
         merge_lora(model)
     interop.save_vision(model, f.out / "model", like=path, labels=names)
     print(
@@ -229,9 +235,14 @@ def load(f: FineTuneVision, path: pathlib.Path, num_classes: int, size: int) -> 
         dtype=f.dtype,
         dropout=f.dropout,
     )
-    if f.lora.rank:
+    if f.lora.adapter is not None:
+        paths = interop.load_adapter(model, f.lora.adapter, like=path)
+        unfreeze(model.head)
+        print(f"low-rank updates of {', '.join(paths)}, and a head, from {f.lora.adapter}")
+    elif f.lora.rank:
         rngs = nnx.Rngs(f.train.seed)
-        rank, alpha, targets = f.lora.rank, f.lora.alpha, f.lora.targets
+        targets = interop.lora_targets(model, f.lora.targets, like=path)
+        rank, alpha = f.lora.rank, f.lora.alpha
         paths = add_lora(model, rank, alpha, targets, dora=f.lora.dora, rngs=rngs)
         # It is new, and knows nothing yet.
         unfreeze(model.head)

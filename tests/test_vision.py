@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from _rows import fast
 from flax import nnx
 
 from bdia_jax import interop
 from bdia_jax.interop.vision import families
-from bdia_jax.nn import VisionTower, VisionTowerConfig, add_lora, merge_lora
+from bdia_jax.nn import VisionTower, VisionTowerConfig, add_lora, merge_lora, unfreeze
 
 SIZES = {
     "hidden_size": 32,
@@ -146,6 +147,70 @@ def test_low_rank_updates_are_trained_and_merged(folder, tmp_path):
     interop.save_vision(ours, tmp_path, like=place)
     again = type(model).from_pretrained(tmp_path).eval()
     np.testing.assert_allclose(logits(again, IMAGES), expected, rtol=1e-4, atol=2e-5)
+
+
+def test_adapters_of_peft(folder, tmp_path):
+    """In and out, with the head; ViT's with magnitudes, and of older names, those of tensors."""
+    peft = pytest.importorskip("peft", reason="parity of low-rank updates needs peft")
+    torch = pytest.importorskip("torch")
+    kind, model, place = folder
+
+    def pretrained():
+        return type(model).from_pretrained(place)
+
+    targets = ["q_proj", "v_proj", "fc2"]
+    settings = {"r": 2, "target_modules": targets, "modules_to_save": ["classifier"]}
+    expected = peft.get_peft_model(
+        pretrained(), peft.LoraConfig(use_dora=kind == "vit", **settings)
+    ).eval()
+    for name, parameter in expected.named_parameters():
+        if "lora_" in name or "classifier" in name:
+            parameter.data += 0.2 * torch.randn(parameter.shape)
+    expected.save_pretrained(tmp_path / "theirs")
+    ours = interop.load_vision(place, method="standard")
+    before = ours(IMAGES)
+    paths = interop.load_adapter(ours, tmp_path / "theirs", like=place)
+    assert sorted(paths) == ["attention.q", "attention.v", "ffn.down"]
+    ours.eval()
+    assert np.abs(before - ours(IMAGES)).max() > 0.1
+    np.testing.assert_allclose(ours(IMAGES), logits(expected, IMAGES), rtol=1e-3, atol=1e-4)
+
+    trained = [path for path, _ in nnx.to_flat_state(nnx.state(ours, nnx.Param))]
+    assert {path[-1] for path in trained if path[0] == "head"} == {"kernel", "bias"}
+    assert {path[-1] for path in trained if path[0] != "head"} <= {"a", "b", "magnitude"}
+    interop.save_adapter(ours, tmp_path / "ours", like=place)
+    back = peft.PeftModel.from_pretrained(pretrained(), tmp_path / "ours").eval()
+    np.testing.assert_allclose(logits(back, IMAGES), ours(IMAGES), rtol=1e-3, atol=1e-4)
+
+    if kind == "vit":
+        path = tmp_path / "theirs/adapter_model.safetensors"
+        tensors = {
+            name.replace("vit.layers", "vit.encoder.layer")
+            .replace("attention.q_proj", "attention.attention.query")
+            .replace("attention.v_proj", "attention.attention.value")
+            .replace("mlp.fc2", "output.dense"): tensor
+            for name, tensor in safetensors.numpy.load_file(path).items()
+        }
+        safetensors.numpy.save_file(tensors, path)
+        older = interop.load_vision(place, method="standard")
+        interop.load_adapter(older, tmp_path / "theirs", like=place)
+        older.eval()
+        np.testing.assert_array_equal(older(IMAGES), ours(IMAGES))
+
+
+def test_adapters_that_do_not_fit(tmp_path):
+    model = theirs("vit")
+    model.save_pretrained(tmp_path / "base")
+    ours = interop.load_vision(tmp_path / "base", method="standard")
+    add_lora(ours, 2, rngs=nnx.Rngs(0))
+    unfreeze(ours.head)
+    interop.save_adapter(ours, tmp_path / "adapter", like=tmp_path / "base")
+    other = interop.load_vision(tmp_path / "base", num_classes=7, method="standard")
+    message = r"classifier.weight must have the shape \(7, 32\); got \(5, 32\)"
+    with pytest.raises(interop.FolderError, match=message):
+        interop.load_adapter(other, tmp_path / "adapter", like=tmp_path / "base")
+    with pytest.raises(ValueError, match="for a vision tower, give like"):
+        interop.load_adapter(other, tmp_path / "adapter")
 
 
 def test_normalization(tmp_path):

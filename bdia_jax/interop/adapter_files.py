@@ -20,8 +20,9 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _ROWS = "bdia_jax.rows"
 """Of the metadata: which rows of an A are whose, where one matrix is several of ours."""
+_PREFIX = "base_model.model."
 _NAME = re.compile(
-    r"(?:base_model\.model\.)?(?P<before>.+)\.(?P<block>\d+)\.(?P<behind>.+)\.lora_"
+    r"(?P<before>.+)\.(?P<block>\d+)\.(?P<behind>.+)\.lora_"
     r"(?:(?P<matrix>[AB])(?:\.default)?\.weight|magnitude_vector(?:\.default)?(?:\.weight)?)"
 )
 _ENDS = {"A": "lora_A.weight", "B": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
@@ -29,7 +30,6 @@ _AS_USUAL: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none", None),
     "alora_invocation_tokens": (None,),
-    "modules_to_save": (None, []),
     "megatron_config": (None,),
     # Others change the weights that are not in the adapter.
     "init_lora_weights": (True, False, None, "gaussian"),
@@ -72,6 +72,8 @@ class Adapter(NamedTuple):
     rows: dict[str, tuple[int, int]]
     """By our names of layers: the first row of A, and the one behind the last; of those that are
     one matrix there, and that we wrote."""
+    whole: dict[str, np.ndarray]
+    """Parameters of a module that was trained whole, by their names there."""
 
 
 def write(folder: pathlib.Path, adapter: Adapter, settings: Mapping[str, Any]) -> None:
@@ -85,11 +87,12 @@ def write(folder: pathlib.Path, adapter: Adapter, settings: Mapping[str, Any]) -
     from safetensors.numpy import save_file
 
     tensors = {
-        f"base_model.model.{before}.{block}.{behind}.{_ENDS[which]}": np.ascontiguousarray(each)
+        f"{_PREFIX}{before}.{block}.{behind}.{_ENDS[which]}": np.ascontiguousarray(each)
         for (before, behind), update in adapter.updates.items()
         for which, value in update.matrices.items()
         for block, each in enumerate(value)
     }
+    tensors |= {f"{_PREFIX}{name}": np.ascontiguousarray(t) for name, t in adapter.whole.items()}
     ranks = {place.behind: update.rank for place, update in adapter.updates.items()}
     alphas = {p.behind: update.scale * update.rank for p, update in adapter.updates.items()}
     rank, alpha = (Counter(each.values()).most_common(1)[0][0] for each in (ranks, alphas))
@@ -114,12 +117,20 @@ def write(folder: pathlib.Path, adapter: Adapter, settings: Mapping[str, Any]) -
         replacing.put_in_place(folder, steps)
 
 
-def read(folder: pathlib.Path, places: Collection[Place]) -> Adapter:
+def read(
+    folder: pathlib.Path,
+    places: Collection[Place],
+    *,
+    module: str | None = None,
+    ignored: re.Pattern[str] | None = None,
+) -> Adapter:
     """What is in a folder.
 
     Args:
       folder: with both files.
       places: of the layers that may have updates.
+      module: one that may have been trained whole; None for none.
+      ignored: starts of names of modules whose updates do not matter.
 
     Raises:
       FileNotFoundError: without these files.
@@ -133,8 +144,17 @@ def read(folder: pathlib.Path, places: Collection[Place]) -> Adapter:
             raise FolderError(
                 f"{folder / CONFIG}: {name} must be {allowed[0]}; got {config[name]!r}"
             )
+    if (config.get("modules_to_save") or []) not in ([], [module]):
+        raise FolderError(
+            f"{folder / CONFIG}: modules_to_save must be {module and [module]}; got "
+            f"{config['modules_to_save']!r}"
+        )
     path = file_in(folder, WEIGHTS)
     tensors, metadata = _file(path)
+    tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
+    if ignored is not None:
+        tensors = {name: tensor for name, tensor in tensors.items() if not ignored.match(name)}
+    whole = {name: tensors.pop(name) for name in [*tensors] if name.startswith(f"{module}.")}
     found = _by_place(
         path, tensors, places, ("A", "B", *["magnitude"] * bool(config.get("use_dora")))
     )
@@ -148,7 +168,7 @@ def read(folder: pathlib.Path, places: Collection[Place]) -> Adapter:
             )
         updates[place] = Update(alpha / rank, matrices)
     rows = json.loads(metadata.get(_ROWS, "{}"))
-    return Adapter(updates, {name: (first, end) for name, (first, end) in rows.items()})
+    return Adapter(updates, {name: (first, end) for name, (first, end) in rows.items()}, whole)
 
 
 def _file(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:

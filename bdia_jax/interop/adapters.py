@@ -22,21 +22,30 @@ from bdia_jax.interop.adapter_files import Adapter, Place, Update
 from bdia_jax.interop.checkpoint import FolderError
 from bdia_jax.interop.families import Source
 from bdia_jax.interop.families.family import BLOCKS
+from bdia_jax.interop.hub import resolve
 from bdia_jax.interop.models import open_checkpoint
-from bdia_jax.nn import Decoder
-from bdia_jax.nn.lora import DecomposedLinear, Kind, LowRankLinear, add_updates
+from bdia_jax.interop.vision import families as vision
+from bdia_jax.interop.vision.models import NOT_OURS, VisionFolder
+from bdia_jax.nn import Decoder, VisionTower
+from bdia_jax.nn.lora import DecomposedLinear, Kind, LowRankLinear, add_updates, unfreeze
 
+_HEAD = "classifier"
 Layout = Mapping[str, Source]
 """Where every parameter of a model is found."""
 
 
-def save_adapter(model: Decoder, folder: str | os.PathLike, *, like: str | os.PathLike) -> None:
+def save_adapter(
+    model: Decoder | VisionTower, folder: str | os.PathLike, *, like: str | os.PathLike
+) -> None:
     """Writes the low-rank updates of a model to a folder that ``peft`` loads.
 
     Args:
       model: of :func:`bdia_jax.nn.add_lora`, before they are merged.
       folder: is made; an adapter that is in it is replaced.
-      like: what the model was loaded from; says how its layers are called.
+      like: what the model was loaded from; says how its layers are called. (Those of vision
+        towers as by version 5 of ``transformers``.)
+
+    A head that is trained, of a vision tower, is written whole (``modules_to_save``).
 
     Raises:
       ValueError: for a model without low-rank updates, or some with magnitudes (DoRA) and some
@@ -52,9 +61,9 @@ def save_adapter(model: Decoder, folder: str | os.PathLike, *, like: str | os.Pa
         raise ValueError("the model has no low-rank updates; make them by bdia_jax.nn.add_lora")
     if len({type(layer) for layer in layers.values()}) > 1:
         raise ValueError("all updates must have magnitudes (DoRA), or none; got both")
-    layout = _layout(model, like)
-    adapter = Adapter({}, {})
-    for place, names in _places(layout).items():
+    layout, modules = _known(model, like)
+    adapter = Adapter({}, {}, {})
+    for place, names in _places(modules).items():
         parts = {name: layers[name] for name in names if name in layers}
         if not parts:
             continue
@@ -65,24 +74,32 @@ def save_adapter(model: Decoder, folder: str | os.PathLike, *, like: str | os.Pa
                 adapter.rows[name] = end, (end := end + part.a.shape[-1])
     outputs_first = {layout[f"{name}.kernel"].transposed for name in layers}
     settings = {
-        "task_type": "CAUSAL_LM",
         "base_model_name_or_path": str(like),
         "fan_in_fan_out": outputs_first == {False},
     }
+    if not isinstance(model, VisionTower):
+        settings["task_type"] = "CAUSAL_LM"
+    elif isinstance(model.head.kernel, nnx.Param):
+        settings["modules_to_save"] = [_HEAD]
+        for name, parameter in _of_head(model).items():
+            adapter.whole[f"{_HEAD}.{name}"] = np.asarray(parameter[...], np.float32).T
     adapter_files.write(pathlib.Path(folder).expanduser(), adapter, settings)
 
 
 def load_adapter(
-    model: Decoder, folder: str | os.PathLike, *, like: str | os.PathLike | None = None
+    model: Decoder | VisionTower,
+    folder: str | os.PathLike,
+    *,
+    like: str | os.PathLike | None = None,
 ) -> list[str]:
     """Gives a model the low-rank updates of an adapter, to train on or to merge.
 
     Args:
-      model: of :func:`bdia_jax.interop.load`; all else in it is frozen, as by
-        :func:`bdia_jax.nn.add_lora`.
+      model: of :func:`bdia_jax.interop.load`, or :func:`bdia_jax.interop.load_vision`; all else in
+        it is frozen, as by :func:`bdia_jax.nn.add_lora`, but for a head that is in the folder.
       folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
-      like: what the model was loaded from; needed for families whose weights are rewritten when
-        they are read (Granite, ERNIE).
+      like: what the model was loaded from; needed for vision towers, and for families whose weights
+        are rewritten when they are read (Granite, ERNIE).
 
     Returns:
       The paths of the layers in their blocks.
@@ -92,19 +109,28 @@ def load_adapter(
       FolderError: for an adapter of another kind, or one that does not fit the model.
       ValueError: without ``like``, where it is needed.
     """
+    if like is None and isinstance(model, VisionTower):
+        raise ValueError("for a vision tower, give like, the folder that it was loaded from")
     if like is None and (kind := getattr(model, "rewritten", None)):
         raise ValueError(
             f"the weights of {kind} are rewritten when they are read, and its updates must be "
             "likewise: give like, the folder that the model was loaded from"
         )
     folder = pathlib.Path(folder).expanduser()
-    if like is None:
-        layout = families.family_of(model.config).layout(model.config, None)
-    else:
-        layout = _layout(model, like)
+    layout, names = _known(model, like)
     modules = {".".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
-    places = _places(layout)
-    adapter = adapter_files.read(folder, places)
+    # Before version 5 of transformers, modules were called as tensors are.
+    places = _places(_tensors(layout)) | _places(names)
+    of_images = {"module": _HEAD, "ignored": NOT_OURS} if isinstance(model, VisionTower) else {}
+    adapter = adapter_files.read(folder, places, **of_images)
+    of_head = _of_head(model) if adapter.whole and isinstance(model, VisionTower) else {}
+    for name, parameter in of_head.items():
+        value = adapter.whole.get(f"{_HEAD}.{name}")
+        if value is None or value.T.shape != parameter.shape:
+            raise FolderError(
+                f"{folder}: {_HEAD}.{name} must have the shape {parameter.shape[::-1]}; got "
+                f"{'none' if value is None else value.shape}"
+            )
     kinds: dict[str, Kind] = {}
     values: dict[str, dict[str, np.ndarray]] = {}
     for place, update in adapter.updates.items():
@@ -125,11 +151,16 @@ def load_adapter(
         for which, value in values.get(".".join(map(str, path)), {}).items():
             parameter = getattr(layer, which)
             parameter[...] = jnp.asarray(value, parameter[...].dtype)
+    if of_head and isinstance(model, VisionTower):
+        unfreeze(model.head)
+        for name, parameter in _of_head(model).items():
+            value = adapter.whole[f"{_HEAD}.{name}"].T
+            parameter[...] = jnp.asarray(value, parameter[...].dtype)
     return paths
 
 
 def lora_targets(
-    model: Decoder, names: tuple[str, ...], *, like: str | os.PathLike
+    model: Decoder | VisionTower, names: tuple[str, ...], *, like: str | os.PathLike
 ) -> tuple[str, ...]:
     """What :func:`bdia_jax.nn.add_lora` calls the layers that ``peft`` calls so.
 
@@ -139,7 +170,7 @@ def lora_targets(
         ``"all-linear"``. Others are returned as they are.
       like: what the model was loaded from.
     """
-    places = _places(_layout(model, like))
+    places = _places(_known(model, like)[1])
     targets: list[str] = []
     for given in names:
         meant = [
@@ -152,21 +183,51 @@ def lora_targets(
     return tuple(dict.fromkeys(targets))
 
 
-def _layout(model: Decoder, like: str | os.PathLike) -> Layout:
-    """Where the parameters are found in what the model was loaded from."""
-    with open_checkpoint(like) as checkpoint:
-        family = families.named(checkpoint.config)
-        return families.layout(family, model.config, None, checkpoint.config)
+def _known(
+    model: Decoder | VisionTower, like: str | os.PathLike | None
+) -> tuple[Layout, dict[str, str]]:
+    """Where the parameters are found in what the model was loaded from; and names of modules.
+
+    Of linear layers in blocks, by our names, with ``{}`` for the number of the block.
+    """
+    if isinstance(model, VisionTower):
+        assert like is not None
+        with VisionFolder(resolve(like)) as folder:
+            family = vision.family_of(folder.config)
+        layout = family.layout(model.config, None)
+        return layout, {n: family.module(n.removeprefix(BLOCKS)) for n in _tensors(layout)}
+    if like is None:
+        layout = families.family_of(model.config).layout(model.config, None)
+    else:
+        with open_checkpoint(like) as checkpoint:
+            family = families.named(checkpoint.config)
+            layout = families.layout(family, model.config, None, checkpoint.config)
+    return layout, _tensors(layout)
 
 
-def _places(layout: Layout) -> dict[Place, list[str]]:
-    """Our layers of the blocks, by theirs; several where one matrix there is several of ours."""
+def _tensors(layout: Layout) -> dict[str, str]:
+    """Names of the kernels of linear layers in blocks, by our names of layers."""
+    return {
+        ours.removesuffix(".kernel"): source.name.removesuffix(".weight")
+        for ours, source in layout.items()
+        if ours.startswith(BLOCKS) and ours.endswith(".kernel")
+    }
+
+
+def _places(modules: Mapping[str, str]) -> dict[Place, list[str]]:
+    """Our layers, by theirs; several where one matrix there is several of ours."""
     places: dict[Place, list[str]] = {}
-    for ours, source in layout.items():
-        before, inside, behind = source.name.removesuffix(".weight").partition(".{}.")
-        if inside and ours.endswith(".kernel"):
-            places.setdefault(Place(before, behind), []).append(ours.removesuffix(".kernel"))
+    for ours, theirs in modules.items():
+        before, _, behind = theirs.partition(".{}.")
+        places.setdefault(Place(before, behind), []).append(ours)
     return places
+
+
+def _of_head(model: VisionTower) -> dict[str, nnx.Variable]:
+    """By their names there, where a matrix is the other way round."""
+    head = model.head
+    assert head.bias is not None
+    return {"weight": head.kernel, "bias": head.bias}
 
 
 def _outputs(name: str, own: int, layout: Layout) -> int:

@@ -40,6 +40,10 @@ class VisionFamily(abc.ABC):
     """How the names of a block's tensors begin; with ``{}`` for its number."""
     inside: ClassVar[dict[str, str]]
     """Modules of a block, and what they are called."""
+    block_of_modules: ClassVar[str | None] = None
+    """The block in names of modules, where it is not that of tensors: since version 5."""
+    modules: ClassVar[dict[str, str]] = {}
+    """Likewise modules of a block."""
     mean: ClassVar[tuple[float, ...]] = (0.5, 0.5, 0.5)
     """Of images from 0 to 1, where preprocessor_config.json is missing."""
     std: ClassVar[tuple[float, ...]] = (0.5, 0.5, 0.5)
@@ -128,6 +132,11 @@ class VisionFamily(abc.ABC):
         """Tensors of the class that classifies, which have no part in what it computes."""
         return {}
 
+    def module(self, ours: str) -> str:
+        """What ``transformers`` calls a module of a block, with ``{}`` for the block's number."""
+        theirs = self.modules.get(ours, self.inside[ours])
+        return f"{self.prefix}{self.block_of_modules or self.block}{theirs}"
+
 
 def _with_bias(ours: str, theirs: str, kind: str, bias: bool = True) -> dict[str, Source]:
     found = {f"{ours}.{kind}": Source(f"{theirs}.weight", transposed=kind == "kernel")}
@@ -139,6 +148,12 @@ _ATTENTION = {
     "attention.k": "attention.attention.key",
     "attention.v": "attention.attention.value",
     "attention.out": "attention.output.dense",
+}
+_MODULES = {
+    **{f"attention.{ours}": f"attention.{ours}_proj" for ours in "qkv"},
+    "attention.out": "attention.o_proj",
+    "ffn.up": "mlp.fc1",
+    "ffn.down": "mlp.fc2",
 }
 _PATCHES = {
     "patches": "embeddings.patch_embeddings.projection.weight",
@@ -164,6 +179,8 @@ class PretrainedViT(VisionFamily):
         "ffn.up": "intermediate.dense",
         "ffn.down": "output.dense",
     }
+    block_of_modules = "layers.{}."
+    modules: ClassVar = _MODULES
 
     def details(self, c: Config) -> dict[str, Any]:
         epsilon = c.get("layer_norm_eps", 1e-12)
@@ -195,6 +212,7 @@ class DINOv2(VisionFamily):
         "ffn.down": "mlp.fc2",
         "ffn_scale": "layer_scale2.lambda1",
     }
+    modules: ClassVar = _MODULES
     mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
     def details(self, c: Config) -> dict[str, Any]:

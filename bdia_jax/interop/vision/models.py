@@ -41,7 +41,7 @@ NETWORK = (
     *("layer_scale", "pool"),
 )
 """Settings of a tower that say which network it is."""
-_NOT_OURS = re.compile(
+NOT_OURS = re.compile(
     r"(text_model|text_projection|visual_projection|logit_(scale|bias)|(vit\.)?pooler)\b"
     r"|(vision_model\.)?(head\.|post_layernorm\.)|(dinov2\.)?embeddings\.mask_token"
 )
@@ -66,7 +66,7 @@ class VisionFolder(Folder):
         return tensor
 
     def unused(self) -> list[str]:
-        return [name for name in super().unused() if not _NOT_OURS.match(name)]
+        return [name for name in super().unused() if not NOT_OURS.match(name)]
 
 
 def load_vision(
