@@ -400,7 +400,7 @@ def test_finetune(pretrained, photos, tmp_path, capsys, rank):
         data=str(photos),
         out=tmp_path / "run",
         gamma=1 / 8 if rank else "auto",
-        lora=finetune_vision.LowRank(rank),
+        lora=finetune_vision.LowRank(rank, targets=("q", "fc1"), dora=True),
         augmentation=Augmentation(mixup=0.2 * rank, operations=rank // 2),
         train=TrainSettings(
             steps=20, batch_size=12, learning_rate=3e-3, eval_every=10, checkpoint_every=10
@@ -417,7 +417,14 @@ def test_finetune(pretrained, photos, tmp_path, capsys, rank):
     assert evaluate(ours, task)["loss"] == pytest.approx(found["loss"], rel=0.02)
     written = json.loads((tmp_path / "run/model/config.json").read_text())
     assert written["id2label"] == {"0": "lying", "1": "standing"}
-    if rank == 0:
+    if rank:
+        adapted = interop.load_vision(pretrained, num_classes=2, image_size=16, dtype="bfloat16")
+        interop.load_adapter(adapted, tmp_path / "run/adapter", like=pretrained)
+        assert evaluate(adapted, task)["loss"] == pytest.approx(found["loss"], rel=0.02)
+        lora = finetune_vision.LowRank(adapter=tmp_path / "run/adapter")
+        again = dataclasses.replace(given, out=tmp_path / "again", lora=lora)
+        assert finetune_vision.main(again)["loss before"] == pytest.approx(found["loss"], rel=0.02)
+    else:
         again = dataclasses.replace(given, resume=True)
         assert finetune_vision.main(again)["loss"] == pytest.approx(found["loss"], rel=1e-5)
 

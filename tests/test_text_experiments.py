@@ -125,8 +125,11 @@ def test_finetune(folder, tmp_path, rank, capsys):
     assert found["loss"] < found["loss before"]
     out = capsys.readouterr().out
     assert "36 texts in" in out
-    # GPT-2's queries are a part of a matrix.
-    assert ("no adapter was written" in out) == bool(rank)
+    assert ("the low-rank updates alone are in" in out) == bool(rank)
+    if rank:
+        # GPT-2's queries and values are parts of one matrix there.
+        found = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+        assert (found["target_modules"], found["r"]) == (["attn.c_attn"], 2 * rank)
     # The prompt of the first text for evaluation, as it was asked.
     assert ("'user: 9 + 1 =\\nassistant:'" if rank else "'9 + 1 ='") in out
     assert is_png(tmp_path / "run/loss.png")
