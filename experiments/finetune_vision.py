@@ -21,6 +21,7 @@ import json
 import pathlib
 from typing import Literal
 
+import numpy as np
 from chosen_gamma import chosen_step
 from flax import nnx
 
@@ -81,8 +82,8 @@ class LowRank:
     dora: bool = False
     """Train magnitudes of the columns of these layers apart from their directions (DoRA)."""
     adapter: pathlib.Path | None = None
-    """Go on from the updates and the head in this folder, in peft's format, of its rank, alpha and
-    targets."""
+    """Go on from the updates in this folder, in peft's format, of its rank, alpha and targets; and
+    from its head, if it has one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +169,13 @@ def main(f: FineTuneVision) -> dict[str, float]:
         f"{task.samples} images of {data.num_classes} classes; {task.eval_samples} for evaluation"
     )
     model = load(f, path, data.num_classes, size)
-    if f.head_images and f.lora.adapter is None:
+    new_head = not np.any(model.head.kernel[...])
+    if new_head and not f.head_images and f.gamma == "auto" and f.method == "bdia":
+        raise ValueError(
+            f"{f.lora.adapter} has no head, and one of zeros has the same loss with every γ: give "
+            "gamma, or head_images"
+        )
+    if new_head and f.head_images:
         right = fit_head(model, task, f.head_images, seed=f.train.seed)
         print(f"new head: {right:.2%} of the images that it was fitted to are classified rightly")
     if f.method == "bdia" and f.gamma == "auto":
@@ -238,7 +245,7 @@ def load(f: FineTuneVision, path: pathlib.Path, num_classes: int, size: int) -> 
     if f.lora.adapter is not None:
         paths = interop.load_adapter(model, f.lora.adapter, like=path)
         unfreeze(model.head)
-        print(f"low-rank updates of {', '.join(paths)}, and a head, from {f.lora.adapter}")
+        print(f"low-rank updates of {', '.join(paths)}, from {f.lora.adapter}")
     elif f.lora.rank:
         rngs = nnx.Rngs(f.train.seed)
         targets = interop.lora_targets(model, f.lora.targets, like=path)

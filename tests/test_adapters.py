@@ -209,10 +209,15 @@ def test_magnitudes_of_matrices_that_are_several_of_ours(fused, tmp_path):
     interop.save_adapter(mine, tmp_path / "ours", like=base)
     back = loaded_by_peft(base, tmp_path / "ours")
     np.testing.assert_allclose(logits(back), expected, atol=1e-3, rtol=1e-3)
+    # Values keep the norms that they have.
     some = with_updates(load(base), targets=("q", "k"), dora=True)
-    with pytest.raises(ValueError, match=r"of .*q, .*k need one of .*attention.v, too, because"):
-        interop.save_adapter(some, tmp_path / "some", like=base)
-    assert not (tmp_path / "some").exists()
+    interop.save_adapter(some, tmp_path / "some", like=base)
+    back = loaded_by_peft(base, tmp_path / "some")
+    np.testing.assert_allclose(logits(back), ours(some), atol=1e-3, rtol=1e-3)
+    again = load(base)
+    paths = interop.load_adapter(again, tmp_path / "some", like=base)
+    assert sorted(paths) == ["attention.k", "attention.q"]
+    np.testing.assert_array_equal(ours(again), ours(some))
 
 
 def test_scales_of_matrices_that_are_several_of_ours(tmp_path):
@@ -291,6 +296,17 @@ def test_updates_with_magnitudes_start_as_none(family, tmp_path):
     chex.assert_trees_all_close(
         nnx.to_pure_dict(nnx.state(model, nnx.Param)), whole, atol=1e-6, rtol=1e-6
     )
+
+
+def test_an_adapter_of_more_ranks_than_there_are(base, tmp_path):
+    """Peft allows it; and a model has the updates of one adapter."""
+    expected = adapted(base, r=24, target_modules=["k_proj"])
+    expected.save_pretrained(tmp_path)
+    model = load(base)
+    assert interop.load_adapter(model, tmp_path) == ["attention.k"]
+    np.testing.assert_allclose(ours(model), logits(expected), atol=3e-4, rtol=3e-4)
+    with pytest.raises(ValueError, match="the model has low-rank updates already: merge them"):
+        interop.load_adapter(model, tmp_path)
 
 
 def test_layers_by_the_names_of_peft(base, tmp_path):
@@ -376,6 +392,7 @@ def of_another_width(config, tensors):
         (changed("bias", "all"), "bias must be none; got 'all'"),
         (changed("modules_to_save", ["lm_head"]), "modules_to_save must be None"),
         (changed("alpha_pattern", {"0.*q_proj": 3}), r"q_proj one value in all blocks; got 3, 2"),
+        (changed("rank_pattern", {"*q_proj": 3}), "rank_pattern must be of expressions: nothing"),
         (changed("init_lora_weights", "pissa"), "init_lora_weights must be True; got 'pissa'"),
         (changed("r", 3), r"with r = 3, lora_A of .* must have 3 rows; got .*\(4, "),
         (changed("lora_alpha", None), "must have r and lora_alpha; got 4, None"),

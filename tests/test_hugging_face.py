@@ -304,7 +304,7 @@ def test_most_sizes_of_opt_are_just_not_known(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "family", ["llama", "qwen3", "seed_oss", "phi3", "granite", "ernie4_5", "gemma"]
+    "family", ["llama", "qwen3", "qwen3_moe", "seed_oss", "phi3", "granite", "ernie4_5", "gemma"]
 )
 def test_size_of_heads_that_is_not_given(family):
     transformers = pytest.importorskip("transformers", reason="parity needs transformers")

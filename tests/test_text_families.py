@@ -160,6 +160,11 @@ def test_long_factors(tmp_path):
         ("gemma3_text", {}),
         ("gemma3_text", OLD_GEMMA3),
         ("gemma3_text", WINDOWS | {"layer_types": ["full_attention"] * 3}),
+        ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 8}),
+        ("qwen3_moe", {}),
+        ("mixtral", {}),
+        ("olmoe", {}),
+        ("gpt_neox", {"hidden_act": "gelu_fast"}),
         ("gpt_neox", {}),
         ("gpt_neox", {"rotary_pct": 0.5, "rotary_emb_base": 5000}),
         ("gpt_neox", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
@@ -172,7 +177,7 @@ def test_settings_that_are_not_given(family, settings):
     """What transformers makes of them, in an old form or left out, is read as they are."""
     transformers = pytest.importorskip("transformers", reason="names are those of transformers")
     given = LLAMA | COMMON | settings
-    if family not in ("mistral", "qwen2", "qwen3", "gemma", "phi3"):
+    if family not in ("mistral", "qwen2", "qwen3", "gemma", "phi3", "mixtral", "qwen3_moe"):
         # Of those, as many as there are large models' heads.
         del given["num_key_value_heads"]
     whole = transformers.AutoConfig.for_model(family, **json.loads(json.dumps(given))).to_dict()

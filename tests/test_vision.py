@@ -211,6 +211,9 @@ def test_adapters_that_do_not_fit(tmp_path):
         interop.load_adapter(other, tmp_path / "adapter", like=tmp_path / "base")
     with pytest.raises(ValueError, match="for a vision tower, give like"):
         interop.load_adapter(other, tmp_path / "adapter")
+    for names in (("q_proj", "fc1"), ("query", "intermediate.dense")):
+        found = interop.lora_targets(other, names, like=tmp_path / "base")
+        assert found == ("attention.q", "ffn.up")
 
 
 def test_normalization(tmp_path):

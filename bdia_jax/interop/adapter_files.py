@@ -32,7 +32,7 @@ _AS_USUAL: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None,),
     "megatron_config": (None,),
     # Others change the weights that are not in the adapter.
-    "init_lora_weights": (True, False, None, "gaussian"),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva", "mica"),
     "layer_replication": (None,),
     "lora_bias": (False, None),
     "use_qalora": (False, None),
@@ -154,7 +154,7 @@ def read(
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
     if ignored is not None:
         tensors = {name: tensor for name, tensor in tensors.items() if not ignored.match(name)}
-    whole = {name: tensors.pop(name) for name in [*tensors] if name.startswith(f"{module}.")}
+    whole = {name: tensors.pop(name) for name in [*tensors] if _is_of(name, module)}
     found = _by_place(
         path, tensors, places, ("A", "B", *["magnitude"] * bool(config.get("use_dora")))
     )
@@ -169,6 +169,10 @@ def read(
         updates[place] = Update(alpha / rank, matrices)
     rows = json.loads(metadata.get(_ROWS, "{}"))
     return Adapter(updates, {name: (first, end) for name, (first, end) in rows.items()}, whole)
+
+
+def _is_of(name: str, module: str | None) -> bool:
+    return name.startswith(f"{module}.") and ".lora_" not in name
 
 
 def _file(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -237,8 +241,11 @@ def _rank_and_alpha(
         found = []
         for block in range(blocks):
             path = f"{place.before}.{block}.{place.behind}"
-            hits = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path))
-            found.append(next(hits, config.get(usual)))
+            try:
+                hits = [patterns[key] for key in patterns if re.match(rf"(.*\.)?({key})$", path)]
+            except re.error as error:
+                raise FolderError(f"{where}: {pattern} must be of expressions: {error}") from error
+            found.append(next(iter(hits), config.get(usual)))
         if found != found[:1] * blocks:
             raise FolderError(
                 f"{where}: {pattern} must give {place.behind} one value in all blocks; got "

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -27,7 +28,15 @@ from bdia_jax.interop.models import open_checkpoint
 from bdia_jax.interop.vision import families as vision
 from bdia_jax.interop.vision.models import NOT_OURS, VisionFolder
 from bdia_jax.nn import Decoder, VisionTower
-from bdia_jax.nn.lora import DecomposedLinear, Kind, LowRankLinear, add_updates, unfreeze
+from bdia_jax.nn.lora import (
+    DecomposedLinear,
+    Kind,
+    LowRankLinear,
+    add_updates,
+    norms,
+    unfreeze,
+    weights,
+)
 
 _HEAD = "classifier"
 Layout = Mapping[str, Source]
@@ -49,14 +58,10 @@ def save_adapter(
 
     Raises:
       ValueError: for a model without low-rank updates, or some with magnitudes (DoRA) and some
-        without. Where several of its layers are one matrix there: for updates of several scales,
-        or with magnitudes of some of them only.
+        without. Where several of its layers are one matrix there: for updates of several scales.
     """
-    layers = {
-        ".".join(map(str, path)): module
-        for path, module in nnx.iter_modules(model)
-        if isinstance(module, LowRankLinear)
-    }
+    linear = {".".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
+    layers = {n: module for n, module in linear.items() if isinstance(module, LowRankLinear)}
     if not layers:
         raise ValueError("the model has no low-rank updates; make them by bdia_jax.nn.add_lora")
     if len({type(layer) for layer in layers.values()}) > 1:
@@ -67,7 +72,8 @@ def save_adapter(
         parts = {name: layers[name] for name in names if name in layers}
         if not parts:
             continue
-        adapter.updates[place] = _together(parts, names, layout)
+        others = {name: linear[name] for name in names if name not in parts}
+        adapter.updates[place] = _together(parts, others, layout)
         if len(names) > 1:
             end = 0
             for name, part in parts.items():
@@ -107,8 +113,12 @@ def load_adapter(
     Raises:
       FileNotFoundError: without these files.
       FolderError: for an adapter of another kind, or one that does not fit the model.
-      ValueError: without ``like``, where it is needed.
+      ValueError: without ``like``, where it is needed; for a model that has low-rank updates.
     """
+    if any(isinstance(module, LowRankLinear) for _, module in nnx.iter_modules(model)):
+        raise ValueError(
+            "the model has low-rank updates already: merge them first (bdia_jax.nn.merge_lora)"
+        )
     if like is None and isinstance(model, VisionTower):
         raise ValueError("for a vision tower, give like, the folder that it was loaded from")
     if like is None and (kind := getattr(model, "rewritten", None)):
@@ -170,7 +180,8 @@ def lora_targets(
         ``"all-linear"``. Others are returned as they are.
       like: what the model was loaded from.
     """
-    places = _places(_known(model, like)[1])
+    layout, modules = _known(model, like)
+    places = _places(_tensors(layout)) | _places(modules)
     targets: list[str] = []
     for given in names:
         meant = [
@@ -237,8 +248,10 @@ def _outputs(name: str, own: int, layout: Layout) -> int:
     return source.groups * max(ends) if ends else own
 
 
-def _together(parts: Mapping[str, LowRankLinear], names: list[str], layout: Layout) -> Update:
-    """The update of a matrix there, of which ``names`` are all parts."""
+def _together(
+    parts: Mapping[str, LowRankLinear], others: Mapping[str, Any], layout: Layout
+) -> Update:
+    """The update of a matrix there, of which ``others`` are the parts without one."""
 
     def theirs(name: str, array: Array) -> np.ndarray:
         source = layout[f"{name}.kernel"]
@@ -255,18 +268,16 @@ def _together(parts: Mapping[str, LowRankLinear], names: list[str], layout: Layo
     a = np.concatenate([np.asarray(part.a[...], np.float32) for part in parts.values()], -1)
     b = np.concatenate([theirs(name, part.b[...]) for name, part in parts.items()], -2)
     matrices = {"A": a.swapaxes(1, 2), "B": b.swapaxes(1, 2)}
-    magnitudes = [
-        theirs(name, part.magnitude[...])
+    magnitudes = {
+        name: part.magnitude[...]
         for name, part in parts.items()
         if isinstance(part, DecomposedLinear)
-    ]
+    }
     if magnitudes:
-        if missing := [name for name in names if name not in parts]:
-            raise ValueError(
-                f"updates with magnitudes (DoRA) of {', '.join(parts)} need one of "
-                f"{', '.join(missing)}, too, because these are one matrix in the folder"
-            )
-        matrices["magnitude"] = np.sum(magnitudes, axis=0)
+        # With the norms that they have, the others are what they were.
+        magnitudes |= {name: norms(weights(layer)) for name, layer in others.items()}
+        found = [theirs(name, magnitude) for name, magnitude in magnitudes.items()]
+        matrices["magnitude"] = np.sum(found, axis=0)
     return Update(scales.pop(), matrices)
 
 

@@ -28,7 +28,11 @@ class Experts(nnx.Module):
 
     ``Σ_e p_e down_e(act(gate_e(x)) * up_e(x))`` over the largest of ``p = softmax(x router)``; if
     ``normalized``, divided by their sum. (Jiang et al., "Mixtral of Experts", 2024.) No position is
-    dropped: the update of a position depends on that position alone.
+    dropped: the update of a position depends on that position alone. It has derivatives in reverse
+    mode only.
+
+    On a mesh the result is right, but every device computes the experts of all samples: call it
+    under ``jax.shard_map`` there.
     """
 
     def __init__(
@@ -93,8 +97,8 @@ def arrange(
       experts: how many there are.
 
     Returns:
-      The place of each row, which expert each tile is for, and the rows of a tile: half of what an
-      expert has on average, so that a quarter is empty on average, or less.
+      The place of each row, which expert each tile is for, and the rows of a tile: some half of
+      what an expert has on average. There are as many tiles as are needed in the worst case.
     """
     rows = len(chosen)
     tile = 2 ** round(math.log2(max(rows / experts / 2, 1)))
@@ -103,8 +107,8 @@ def arrange(
     rank = jnp.sum(jnp.cumsum(is_of, axis=0) * is_of, axis=1) - 1
     ends = jnp.cumsum(-(-jnp.sum(is_of, axis=0) // tile))
     first = jnp.concatenate([jnp.zeros(1, ends.dtype), ends[:-1]])
-    # At most one tile of each expert is not full.
-    tiles = jnp.arange(rows // tile + min(experts, rows))
+    # At most one tile of each expert is not full, and that has one row at least.
+    tiles = jnp.arange((rows + min(experts, rows) * (tile - 1)) // tile)
     of_tile = jnp.sum(tiles[:, None] >= ends, axis=1)
     # Tiles that nobody needs are given to the last expert.
     return first[chosen] * tile + rank, jnp.minimum(of_tile, experts - 1), tile

@@ -27,7 +27,6 @@ class LowRankLinear(nnx.Module):
     """
 
     def __init__(self, base: nnx.Linear, rank: int, alpha: float, *, rngs: nnx.Rngs):
-        _check_rank(base, rank)
         *blocks, inputs, outputs = base.kernel.shape
         self.base, self.scale = base, alpha / rank
         spread = nnx.initializers.normal(inputs**-0.5)
@@ -47,8 +46,13 @@ class LowRankLinear(nnx.Module):
         return kernel + a @ b * self.scale
 
     def merged(self) -> nnx.Linear:
-        """The base, with the kernel :meth:`updated`, rounded to its dtype."""
-        self.base.kernel[...] = self.updated().astype(self.base.kernel.dtype)
+        """The base, with the kernel :meth:`updated`, rounded to its dtype.
+
+        Raises:
+          ValueError: if the base is quantized.
+        """
+        kernel = self.base.kernel[...]
+        self.base.kernel[...] = self.updated().astype(kernel.dtype)
         return self.base
 
 
@@ -62,7 +66,7 @@ class DecomposedLinear(LowRankLinear):
 
     def __init__(self, base: nnx.Linear, rank: int, alpha: float, *, rngs: nnx.Rngs):
         super().__init__(base, rank, alpha, rngs=rngs)
-        self.magnitude = nnx.Param(_norms(weights(base)))
+        self.magnitude = nnx.Param(norms(weights(base)))
         # It is not scaled.
         self.bias = None if base.bias is None else Frozen(base.bias[...])
         base.bias, base.use_bias = None, False
@@ -70,20 +74,21 @@ class DecomposedLinear(LowRankLinear):
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
         """In the dtype that the base computes in."""
         y = super().__call__(x)
-        norms = jax.lax.stop_gradient(_norms(super().updated()))
-        y = y * (self.magnitude[...] / norms).astype(y.dtype)
+        lengths = jax.lax.stop_gradient(norms(super().updated()))
+        y = y * (self.magnitude[...] / lengths).astype(y.dtype)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
     def updated(self) -> Float[Array, "*blocks inputs outputs"]:
         """``(W + u) * magnitude / |W + u|``, in float32."""
         whole = super().updated()
-        return whole * (self.magnitude[...] / _norms(whole))[..., None, :]
+        return whole * (self.magnitude[...] / norms(whole))[..., None, :]
 
     def merged(self) -> nnx.Linear:
-        """The base, with the kernel :meth:`updated`, rounded to its dtype."""
+        """As that of low-rank updates; the bias is the base's again."""
+        base = super().merged()
         if self.bias is not None:
-            self.base.bias, self.base.use_bias = nnx.Param(self.bias[...]), True
-        return super().merged()
+            base.bias, base.use_bias = nnx.Param(self.bias[...]), True
+        return base
 
 
 def weights(layer: nnx.Linear) -> Float[Array, "*blocks inputs outputs"]:
@@ -94,7 +99,8 @@ def weights(layer: nnx.Linear) -> Float[Array, "*blocks inputs outputs"]:
     return layer.kernel[...].astype(accumulator(layer.kernel.dtype))
 
 
-def _norms(kernel: Float[Array, "*blocks inputs outputs"]) -> Float[Array, "*blocks outputs"]:
+def norms(kernel: Float[Array, "*blocks inputs outputs"]) -> Float[Array, "*blocks outputs"]:
+    """Of the columns."""
     return jnp.linalg.norm(kernel, axis=-2)
 
 
@@ -144,15 +150,23 @@ def add_lora(
     if not hits:
         raise ValueError("targets must name at least one linear layer; got none")
     kind = Kind(rank, rank if alpha is None else alpha, dora)
-    return add_updates(model, {path: kind for found in hits.values() for path in found}, rngs)
+    kinds = {path: kind for found in hits.values() for path in found}
+    for parent, name, path in _linears(model):
+        *_, inputs, outputs = getattr(parent, name).kernel.shape
+        if path in kinds and not 1 <= rank <= min(inputs, outputs):
+            raise ValueError(
+                f"rank must lie in [1, {min(inputs, outputs)}] for a matrix of {inputs} × "
+                f"{outputs}; got {rank}"
+            )
+    return add_updates(model, kinds, rngs)
 
 
 def add_updates(model: nnx.Module, kinds: Mapping[str, Kind], rngs: nnx.Rngs) -> list[str]:
-    """As :func:`add_lora`, with a kind of update for the path of each layer in its block."""
+    """As :func:`add_lora`, with a kind of update for the path of each layer in its block.
+
+    A rank may be larger than the matrix has: there are such adapters.
+    """
     found = [(parent, name, path) for parent, name, path in _linears(model) if path in kinds]
-    # Before anything is changed.
-    for parent, name, path in found:
-        _check_rank(getattr(parent, name), kinds[path].rank)
     updates = []
     for parent, name, path in found:
         rank, alpha, dora = kinds[path]
@@ -162,15 +176,6 @@ def add_updates(model: nnx.Module, kinds: Mapping[str, Kind], rngs: nnx.Rngs) ->
     for (parent, name, _), update in zip(found, updates, strict=True):
         setattr(parent, name, update)
     return [path for _, _, path in found]
-
-
-def _check_rank(layer: nnx.Linear, rank: int) -> None:
-    *_, inputs, outputs = layer.kernel.shape
-    if not 1 <= rank <= min(inputs, outputs):
-        raise ValueError(
-            f"rank must lie in [1, {min(inputs, outputs)}] for a matrix of {inputs} × {outputs}; "
-            f"got {rank}"
-        )
 
 
 def merge_lora(model: nnx.Module) -> None:

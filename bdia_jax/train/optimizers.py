@@ -56,9 +56,9 @@ def _muon(rate, decay, mask):
 
 
 def _matrix(p: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-    """A kernel, of a convolution too, as inputs × outputs; None for what has one axis.
+    """A kernel, of a convolution over two axes too, as inputs × outputs; None for one axis.
 
-    What has three axes is as many matrices: a mixture of experts.
+    What has three axes is as many matrices as the first one says: a mixture of experts.
     """
     if p.ndim < 2:
         return None

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from bdia_jax.interop.checkpoint import FolderError
 from bdia_jax.interop.families.family import BLOCKS, Config, Names, Source, agree, expect
 from bdia_jax.interop.families.llama import PLAIN, Llama, Mistral, Qwen3
+from bdia_jax.interop.families.windows import read_one_window
 from bdia_jax.nn import DecoderConfig
 
 
@@ -17,6 +18,8 @@ class _Experts(Llama):
     """
 
     reads_gguf = False
+    usual_experts: ClassVar[int]
+    """How many there are, where a configuration does not say."""
     sublayer: ClassVar[str] = "mlp"
     """What they are called in a block."""
     matrices: ClassVar[dict[str, str]] = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
@@ -28,10 +31,8 @@ class _Experts(Llama):
 
     def details(self, c: Config) -> dict[str, Any]:
         experts = agree({name: c.get(name) for name in ("num_experts", "num_local_experts")})
-        if experts is None:
-            raise KeyError("num_experts")
         return super().details(c) | {
-            "experts": experts,
+            "experts": experts or self.usual_experts,
             "experts_per_token": c["num_experts_per_tok"],
             "normalized_shares": self.normalized(c),
         }
@@ -64,6 +65,7 @@ class Mixtral(_Experts, Mistral):
     name = "mixtral"
     architecture = "MixtralForCausalLM"
     usual_theta = 1e6
+    usual_experts = 8
     sublayer = "block_sparse_moe"
     matrices: ClassVar = {"gate": "w1", "up": "w3", "down": "w2"}
 
@@ -78,12 +80,27 @@ class Mixtral(_Experts, Mistral):
         return super().read({**usual, **c})
 
 
+_QWEN = {"num_experts_per_tok": 8, "num_key_value_heads": 4, "moe_intermediate_size": 768}
+
+
 class Qwen3Experts(_Experts, Qwen3):
     """Yang et al., "Qwen3 Technical Report", 2025: experts in every block."""
 
     name = "qwen3_moe"
     architecture = "Qwen3MoeForCausalLM"
     hidden = "moe_intermediate_size"
+    usual_head_dim = None
+    usual_experts = 128
+
+    def windows(self, c: Config) -> dict[str, Any]:
+        # One for all blocks, whatever else is said.
+        window = c.get("sliding_window", 4096) if c.get("use_sliding_window") else None
+        return read_one_window(c, window)
+
+    def write_windows(self, config: DecoderConfig) -> dict[str, Any]:
+        if config.window is None:
+            return {}
+        return {"use_sliding_window": True, "sliding_window": config.window}
 
     def read(self, c: Config) -> DecoderConfig:
         if c.get("mlp_only_layers"):
@@ -91,7 +108,7 @@ class Qwen3Experts(_Experts, Qwen3):
                 f"config.json: mlp_only_layers must be empty; got {c['mlp_only_layers']}"
             )
         expect(c, "decoder_sparse_step", (1,), 1)
-        return super().read({"num_experts_per_tok": 8, "intermediate_size": 6144, **c})
+        return super().read({**_QWEN, **c})
 
 
 class OlmoExperts(_Experts):
@@ -99,6 +116,7 @@ class OlmoExperts(_Experts):
 
     name = "olmoe"
     architecture = "OlmoeForCausalLM"
+    usual_experts = 64
 
     def details(self, c: Config) -> dict[str, Any]:
         expect(c, "clip_qkv", (None,), None)

@@ -27,6 +27,7 @@ _NORMS = {
 _ACTIVATIONS: dict[str, Literal["gelu", "exact_gelu"]] = {
     "gelu": "exact_gelu",
     "gelu_new": "gelu",
+    "gelu_fast": "gelu",
     "gelu_pytorch_tanh": "gelu",
 }
 _OLD_NAMES = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
