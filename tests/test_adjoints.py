@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from _rows import fast
 
 from bdia_jax import (
     BDIA,
@@ -185,13 +186,16 @@ def test_quantizing_twice_in_a_scan():
 
 @pytest.mark.parametrize(
     ("step", "parts"),
-    [
-        (BDIA(), 1),
-        (BDIA(0.25, "sample", 5), 2),
-        (BDIA(0.6, "minus", 5), 1),
-        (BDIA(0.6, "minus", None), 1),
-        (Euler(5), 2),
-    ],
+    fast(
+        2,
+        [
+            (BDIA(0.25, "sample", 5), 2),
+            (Euler(5), 2),
+            (BDIA(), 1),
+            (BDIA(0.6, "minus", 5), 1),
+            (BDIA(0.6, "minus", None), 1),
+        ],
+    ),
     ids=str,
 )
 def test_direct_is_right_to_second_order(step, parts):
@@ -307,7 +311,9 @@ def loss(params, x, shift, step, adjoint, parts=2):
     return jnp.sum(jnp.sin(reversible_scan(block, params, x, **settings)))
 
 
-@pytest.mark.parametrize(("way", "parts"), [*((way, 2) for way in WAYS), ("online-bdia", 1)])
+@pytest.mark.parametrize(
+    ("way", "parts"), fast(4, [*((way, 2) for way in WAYS), ("online-bdia", 1)])
+)
 def test_an_update_is_the_ordinary_gradient_and_then_the_function(way, parts):
     step, adjoint = WAYS[way]
     params, x, shift = stacked(), jnp.asarray(draw(3, WIDTH)), jnp.asarray(draw(HIDDEN)) / 5

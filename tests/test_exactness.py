@@ -120,6 +120,7 @@ def test_nothing_is_mismatched_at_any_depth(kind, depth):
     assert_exact(train, (params, x, *consts))
 
 
+@pytest.mark.slow
 def test_the_audit_finds_nothing():
     """Integer by integer, against the states of the forward pass themselves."""
     kind, parts = "dot_product_attention", 3

@@ -40,6 +40,7 @@ def whole(tmp_path_factory):
     return folder, _toy.digest(model), _toy.lines(folder / "run")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_where_it_was(whole, tmp_path):
     """Also as one of steps, if it began as one of so many epochs."""
     files, digest, lines = whole

@@ -314,6 +314,7 @@ def test_size_of_heads_that_is_not_given(family):
     assert FAMILIES[family].read(given).size_of_head == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family", ["gpt2", "qwen3", "phi3", "gpt_neox", "granite", "ernie4_5", "gemma3_text"]
 )
