@@ -13,9 +13,13 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
-from bdia_jax.nn import Decoder, llama
-from bdia_jax.nn.experts import LARGEST_TILE, Experts, arrange
+from bdia_jax.data import TextData
+from bdia_jax.nn import Decoder, Experts, llama
+from bdia_jax.nn.experts import LARGEST_TILE, arrange
+from bdia_jax.planning import memory
+from bdia_jax.train import LanguageModelling, TrainSettings
 from bdia_jax.train.optimizers import make_optimizer
+from bdia_jax.train.programs import Programs
 
 SIZES = {"vocab_size": 31, "width": 16, "depth": 3, "heads": 4, "hidden": 24}
 TINY = llama(experts=5, experts_per_token=2, gamma=1 / 8, **SIZES)
@@ -150,6 +154,41 @@ def test_under_shard_map():
 
         found, expected = of_shards(params, x), jax.grad(loss, (0, 1))(params, x)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-12), found, expected)
+
+
+@pytest.mark.buffers
+def test_hidden_layers_exist_by_tiles():
+    """Of 8,192 positions with two experts each, 1,024 hidden features are 67 MB."""
+    module = Experts(*(64, 1024, 4, 2), kernel_init=nnx.initializers.normal(0.1), rngs=nnx.Rngs(0))
+    graph, params = nnx.split(module)
+
+    def gradient(apply):
+        return jax.grad(lambda params, x: jnp.sum(apply(nnx.merge(graph, params), x) ** 2), (0, 1))
+
+    x = jax.ShapeDtypeStruct((8192, 64), jnp.float32)
+    assert memory.temporaries(gradient(written_out), params, x) > 67e6
+    assert memory.temporaries(gradient(lambda m, x: m(x)), params, x) < 67e6 / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["data=8", "data=2,fsdp=4"])
+def test_training_on_a_mesh_has_the_losses_of_one_device(mesh):
+    text = np.random.default_rng(0).integers(31, size=400).astype(np.int32)
+    task = LanguageModelling(TextData("random", text, text[:100], 31), 12)
+
+    def losses(**settings):
+        programs = Programs(
+            Decoder(TINY, rngs=nnx.Rngs(0)), task, TrainSettings(batch_size=8, **settings)
+        )
+        state = programs.first_state(Decoder(TINY, rngs=nnx.Rngs(0)))
+        found = []
+        for _ in range(3):
+            state, report = programs.step(state)
+            assert not any(stack.mismatched.any() for stack in report.backward.values())
+            found.append(float(report.sums.means()["loss"]))
+        return found
+
+    np.testing.assert_allclose(losses(mesh=mesh), losses(), rtol=1e-4)
 
 
 def test_muon_takes_experts_one_by_one():

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from PIL import Image, ImageEnhance, ImageOps
+from safetensors.numpy import load_file, save_file
 from scipy import stats
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "experiments"))
@@ -424,6 +425,16 @@ def test_finetune(pretrained, photos, tmp_path, capsys, rank):
         lora = finetune_vision.LowRank(adapter=tmp_path / "run/adapter")
         again = dataclasses.replace(given, out=tmp_path / "again", lora=lora)
         assert finetune_vision.main(again)["loss before"] == pytest.approx(found["loss"], rel=0.02)
+        assert "new head" not in capsys.readouterr().out
+        # An adapter without a head gets a new one.
+        folder = tmp_path / "run/adapter"
+        tensors = load_file(folder / "adapter_model.safetensors")
+        save_file(
+            {k: t for k, t in tensors.items() if "classifier" not in k},
+            folder / "adapter_model.safetensors",
+        )
+        finetune_vision.main(dataclasses.replace(again, out=tmp_path / "headless"))
+        assert "new head" in capsys.readouterr().out
     else:
         again = dataclasses.replace(given, resume=True)
         assert finetune_vision.main(again)["loss"] == pytest.approx(found["loss"], rel=1e-5)

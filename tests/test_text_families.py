@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from test_hugging_face import COMMON, LLAMA, WINDOWS, YARN, theirs
 
 from bdia_jax import BDIA, interop
@@ -203,6 +203,11 @@ def test_other_networks_of_pythia(settings, tmp_path):
     transformers = pytest.importorskip("transformers")
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
+    # Old folders have masks and wavelengths, too.
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name in ("bias", "masked_bias", "rotary_emb.inv_freq"):
+        tensors[f"gpt_neox.layers.0.attention.{name}"] = np.ones(4, np.float32)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     before = interop.load(tmp_path, method="standard")
     (tmp_path / "config.json").write_text(json.dumps(config | settings))
     after = interop.load(tmp_path, method="standard")

@@ -50,7 +50,7 @@ class Place(NamedTuple):
     """What is behind it."""
 
 
-class Update(NamedTuple):
+class LowRankUpdate(NamedTuple):
     """Of a layer, in all blocks."""
 
     scale: float
@@ -68,7 +68,7 @@ class Update(NamedTuple):
 class Adapter(NamedTuple):
     """What a folder holds."""
 
-    updates: dict[Place, Update]
+    updates: dict[Place, LowRankUpdate]
     rows: dict[str, tuple[int, int]]
     """By our names of layers: the first row of A, and the one behind the last; of those that are
     one matrix there, and that we wrote."""
@@ -150,7 +150,7 @@ def read(
             f"{config['modules_to_save']!r}"
         )
     path = file_in(folder, WEIGHTS)
-    tensors, metadata = _file(path)
+    tensors, rows = _file(path)
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
     if ignored is not None:
         tensors = {name: tensor for name, tensor in tensors.items() if not ignored.match(name)}
@@ -166,24 +166,25 @@ def read(
                 f"{folder}: with r = {rank}, lora_A of {place.behind} must have {rank} rows; got "
                 f"the shape {matrices['A'].shape[1:]}"
             )
-        updates[place] = Update(alpha / rank, matrices)
-    rows = json.loads(metadata.get(_ROWS, "{}"))
-    return Adapter(updates, {name: (first, end) for name, (first, end) in rows.items()}, whole)
+        updates[place] = LowRankUpdate(alpha / rank, matrices)
+    return Adapter(updates, rows, whole)
 
 
 def _is_of(name: str, module: str | None) -> bool:
     return name.startswith(f"{module}.") and ".lora_" not in name
 
 
-def _file(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
-    """Tensors by name, and metadata."""
+def _file(path: pathlib.Path) -> tuple[dict[str, np.ndarray], dict[str, tuple[int, int]]]:
+    """Tensors by name, and :attr:`Adapter.rows`."""
     from safetensors import safe_open
 
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}; adapters in other formats are not read")
     try:
         with safe_open(path, "np") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            rows = json.loads((file.metadata() or {}).get(_ROWS, "{}"))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return tensors, {name: (first, end) for name, (first, end) in rows.items()}
     except Exception as error:
         raise FolderError(f"{path} is damaged, or no safetensors file: {error}") from error
 

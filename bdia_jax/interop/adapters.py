@@ -19,7 +19,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from bdia_jax.interop import adapter_files, arrays, families
-from bdia_jax.interop.adapter_files import Adapter, Place, Update
+from bdia_jax.interop.adapter_files import Adapter, LowRankUpdate, Place
 from bdia_jax.interop.checkpoint import FolderError
 from bdia_jax.interop.families import Source
 from bdia_jax.interop.families.family import BLOCKS
@@ -30,7 +30,7 @@ from bdia_jax.interop.vision.models import NOT_OURS, VisionFolder
 from bdia_jax.nn import Decoder, VisionTower
 from bdia_jax.nn.lora import (
     DecomposedLinear,
-    Kind,
+    LowRankKind,
     LowRankLinear,
     add_updates,
     norms,
@@ -141,7 +141,7 @@ def load_adapter(
                 f"{folder}: {_HEAD}.{name} must have the shape {parameter.shape[::-1]}; got "
                 f"{'none' if value is None else value.shape}"
             )
-    kinds: dict[str, Kind] = {}
+    kinds: dict[str, LowRankKind] = {}
     values: dict[str, dict[str, np.ndarray]] = {}
     for place, update in adapter.updates.items():
         for name in places[place]:
@@ -153,7 +153,7 @@ def load_adapter(
             _check_shapes(update, name, linear, layout, folder)
             values[name] = _ours(update, layout[f"{name}.kernel"], adapter.rows.get(name))
             rank = values[name]["a"].shape[-1]
-            kinds[name] = Kind(rank, update.scale * rank, "magnitude" in values[name])
+            kinds[name] = LowRankKind(rank, update.scale * rank, "magnitude" in values[name])
     paths = add_updates(
         model, {name.removeprefix(BLOCKS): kind for name, kind in kinds.items()}, nnx.Rngs(0)
     )
@@ -250,7 +250,7 @@ def _outputs(name: str, own: int, layout: Layout) -> int:
 
 def _together(
     parts: Mapping[str, LowRankLinear], others: Mapping[str, Any], layout: Layout
-) -> Update:
+) -> LowRankUpdate:
     """The update of a matrix there, of which ``others`` are the parts without one."""
 
     def theirs(name: str, array: Array) -> np.ndarray:
@@ -278,10 +278,12 @@ def _together(
         magnitudes |= {name: norms(weights(layer)) for name, layer in others.items()}
         found = [theirs(name, magnitude) for name, magnitude in magnitudes.items()]
         matrices["magnitude"] = np.sum(found, axis=0)
-    return Update(scales.pop(), matrices)
+    return LowRankUpdate(scales.pop(), matrices)
 
 
-def _ours(update: Update, source: Source, rows: tuple[int, int] | None) -> dict[str, np.ndarray]:
+def _ours(
+    update: LowRankUpdate, source: Source, rows: tuple[int, int] | None
+) -> dict[str, np.ndarray]:
     """The matrices of one of our layers; of some rows of A only."""
 
     def own(array: np.ndarray) -> np.ndarray:
@@ -298,7 +300,7 @@ def _ours(update: Update, source: Source, rows: tuple[int, int] | None) -> dict[
 
 
 def _check_shapes(
-    update: Update, name: str, linear: nnx.Linear, layout: Layout, folder: pathlib.Path
+    update: LowRankUpdate, name: str, linear: nnx.Linear, layout: Layout, folder: pathlib.Path
 ) -> None:
     blocks, inputs, own = linear.kernel.shape
     outputs = _outputs(name, own, layout)

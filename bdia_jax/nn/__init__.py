@@ -17,9 +17,18 @@ from bdia_jax.nn.configs import (
 from bdia_jax.nn.decoder import Decoder
 from bdia_jax.nn.dropout import Dropout
 from bdia_jax.nn.encoder_decoder import EncoderDecoder
+from bdia_jax.nn.experts import Experts
 from bdia_jax.nn.gamma import choose_gamma, set_step
 from bdia_jax.nn.generation import beam_search, generate
-from bdia_jax.nn.lora import Frozen, LowRankLinear, add_lora, freeze, merge_lora, unfreeze
+from bdia_jax.nn.lora import (
+    DecomposedLinear,
+    Frozen,
+    LowRankLinear,
+    add_lora,
+    freeze,
+    merge_lora,
+    unfreeze,
+)
 from bdia_jax.nn.losses import cross_entropy
 from bdia_jax.nn.quantized import QuantizedLinear, expand_base, quantize_base
 from bdia_jax.nn.resnet import ResNet
@@ -35,9 +44,11 @@ __all__ = [
     "CoupledStack",
     "Decoder",
     "DecoderConfig",
+    "DecomposedLinear",
     "Dropout",
     "EncoderDecoder",
     "EncoderDecoderConfig",
+    "Experts",
     "FeedForward",
     "Frozen",
     "GroupedQueryAttention",

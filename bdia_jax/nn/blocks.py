@@ -89,7 +89,7 @@ class FeedForward(nnx.Module):
         hidden: int,
         *,
         gated: bool = False,
-        activation: Activation = "gelu_tanh",
+        activation: Activation | None = None,
         bias: bool = True,
         dropout: float = 0.0,
         dtype: jnp.dtype = jnp.float32,
@@ -97,6 +97,8 @@ class FeedForward(nnx.Module):
         kernel_init: nnx.Initializer | None = None,
         rngs: nnx.Rngs,
     ):
+        """``activation`` is gelu_tanh by default; with a gate, silu."""
+
         def linear(inputs, outputs):
             return nnx.Linear(
                 inputs,
@@ -113,7 +115,7 @@ class FeedForward(nnx.Module):
         self.gate = linear(width, hidden) if gated else None
         self.down = linear(hidden, width)
         self.dropout = Dropout(dropout, rngs=rngs)
-        self.activation = activation
+        self.activation: Activation = activation or ("silu" if gated else "gelu_tanh")
 
     def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
         """Applied to every position alike."""

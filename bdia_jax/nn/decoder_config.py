@@ -7,12 +7,18 @@ import math
 from typing import Literal
 
 from bdia_jax.nn.attention.kernels import KERNELS, KernelName
+from bdia_jax.nn.blocks import Activation
 from bdia_jax.nn.positions import Rotation
 from bdia_jax.nn.rotary_scaling import LongScaling, Scaling
 from bdia_jax.nn.settings import ReversibleSettings, check_dropout, check_sizes
 
-GATED = ("swiglu", "geglu")
-"""Feed-forward networks with a gate."""
+FEED_FORWARD: dict[str, tuple[Activation, bool]] = {
+    "gelu": ("gelu_tanh", False),
+    "exact_gelu": ("gelu", False),
+    "swiglu": ("silu", True),
+    "geglu": ("gelu_tanh", True),
+}
+"""Kinds of feed-forward networks: the activation, and whether there is a gate."""
 ParamDtype = Literal["float32", "bfloat16", "float64"]
 
 
@@ -145,9 +151,10 @@ class DecoderConfig(ReversibleSettings):
                         f"pair of features that is rotated; got {len(factors)}"
                     )
         self._check_kinds_of_blocks()
-        if self.experts is not None and (self.feed_forward not in GATED or self.ffn_bias):
+        _, gated = FEED_FORWARD[self.feed_forward]
+        if self.experts is not None and (self.ffn_bias or not gated):
             raise ValueError(
-                f"experts need feed_forward = {' or '.join(GATED)}, and ffn_bias = False; got "
+                "experts need feed_forward = swiglu or geglu, and ffn_bias = False; got "
                 f"{self.feed_forward}, {self.ffn_bias}"
             )
         if self.experts is not None and self.experts_per_token > self.experts:

@@ -104,7 +104,7 @@ def norms(kernel: Float[Array, "*blocks inputs outputs"]) -> Float[Array, "*bloc
     return jnp.linalg.norm(kernel, axis=-2)
 
 
-class Kind(NamedTuple):
+class LowRankKind(NamedTuple):
     """Of a low-rank update."""
 
     rank: int
@@ -149,7 +149,7 @@ def add_lora(
         )
     if not hits:
         raise ValueError("targets must name at least one linear layer; got none")
-    kind = Kind(rank, rank if alpha is None else alpha, dora)
+    kind = LowRankKind(rank, rank if alpha is None else alpha, dora)
     kinds = {path: kind for found in hits.values() for path in found}
     for parent, name, path in _linears(model):
         *_, inputs, outputs = getattr(parent, name).kernel.shape
@@ -161,7 +161,7 @@ def add_lora(
     return add_updates(model, kinds, rngs)
 
 
-def add_updates(model: nnx.Module, kinds: Mapping[str, Kind], rngs: nnx.Rngs) -> list[str]:
+def add_updates(model: nnx.Module, kinds: Mapping[str, LowRankKind], rngs: nnx.Rngs) -> list[str]:
     """As :func:`add_lora`, with a kind of update for the path of each layer in its block.
 
     A rank may be larger than the matrix has: there are such adapters.

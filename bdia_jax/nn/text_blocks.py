@@ -10,29 +10,15 @@ from jaxtyping import Array, Float, Int
 
 from bdia_jax.nn.attention import GroupedQueryAttention
 from bdia_jax.nn.attention.grouped import KeysValues
-from bdia_jax.nn.blocks import (
-    Activation,
-    Block,
-    FeedForward,
-    LayerNorm,
-    RMSNorm,
-    ZeroCenteredRMSNorm,
-)
+from bdia_jax.nn.blocks import Block, FeedForward, LayerNorm, RMSNorm, ZeroCenteredRMSNorm
 from bdia_jax.nn.chunks import by_chunks
 from bdia_jax.nn.configs import DecoderConfig
-from bdia_jax.nn.decoder_config import GATED
+from bdia_jax.nn.decoder_config import FEED_FORWARD
 from bdia_jax.nn.dropout import Dropout
 from bdia_jax.nn.experts import Experts
 from bdia_jax.nn.positions import Angles
 from bdia_jax.nn.settings import DTYPES
 from bdia_jax.nn.stack import PerBlock
-
-_ACTIVATIONS: dict[str, Activation] = {
-    "gelu": "gelu_tanh",
-    "exact_gelu": "gelu",
-    "swiglu": "silu",
-    "geglu": "gelu_tanh",
-}
 
 
 def make_norm(config: DecoderConfig, width: int, rngs: nnx.Rngs) -> nnx.Module:
@@ -78,15 +64,15 @@ def make_attention(c: DecoderConfig, *, causal: bool, rngs: nnx.Rngs) -> Grouped
 def make_feed_forward(c: DecoderConfig, rngs: nnx.Rngs) -> FeedForward | Experts:
     """The feed-forward network, or a mixture of them, as configured."""
     hidden = c.hidden or 4 * c.width
+    activation, gated = FEED_FORWARD[c.feed_forward]
     common: dict[str, Any] = {
-        "activation": _ACTIVATIONS[c.feed_forward],
+        "activation": activation,
         "dtype": DTYPES[c.dtype],
         "param_dtype": DTYPES[c.param_dtype],
         "kernel_init": nnx.initializers.normal(0.02),
         "rngs": rngs,
     }
     if c.experts is None:
-        gated = c.feed_forward in GATED
         return FeedForward(c.width, hidden, gated=gated, bias=c.ffn_bias, **common)
     sizes = (c.width, hidden, c.experts, c.experts_per_token)
     return Experts(*sizes, normalized=c.normalized_shares, **common)

@@ -31,8 +31,9 @@ class _Experts(Llama):
 
     def details(self, c: Config) -> dict[str, Any]:
         experts = agree({name: c.get(name) for name in ("num_experts", "num_local_experts")})
+        experts = self.usual_experts if experts is None else experts
         return super().details(c) | {
-            "experts": experts or self.usual_experts,
+            "experts": experts,
             "experts_per_token": c["num_experts_per_tok"],
             "normalized_shares": self.normalized(c),
         }

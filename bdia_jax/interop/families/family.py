@@ -70,6 +70,8 @@ class Family(abc.ABC):
 
     head: ClassVar[str] = "lm_head.weight"
     """The tensor of a head that is not tied."""
+    as_many_heads: ClassVar[bool] = False
+    """Whether there are as many heads of keys as of queries, together as wide as the stream."""
     others: ClassVar[tuple[str, ...]] = ()
     """How names of tensors begin that belong to another network in the folder."""
     reads_gguf: ClassVar[bool] = True
@@ -99,6 +101,9 @@ class Family(abc.ABC):
 
     def has(self, config: DecoderConfig) -> bool:
         """Whether such networks are of this family: what it writes of one reads back as it."""
+        c = config
+        if self.as_many_heads and (c.num_kv_heads, c.heads * c.size_of_head) != (c.heads, c.width):
+            return False
         try:
             back = self.read(self.whole(config))
         except (FolderError, ValueError):

@@ -33,6 +33,7 @@ class GPT2(Family):
 
     name = "gpt2"
     architecture = "GPT2LMHeadModel"
+    as_many_heads = True
 
     def read(self, c: Config) -> DecoderConfig:
         expect(c, "activation_function", ("gelu_new", "gelu_pytorch_tanh"), "gelu_new")
@@ -58,10 +59,6 @@ class GPT2(Family):
             norm_epsilon=c.get("layer_norm_epsilon", 1e-5),
             tied_head=c.get("tie_word_embeddings", True),
         )
-
-    def has(self, config: DecoderConfig) -> bool:
-        one_size = config.heads * config.size_of_head == config.width
-        return super().has(config) and config.num_kv_heads == config.heads and one_size
 
     def write(self, config: DecoderConfig) -> dict[str, Any]:
         return {

@@ -39,6 +39,7 @@ class NeoX(Family):
     name = "gpt_neox"
     architecture = "GPTNeoXForCausalLM"
     head = "embed_out.weight"
+    as_many_heads = True
     reads_gguf = False
 
     def read(self, c: Config) -> DecoderConfig:
@@ -67,10 +68,6 @@ class NeoX(Family):
             out_bias=bias,
             tied_head=c.get("tie_word_embeddings", False),
         )
-
-    def has(self, config: DecoderConfig) -> bool:
-        one_size = config.heads * config.size_of_head == config.width
-        return super().has(config) and config.num_kv_heads == config.heads and one_size
 
     def write(self, config: DecoderConfig) -> dict[str, Any]:
         share = write_share(config.turned, config.size_of_head)
