@@ -48,13 +48,13 @@ def save_adapter(
 ) -> None:
     """Writes the low-rank updates of a model to a folder that ``peft`` loads.
 
+    The head of a vision tower, if it is trained, is written whole (``modules_to_save``).
+
     Args:
       model: of :func:`bdia_jax.nn.add_lora`, before they are merged.
       folder: is made; an adapter that is in it is replaced.
       like: what the model was loaded from; says how its layers are called. (Those of vision
         towers as by version 5 of ``transformers``.)
-
-    A head that is trained, of a vision tower, is written whole (``modules_to_save``).
 
     Raises:
       ValueError: for a model without low-rank updates, or some with magnitudes (DoRA) and some
