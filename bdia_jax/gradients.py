@@ -138,9 +138,7 @@ def with_derivative(primal, forward, backward) -> Callable[[Inputs], tuple[Array
     run = jax.custom_vjp(primal)
 
     def forward_rule(primals):
-        is_primal = lambda leaf: isinstance(leaf, CustomVJPPrimal)  # noqa: E731
-        wanted = jax.tree.map(lambda leaf: leaf.perturbed, primals, is_leaf=is_primal)
-        inputs = jax.tree.map(lambda leaf: leaf.value, primals, is_leaf=is_primal)
+        inputs, wanted = perturbed(primals)
         return forward(once(inputs), wanted)
 
     run.defvjp(
@@ -241,6 +239,13 @@ def cotangents_of_inputs(gradient, wanted: Wanted, c: Cotangents, report: Backwa
         d_update_params,
         d_update_state,
     )
+
+
+def perturbed(primals: PyTree[CustomVJPPrimal]) -> tuple[PyTree[Array], PyTree[bool]]:
+    """The values of what a forward rule is given; and of which a gradient is asked for."""
+    is_primal = lambda leaf: isinstance(leaf, CustomVJPPrimal)  # noqa: E731
+    values = jax.tree.map(lambda leaf: leaf.value, primals, is_leaf=is_primal)
+    return values, jax.tree.map(lambda leaf: leaf.perturbed, primals, is_leaf=is_primal)
 
 
 def is_zero(cotangent) -> bool:

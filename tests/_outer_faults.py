@@ -577,8 +577,8 @@ FAULTS = [
     Fault(
         "a student without its cap",
         "train/tasks/distillation",
-        "soft_cap(logits(student, matrix), caps[0])",
-        "logits(student, matrix)",
+        "map(soft_cap, map(logits, features, matrices), self.caps)",
+        "map(logits, features, matrices)",
         ("test_objectives",),
     ),
     Fault(
@@ -812,16 +812,16 @@ FAULTS = [
     ),
     Fault(
         "the gradient of a frozen matrix",
-        "nn/losses",
-        "wanted = (matrix.perturbed, features.perturbed, weights.perturbed)",
-        "wanted = (True, True, True)",
+        "nn/chunks",
+        "shared, fixed = partition(shared, wanted[0])",
+        "fixed = jax.tree.map(lambda _: None, shared)",
         ("test_decoder::test_no_product_of_the_loss_is_taken_twice",),
     ),
     Fault(
         "the last chunk of the loss",
-        "nn/losses",
-        "return total + loss, values",
-        "return loss, values",
+        "nn/chunks",
+        "return (jnp.sum(values), told), (d_shared, d_chunks)",
+        "return (values[0], told), (d_shared, d_chunks)",
         ("test_decoder::test_cross_entropy_in_chunks_is_cross_entropy", "test_decoder"),
     ),
     Fault(

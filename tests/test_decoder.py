@@ -5,14 +5,13 @@ import itertools
 import typing
 
 import jax
-import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from _programs import products_of
 from _rows import fast
 from flax import nnx
-from jax.interpreters.partial_eval import dce_jaxpr
 
 from bdia_jax.nn import (
     Decoder,
@@ -423,21 +422,6 @@ def test_no_product_of_the_loss_is_taken_twice():
     # Of a frozen matrix there is no gradient.
     of_features = jax.grad(lambda *args: cross_entropy(*args).loss)
     assert len(products_of(of_features, *given)) == 2
-
-
-def products_of(function, *given):
-    """The matrix products of a function's program, but for those whose result nobody needs."""
-    program = jax.make_jaxpr(function)(*given).jaxpr
-    needed, _ = dce_jaxpr(program, [True] * len(program.outvars))
-    return [e for e in equations(needed) if e.primitive.name == "dot_general"]
-
-
-def equations(jaxpr):
-    """Those of a program, and of all programs in it."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.extend.core.jaxprs_in_params(equation.params):
-            yield from equations(inner)
 
 
 @pytest.mark.parametrize("target", [5, -1])

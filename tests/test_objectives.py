@@ -6,13 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from _programs import products_of
 from flax import nnx
 from scipy import special
 
 from bdia_jax.data import Example, pack
 from bdia_jax.nn import Decoder, DecoderConfig
+from bdia_jax.nn.losses import log_likelihoods
+from bdia_jax.planning import memory
 from bdia_jax.train import TrainSettings, train
-from bdia_jax.train.tasks import Distillation, Distilled, Preferences
+from bdia_jax.train.tasks import Distillation, Distilled, Preferences, distillation
 from bdia_jax.train.tasks.preferences import log_probabilities
 
 TINY = DecoderConfig(
@@ -93,6 +96,84 @@ def test_distillation_by_the_equation():
     assert sums.weight == packed.weights.sum()
     plain = task.evaluate(model, batch)
     assert plain.loss == pytest.approx((packed.weights * entropy).sum(), rel=1e-4)
+
+
+def test_log_likelihoods_in_chunks_in_float64():
+    with jax.enable_x64(True):
+        keys = jax.random.split(jax.random.key(0), 4)
+        x = jax.random.normal(keys[0], (3, 7, 5), jnp.float64)
+        matrix = jax.random.normal(keys[1], (11, 5), jnp.float64)
+        targets = jax.random.randint(keys[2], (3, 7), 0, 11)
+        weights = jax.random.uniform(keys[3], (3, 7))
+
+        def ours(x, matrix):
+            found = log_likelihoods(x, matrix, targets, weights, cap=2.0, chunk=6)
+            return jnp.sum(jax.nn.sigmoid(found)), found
+
+        def plain(x, matrix):
+            each = jax.nn.log_softmax(2 * jnp.tanh(x @ matrix.T / 2), axis=-1)
+            said = jnp.take_along_axis(each, targets[..., None], axis=-1)[..., 0]
+            found = jnp.sum(weights * said, axis=1)
+            return jnp.sum(jax.nn.sigmoid(found)), found
+
+        (grads, found), (expected_grads, expected) = (
+            jax.grad(f, (0, 1), has_aux=True)(x, matrix) for f in (ours, plain)
+        )
+        np.testing.assert_allclose(found, expected, rtol=1e-12)
+        for a, b in zip(grads, expected_grads, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.buffers
+def test_preferences_need_no_gradient_of_the_matrix_per_answer():
+    """All answers: 16 matrices of 8 MB; of one chunk of them, logits of 4 MB, a few times."""
+
+    def gradient(x, matrix, targets):
+        def loss(x, matrix):
+            chosen, rejected = jnp.split(log_likelihoods(x, matrix, targets, chunk=64), 2)
+            return jnp.sum(jax.nn.sigmoid(chosen - rejected))
+
+        return jax.grad(loss, (0, 1))(x, matrix)
+
+    x = jax.ShapeDtypeStruct((16, 64, 128), jnp.float32)
+    matrix = jax.ShapeDtypeStruct((2**14, 128), jnp.float32)
+    targets = jax.ShapeDtypeStruct((16, 64), jnp.int32)
+    assert memory.temporaries(gradient, x, matrix, targets) < 40e6
+
+
+def test_gradients_of_distillation_and_no_logits_twice(monkeypatch):
+    """In chunks of few tokens, against plain automatic differentiation of the logits."""
+    monkeypatch.setattr(distillation, "CHUNK", 12)
+    student, teacher = Decoder(CAPPED, rngs=nnx.Rngs(0)), Decoder(TINY, rngs=nnx.Rngs(1))
+    packed = pack([drawn(2, 9), drawn(1, 5), drawn(1, 12)], 12)
+    task = Distillation("texts", packed, packed, alpha=0.7, temperature=2.0)
+    batch = jax.tree.map(jnp.asarray, task.arrays()["train"])
+    model = Distilled(student, teacher)
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+
+    def plain(params):
+        model = nnx.merge(graph, params, rest)
+        ours, theirs = (
+            net(batch.tokens, segments=batch.segments, positions=batch.positions)
+            for net in (model.student, model.teacher)
+        )
+        said = jnp.take_along_axis(jax.nn.log_softmax(ours), batch.targets[..., None], -1)[..., 0]
+        p, q = (jax.nn.log_softmax(each / 2) for each in (theirs, ours))
+        divergence = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+        return jnp.sum(batch.weights * (0.7 * 4 * divergence - 0.3 * said))
+
+    def ours(params):
+        return task.loss(nnx.merge(graph, params, rest), batch, None).loss
+
+    found, expected = (jax.jit(jax.grad(loss))(params) for loss in (ours, plain))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+    of_logits = [p for p in products_of(jax.grad(ours), params) if 11 in _sizes(p)]
+    assert len(of_logits) == 4, "the student's logits, and their two gradients; the teacher's"
+
+
+def _sizes(product):
+    return [size for v in (*product.invars, *product.outvars) for size in v.aval.shape]
 
 
 @pytest.mark.slow

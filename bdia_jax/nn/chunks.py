@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jax import lax
+from jaxtyping import Array, Float, PyTree, Shaped
+
+from bdia_jax.gradients import is_zero, perturbed
+from bdia_jax.pinning import alike
+from bdia_jax.trees import combine, partition
 
 
 def by_chunks(
@@ -21,7 +28,68 @@ def by_chunks(
     if size is None or size >= x.shape[1]:
         return function(x)
     chunks = cut(x, even(x.shape[1], size))
-    return together(jax.lax.map(jax.checkpoint(function), chunks), x.shape[1])
+    return together(lax.map(jax.checkpoint(function), chunks), x.shape[1])
+
+
+def sum_of_chunks(
+    function: Callable[[Any, Any], tuple[Float[Array, ""], PyTree[Array]]],
+    shared: PyTree[Array],
+    chunks: PyTree[Shaped[Array, "count ..."]],
+) -> tuple[Float[Array, ""], PyTree[Array]]:
+    """The sum of ``function(shared, chunk)`` over all chunks, a chunk at a time.
+
+    The gradient of a chunk is taken as soon as its value is known, and the backward pass only
+    scales the sum: nothing is computed twice, and of what ``function`` needs on the way to its
+    result, never more exists than that of a chunk. It is the gradient of the plain form.
+
+    Args:
+      function: hashable, closing over no traced array. It returns a scalar, and what else is to be
+        told of a chunk, which is not differentiated.
+      shared: what all chunks read.
+      chunks: as :func:`cut` makes them.
+
+    Returns:
+      The sum, and what was told, stacked.
+    """
+    leaves, structure = jax.tree.flatten((shared, chunks))
+    return _sum(function, *jax.tree.unflatten(structure, alike(*leaves)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sum(function, shared, chunks):
+    values, told = lax.map(lambda chunk: function(shared, chunk), chunks)
+    return jnp.sum(values), told
+
+
+def _sum_forward(function, shared, chunks):
+    (shared, chunks), wanted = perturbed((shared, chunks))
+    shared, fixed = partition(shared, wanted[0])
+    chunks = partition(chunks, wanted[1])
+
+    def step(d_shared, chunk):
+        chunk, fixed_chunk = chunk
+
+        def value_of(shared, chunk):
+            return function(combine(shared, fixed), combine(chunk, fixed_chunk))
+
+        gradient = jax.value_and_grad(value_of, argnums=(0, 1), has_aux=True)
+        (value, told), (d, d_chunk) = gradient(shared, chunk)
+        return jax.tree.map(jnp.add, d_shared, d), (value, told, d_chunk)
+
+    start = jax.tree.map(jnp.zeros_like, shared)
+    d_shared, (values, told, d_chunks) = lax.scan(step, start, chunks)
+    return (jnp.sum(values), told), (d_shared, d_chunks)
+
+
+def _sum_backward(function, saved, cotangents):
+    del function
+    d, _ = cotangents
+    if is_zero(d):
+        return None, None
+    return jax.tree.map(lambda gradient: (gradient * d).astype(gradient.dtype), saved)
+
+
+_sum.defvjp(_sum_forward, _sum_backward, symbolic_zeros=True)
 
 
 def even(length: int, most: int) -> int:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from bdia_jax.gradients import is_zero
 from bdia_jax.grid import accumulator
 from bdia_jax.nn.caps import soft_cap
-from bdia_jax.nn.chunks import cut, even, together
+from bdia_jax.nn.chunks import cut, even, sum_of_chunks, together
 from bdia_jax.pinning import alike
 
 METRICS: dict[str, Callable[[Array, Array], Array]] = {
@@ -89,9 +87,9 @@ def cross_entropy(
 ) -> Sums:
     """Cross-entropy of ``targets`` under the logits ``features matrixᵀ``, in chunks of tokens.
 
-    The logits of the whole batch never exist, in the derivative neither: the gradient of a chunk is
-    taken as soon as its loss is known, and the backward pass only scales the sum. It is the
-    gradient of the plain form. Metrics are not differentiated by what the logits depend on.
+    The logits of the whole batch never exist, in the derivative neither, and none are computed
+    twice (:func:`bdia_jax.nn.chunks.sum_of_chunks`). Metrics are not differentiated by what the
+    logits depend on.
 
     Args:
       features: what comes out of the last norm.
@@ -102,6 +100,49 @@ def cross_entropy(
       cap: of the logits (:func:`bdia_jax.nn.caps.soft_cap`); None for no cap.
       chunk: number of tokens whose logits exist at once (at least one per sequence); None for
         1,024, or fewer if these have more than 2^25 logits.
+    """
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must lie in [0, 1); got {label_smoothing}")
+    chunks, weights = _in_chunks(features, matrix, targets, weights, chunk)
+    loss, values = sum_of_chunks(_CrossEntropy(label_smoothing, cap), matrix, chunks)
+    metrics = {
+        name: jnp.sum(weights * together(value, targets.shape[1]).astype(weights.dtype))
+        for name, value in values.items()
+    }
+    return Sums(loss, jnp.sum(weights), metrics)
+
+
+def log_likelihoods(
+    features: Float[Array, "batch length width"],
+    matrix: Float[Array, "vocab width"],
+    targets: Int[Array, "batch length"],
+    weights: Float[Array, "batch length"] | None = None,
+    *,
+    cap: float | None = None,
+    chunk: int | None = None,
+) -> Float[Array, " batch"]:
+    """The log-probability of each sequence, in chunks of tokens; in float32 (float64).
+
+    The derivative computes logits again: a chunk's depends on what comes of all of a sequence.
+    Arguments are those of :func:`cross_entropy`.
+    """
+    chunks, _ = _in_chunks(features, matrix, targets, weights, chunk)
+    matrix, *chunks = alike(matrix, *chunks)
+
+    @jax.checkpoint
+    def of_chunk(chunk):
+        features, targets, weights = chunk
+        each = soft_cap(logits(features, matrix), cap)
+        return -jnp.sum(weights * _entropies(each, targets, weights), axis=1)
+
+    return jnp.sum(lax.map(of_chunk, chunks), axis=0)
+
+
+def _in_chunks(features, matrix, targets, weights, chunk):
+    """Chunks of features, targets and weights; and all weights.
+
+    Raises:
+      ValueError: for shapes that do not fit, and a chunk of no tokens.
     """
     if features.ndim != 3 or targets.shape != features.shape[:2]:
         raise ValueError(
@@ -116,32 +157,37 @@ def cross_entropy(
         chunk = max(1, min(1024, 2**25 // matrix.shape[0]))
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1; got {chunk}")
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing must lie in [0, 1); got {label_smoothing}")
     wide = accumulator(features.dtype)
     if weights is None:
         weights = jnp.ones_like(targets, wide)
     elif weights.shape != targets.shape:
         raise ValueError(f"weights must have the shape {targets.shape}; got {weights.shape}")
+    weights = weights.astype(wide)
     batch, length, _ = features.shape
     size = even(length, max(1, chunk // batch))
-    chunks = tuple(cut(a, size) for a in (features, targets, weights.astype(wide)))
-    found: Any = _loss(_Options(label_smoothing, cap), *alike(matrix, *chunks))
-    loss, values = found
-    metrics = {
-        name: jnp.sum(weights * together(v, length).astype(wide)) for name, v in values.items()
-    }
-    return Sums(loss, jnp.sum(weights, dtype=wide), metrics)
+    return tuple(cut(a, size) for a in (features, targets, weights)), weights
 
 
-class _Options(NamedTuple):
+class _CrossEntropy(NamedTuple):
+    """Of a chunk of tokens, the sum; and the metrics of each."""
+
     label_smoothing: float
     cap: float | None
 
+    def __call__(self, matrix, chunk):
+        features, targets, weights = chunk
+        each = soft_cap(logits(features, matrix), self.cap)
+        losses = _entropies(each, targets, weights, self.label_smoothing)
+        return jnp.sum(weights * losses), {name: f(each, targets) for name, f in METRICS.items()}
 
-def _loss_of_chunk(options: _Options, matrix, features, targets, weights):
-    """The sum over a chunk of tokens, and the metrics of each."""
-    each = soft_cap(logits(features, matrix), options.cap)
+
+def _entropies(
+    each: Float[Array, "batch length vocab"],
+    targets: Int[Array, "batch length"],
+    weights: Float[Array, "batch length"],
+    label_smoothing: float = 0.0,
+) -> Float[Array, "batch length"]:
+    """``-log p(target)``; 0 where the weight is 0."""
     norm = jax.nn.logsumexp(each, axis=-1)
     # By comparing, not by indexing: the derivative of that would scatter into a copy of each.
     # A product, not a selection, of which the zeros would be kept for the derivative.
@@ -149,63 +195,7 @@ def _loss_of_chunk(options: _Options, matrix, features, targets, weights):
     target = jnp.sum(each * hit.astype(each.dtype), axis=-1)
     exists = (targets >= 0) & (targets < each.shape[-1])
     loss = norm - jnp.where(exists, target, jnp.nan)
-    if options.label_smoothing:
-        loss += options.label_smoothing * (target - each.mean(axis=-1))
+    if label_smoothing:
+        loss += label_smoothing * (target - each.mean(axis=-1))
     # A target that does not exist makes the loss NaN, but where nobody asks for it.
-    loss = jnp.where(weights == 0, 0, loss)
-    return jnp.sum(weights * loss), {name: f(each, targets) for name, f in METRICS.items()}
-
-
-def _zero(weights):
-    """From an array, so that it varies over the same mesh axes."""
-    return jnp.zeros_like(weights[0, 0, 0])
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _loss(options: _Options, matrix, features, targets, weights):
-    """The sum over all chunks, and the metrics of every token, which are not differentiated."""
-
-    def step(total, chunk):
-        loss, values = _loss_of_chunk(options, matrix, *chunk)
-        return total + loss, values
-
-    return lax.scan(step, _zero(weights), (features, targets, weights))
-
-
-def _loss_forward(options: _Options, matrix, features, targets, weights):
-    """With the gradient, which the loss is proportional to: no logits are computed twice."""
-    wanted = (matrix.perturbed, features.perturbed, weights.perturbed)
-    matrix, features, targets, weights = (a.value for a in (matrix, features, targets, weights))
-
-    def step(carry, chunk):
-        total, d_matrix = carry
-        features, targets, weights = chunk
-
-        def loss_of(differentiated):
-            given = (matrix, features, weights)
-            m, f, w = (g if d is None else d for g, d in zip(given, differentiated))
-            return _loss_of_chunk(options, m, f, targets, w)
-
-        some = tuple(a if asked else None for a, asked in zip((matrix, features, weights), wanted))
-        (loss, values), (d, *d_chunk) = jax.value_and_grad(loss_of, has_aux=True)(some)
-        return (total + loss, None if d is None else d_matrix + d), (values, d_chunk)
-
-    start = (_zero(weights), jnp.zeros_like(matrix) if wanted[0] else None)
-    (loss, d_matrix), (values, d_chunks) = lax.scan(step, start, (features, targets, weights))
-    return (loss, values), (d_matrix, *d_chunks)
-
-
-def _loss_backward(options: _Options, saved, cotangents):
-    del options
-    d_loss, _ = cotangents
-    if is_zero(d_loss):
-        return None, None, None, None
-
-    def scaled(d):
-        return None if d is None else (d * d_loss).astype(d.dtype)
-
-    d_matrix, d_features, d_weights = map(scaled, saved)
-    return d_matrix, d_features, None, d_weights
-
-
-_loss.defvjp(_loss_forward, _loss_backward, symbolic_zeros=True)
+    return jnp.where(weights == 0, 0, loss)

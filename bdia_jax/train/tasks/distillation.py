@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Key
 
 from bdia_jax.adjoints import Direct
 from bdia_jax.nn.caps import soft_cap
-from bdia_jax.nn.chunks import cut, even
+from bdia_jax.nn.chunks import cut, even, sum_of_chunks
 from bdia_jax.nn.decoder import Decoder
 from bdia_jax.nn.gamma import set_step
 from bdia_jax.nn.lora import freeze
@@ -72,43 +74,38 @@ class Distillation(PackedTexts):
         student = model.student.features(batch.tokens, key=key, **where)
         teacher = lax.stop_gradient(model.teacher.features(batch.tokens, **where))
         weights = jnp.ones(batch.tokens.shape) if batch.weights is None else batch.weights
-        matrices = model.student.output_matrix(), model.teacher.output_matrix()
-        caps = model.student.config.logit_cap, model.teacher.config.logit_cap
-
-        @jax.checkpoint
-        def part(matrix, student, teacher, targets, weights):
-            ours = soft_cap(logits(student, matrix), caps[0])
-            theirs = soft_cap(logits(teacher, matrices[1]), caps[1])
-            return self._sums(ours, lax.stop_gradient(theirs), targets, weights)
-
-        def step(sums, chunk):
-            return jax.tree.map(jnp.add, sums, part(matrices[0], *chunk)), None
-
         size = even(batch.tokens.shape[1], max(1, CHUNK // len(batch.tokens)))
+        of_chunk = _OfChunk(
+            self.alpha,
+            self.temperature,
+            (model.student.config.logit_cap, model.teacher.config.logit_cap),
+        )
         chunks = tuple(cut(a, size) for a in (student, teacher, batch.targets, weights))
-        zero = jnp.zeros((), jnp.float32)
-        zeros = Sums(zero, zero, {"cross_entropy": zero, "accuracy": zero})
-        return lax.scan(step, zeros, chunks)[0]
+        matrices = model.student.output_matrix(), model.teacher.output_matrix()
+        loss, metrics = sum_of_chunks(of_chunk, matrices, chunks)
+        return Sums(loss, jnp.sum(weights), jax.tree.map(jnp.sum, metrics))
 
     def evaluate(self, model: Distilled, batch: Tokens) -> Sums:
         """The student's cross-entropy and accuracy, in evaluation mode."""
         return super().loss(model.student, batch, None)
 
-    def _sums(
-        self,
-        ours: Float[Array, "batch length vocab"],
-        theirs: Float[Array, "batch length vocab"],
-        targets: Int[Array, "batch length"],
-        weights: Float[Array, "batch length"],
-    ) -> Sums:
+
+class _OfChunk(NamedTuple):
+    """The loss of a chunk of tokens, and its metrics."""
+
+    alpha: float
+    temperature: float
+    caps: tuple[float | None, float | None]
+
+    def __call__(self, matrices, chunk):
+        *features, targets, weights = chunk
+        ours, theirs = map(soft_cap, map(logits, features, matrices), self.caps)
         learned = jax.nn.log_softmax(ours, axis=-1)
         entropy = -jnp.take_along_axis(learned, targets[..., None], axis=-1)[..., 0]
         p, q = (jax.nn.log_softmax(each / self.temperature, axis=-1) for each in (theirs, ours))
         divergence = jnp.sum(jnp.exp(p) * (p - q), axis=-1)
-        loss = (1 - self.alpha) * entropy + self.alpha * self.temperature**2 * divergence
+        losses = (1 - self.alpha) * entropy + self.alpha * self.temperature**2 * divergence
         metrics = {"cross_entropy": entropy, "accuracy": ours.argmax(-1) == targets}
-        return Sums(
-            jnp.sum(weights * loss),
-            jnp.sum(weights),
-            {name: jnp.sum(weights * value) for name, value in metrics.items()},
-        )
+        return jnp.sum(weights * losses), {
+            name: jnp.sum(weights * value) for name, value in metrics.items()
+        }

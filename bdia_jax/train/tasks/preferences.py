@@ -15,7 +15,7 @@ from bdia_jax.data.batches import batch_indices
 from bdia_jax.data.examples import Example
 from bdia_jax.data.packing import pack
 from bdia_jax.nn.decoder import Decoder
-from bdia_jax.nn.losses import Sums, cross_entropy
+from bdia_jax.nn.losses import Sums, log_likelihoods
 from bdia_jax.train.tasks.task import eval_rows
 
 Preference = tuple[Example, Example]
@@ -120,15 +120,14 @@ def log_probabilities(model: Decoder, rivals: Rivals, key) -> Float[Array, "pair
     """Of the answers' tokens, summed."""
     pairs, two, length = rivals.tokens.shape
     tokens, targets, weights = (a.reshape(pairs * two, length) for a in rivals[:3])
-    features, matrix = model.features(tokens, key=key), model.output_matrix()
-
-    @jax.vmap
-    def of_one(features, targets, weights):
-        return cross_entropy(
-            features[None], matrix, targets[None], weights[None], cap=model.config.logit_cap
-        ).loss
-
-    return -of_one(features, targets, weights).reshape(pairs, two)
+    found = log_likelihoods(
+        model.features(tokens, key=key),
+        model.output_matrix(),
+        targets,
+        weights,
+        cap=model.config.logit_cap,
+    )
+    return found.reshape(pairs, two)
 
 
 def _rivals(pairs: Sequence[Preference], length: int, reference: Decoder, size: int) -> Rivals:
