@@ -30,13 +30,13 @@ class BackwardReport(NamedTuple):
     """What the backward pass saw, per block: float32 of shape ``[blocks]`` each.
 
     Give :meth:`zeros` to an adjoint as ``probe`` and differentiate with respect to it: its
-    "gradient" is the report. With :class:`Checkpoint`, which takes nothing back, that is zeros.
+    "gradient" is the report. With :class:`Checkpoint`, which takes nothing back, it is all zeros.
     """
 
     mismatched: Float[Array, "blocks"]
     """Samples whose reconstructed state is not that of the forward pass."""
     corrected: Float[Array, "blocks"]
-    """Roundings that came out otherwise, and were put right by the tolerance bits."""
+    """Roundings that came out differently, and that the tolerance bits corrected."""
     deviation: Float[Array, "blocks"]
     """The largest correction, in grid steps."""
 
@@ -46,10 +46,10 @@ class BackwardReport(NamedTuple):
 
 
 class Update(NamedTuple):
-    """What becomes of a block's gradient as soon as it is known, in the backward pass.
+    """Uses a block's gradient as soon as it is known, in the backward pass.
 
-    The stacked gradient then never exists. Instead, the "gradients" by ``params`` and ``state``
-    are their new values.
+    The stacked gradient then never exists. Instead, the "gradients" with respect to ``params`` and
+    ``state`` are their new values.
     """
 
     function: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
@@ -66,7 +66,7 @@ class Update(NamedTuple):
 class Online:
     """Online back-propagation: every step is taken back, to the last bit.
 
-    Kept are the last two states, and per step m + r bits per element and a checksum per sample.
+    It keeps the last two states and, per step, m + r bits per element and a checksum per sample.
     A state that is not reconstructed exactly turns the gradients from that block down into NaN.
     Reverse mode only, and once: differentiating twice is an error.
 
@@ -75,11 +75,11 @@ class Online:
 
     Args:
       probe: :meth:`BackwardReport.zeros`, for a report.
-      update: what becomes of a block's gradient; None to return the gradient.
-      keep_in: where the bits wait; "host" leaves the device nothing that grows with the depth, at
-        m + r bits per element and step that are copied there and back.
-      narrow_cotangents: whether the two cotangents wait, from block to block, in the dtype that
-        the blocks see, rather than in float32. The states are as exact as before; of bfloat16,
+      update: how a block's gradient is used at once; None to return the gradient.
+      keep_in: where the bits are kept. With "host", nothing on the device grows with the depth, and
+        m + r bits per element and step are copied to the host and back.
+      narrow_cotangents: whether the two cotangents are kept, between blocks, in the dtype that the
+        blocks see, rather than in float32. The states are as exact as before. With bfloat16,
         gradients are rounded once more per block, and the loop holds 4 bytes per element less.
 
     Source: Zhang, Lewis, Kleijn, ICML 2025 (arXiv 2407.09093).
@@ -105,7 +105,7 @@ class Checkpoint:
         a scale per 64 features: the forward pass is exact, the gradient is that at the rounded
         inputs. For ``Euler()`` without a grid.
       probe, update: as in :class:`Online`.
-      keep_in: where the inputs wait, "device" or "host".
+      keep_in: where the inputs are kept, "device" or "host".
 
     Sources: Chen, Xu, Zhang, Guestrin, "Training Deep Nets with Sublinear Memory Cost", 2016. For
     ``bits``: Chen et al., "ActNN", ICML 2021.

@@ -1,4 +1,4 @@
-"""Which γ does a network bear? Measured before training, by forward passes alone.
+"""Which γ does a network tolerate? Measured before training, by forward passes alone.
 
 γ perturbs a network: little where it was trained from scratch with γ, a lot where it was pretrained
 without. The loss in training mode tells how much. The more bits, the smaller γ = 2^-m, and the less
@@ -57,7 +57,7 @@ class GammaChoice:
 
     @property
     def within(self) -> bool:
-        """Whether the chosen step's rise is within the tolerance; if not, it is the least."""
+        """Whether the chosen step's rise is within the tolerance; if not, it is the smallest."""
         return self.chosen.rise <= self.tolerance
 
     def __str__(self) -> str:
@@ -104,9 +104,9 @@ def choose_gamma(
 ) -> GammaChoice:
     """Measures the loss in training mode by γ and signs, and chooses a step.
 
-    Chosen are the fewest bits with which the loss rises by no more than ``tolerance`` over that of
-    the standard network. Of signs, only those that are fair are chosen; with others, weights
-    adapt to a network that is not the one handed back.
+    It chooses the fewest bits with which the loss rises by no more than ``tolerance`` over that of
+    the standard network. It chooses fair signs only; with others, the weights adapt to a network
+    that is not the one handed back.
 
     Args:
       loss: ``loss(step, *args)``, a scalar; traced twice, whatever the number of trials. It gives

@@ -53,7 +53,7 @@ def to_grid(x: Float[Array, "..."], frac_bits: int) -> Int32[Array, "..."]:
     """``n = round(x * 2**frac_bits)``, ties to even.
 
     Integers have no NaN: NaN becomes 0, and values beyond ``±2**30`` grid steps are clipped
-    there. Ask :func:`on_grid` where that happened; :func:`quantize` does, and answers NaN.
+    there. :func:`on_grid` says where that happened; :func:`quantize` returns NaN there.
 
     Args:
       x: any shape, any floating-point dtype.

@@ -109,7 +109,7 @@ def sample_signs(key: Key[Array, ""], batch: int) -> Int32[Array, "batch"]:
 def alternating_signs(key: Key[Array, ""], batch: int) -> Int32[Array, "batch"]:
     """Fair signs σ ∈ {-1, +1}, alternating over the samples: half of a batch has each.
 
-    What is odd in σ cancels within a batch, rather than on average over batches.
+    Effects that are odd in σ cancel within each batch, not only on average over batches.
     """
     return sample_signs(key, 1) * (1 - 2 * (jnp.arange(batch, dtype=jnp.int32) % 2))
 

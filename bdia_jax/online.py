@@ -14,10 +14,10 @@ block k again, takes its step back to find x_{k-1}, and back-propagates through 
 
 A block of several parts takes such a step per part, in one loop body.
 
-The loops hold d = n_k - n_{k-1}, or n_{k+1} - n_k on the way down, beside n_k: each replaces itself
-in place, where the two states would change places, for which compilers copy both.
+The loops hold d = n_k - n_{k-1}, or n_{k+1} - n_k on the way down, beside n_k, so that each is
+overwritten in place. Two states would swap places, and compilers would copy both.
 
-Both passes must compute q to the last bit alike. They run the block as one pinned sub-program
+Both passes must compute the same q, to the last bit. They run the block as one pinned sub-program
 (:mod:`bdia_jax.pinning` says how, and why); everything else is integer arithmetic, or float
 arithmetic written so that every compilation rounds it alike (:func:`bdia_jax.maps.pre_rounding`).
 Exactness is checked all the same, in every backward pass: that is what the checksum is for.
@@ -77,7 +77,8 @@ class Kept(NamedTuple):
 class Saved(NamedTuple):
     """All that the scan down is given.
 
-    With the depth grow the parameters, which exist anyway, what the steps keep, and a key per part.
+    What grows with the depth: the parameters, which exist anyway, what the steps keep, and the keys
+    of the parts.
     """
 
     wanted: Wanted
@@ -158,17 +159,17 @@ def down(scan: Scan, saved: Saved, cotangents) -> Inputs:
             h, vjp, sign, alive = pinned(scan, p, wanted, params, n, k, part_key, sign)
             found = step.down(n + d, n, h, sign, fetch(kept[p].side, scan.keep_in))
             n_prev, fits, report = audited(found, n + d, sign, kept[p].witness)
-            # All that is asked of n_{k+1} is asked before it is written over.
+            # Whatever reads n_{k+1} does so before it is overwritten.
             d, fits, report = barrier((n - n_prev, fits, report))
             n = n - d
-            # An Euler step cannot be taken back; there q itself is compared with what came of it.
+            # An Euler step cannot be taken back; there q itself is compared with n_{k+1}.
             intact = jnp.where(sign == 0, fits, checksum(n) + alive == kept[p].checksum)
             if not scan.audit:
                 report = report._replace(mismatched=jnp.sum(~intact, dtype=jnp.float32))
             reports.append(report)
             d_h, _, _ = pull(c, intact, sign)
             d_part, d_x, d_consts = vjp(d_h)
-            # What is left of the cotangents after the derivative, or it would be alive during it.
+            # The rest of the cotangents after the derivative, or it would take memory during it.
             d_x, c, intact = barrier((d_x, c, intact))
             _, a, a_prev = pull(c, intact, sign)
             d_params, d_consts = plus(d_params, d_part), plus(c.consts, d_consts)
@@ -200,7 +201,8 @@ def pinned(scan: Scan, p: int, split: Wanted, params, n, k, key, sign):
     """The update of a part, its derivative, the signs, and a value to fold into a checksum."""
     params, x, key, consts, sign = fenced(scan, p, split, params, n, k, key, sign)
     h, vjp, alive = pinned_vjp(scan.parts[p].function, params, x, key, consts)
-    # σ is never above 1, which no compiler knows: residuals are read, and change nothing.
+    # σ is never above 1, but no compiler knows that: it must read the residuals, and the checksum
+    # stays as it is.
     return h.astype(scan.wide), vjp, sign, jnp.where(sign > 1, alive, jnp.uint32(0))
 
 

@@ -58,8 +58,8 @@ def pinned_vjp(
     h, vjp = jax.vjp(run, params[0], x, consts[0])
     residuals, structure = jax.tree.flatten(vjp)
     h, residuals = fence((h, residuals))
-    # A compiler reads an element by computing it from whatever the residual is made of, where the
-    # result is used: late, and all of that has to be kept until then. A sort it fuses with nothing.
+    # A compiler would compute each element late, where the result is used, from the arrays that the
+    # residual is made of, and keep all of these until then. It never fuses a sort.
     touched = lax.sort(jnp.stack([jnp.uint32(0), *map(touch, residuals)]))
     alive = reduce_to(varying(x), jnp.sum(touched, dtype=jnp.uint32), lax.psum)
     vjp = structure.unflatten(residuals)
@@ -69,9 +69,9 @@ def pinned_vjp(
 def fence(tree: PyTree[Array]) -> PyTree[Array]:
     """A :func:`barrier`; on accelerators, between arrays that are laid out by rows.
 
-    Fusion ends at a barrier, but the choice of layouts does not: as the derivative would like an
-    array to be laid out, the block would make it, in the backward pass only, and on a GPU another
-    kernel would then compute the product that reads the array.
+    Fusion ends at a barrier, but the choice of layouts does not. In the backward pass only, the
+    block would make an array in the layout that the derivative wants, and on a GPU another kernel
+    would then compute the product that reads the array.
     """
     return barrier(jax.tree.map(_by_rows, tree))
 

@@ -30,8 +30,8 @@ def reversible_scan(
         network is ``x = x + block(...)``. Any pure function that preserves the shape of ``x``. It
         may close over arrays, traced ones too. Or a tuple of such functions, the parts of a block,
         such as attention and feed-forward network: each is an update and a step of its own, with
-        the parameters of the block and a key of its own. What a step keeps for its derivative is
-        then a part's; the side information is that of as many more steps.
+        the parameters of the block and a key of its own. A step then keeps
+        for its derivative what one part needs; every part adds a step with side information.
       stacked_params: a pytree of arrays with a leading block axis of equal length; integer and
         key leaves are given to the block like any others (and get no gradient).
       x: the input of the first block, float16, bfloat16, float32 or float64. The blocks see the
@@ -74,8 +74,8 @@ def reversible_scan_pair(
 
     ``pair = reversible_scan_pair(f, head, (x, x), start=0, ...)`` followed by
     ``reversible_scan_pair(f, tail, pair, start=blocks_in_head, ...)`` is the whole stack: with
-    the same key, to the bit (of JAX's generators but ``unsafe_rbg``, which draws otherwise for
-    another number of blocks).
+    the same key, to the last bit (but with JAX's generator ``unsafe_rbg``, what is drawn depends
+    on the number of blocks).
 
     Args:
       state: ``(x_{k-1}, x_k)``, of equal shape and dtype. Differentiable in both.

@@ -18,8 +18,8 @@ def checksum(n: Int32[Array, "batch *shape"]) -> UInt32[Array, "batch"]:
     """A hash of each sample's integers, by value and position: the sum of one word per element.
 
     The word is a bijective function of the element, so that a change of one element always
-    shows. Changes of several may cancel, one time in 2^28 or more; they are met again one block
-    below, where what is reconstructed from them is compared in turn.
+    shows. Changes of several may cancel, with a chance of at most 2^-28; then the next block below
+    is reconstructed from them, and is compared in turn.
     """
     word = n.astype(jnp.uint32)
     for axis in range(1, n.ndim):

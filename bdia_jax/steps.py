@@ -9,7 +9,7 @@ step               γ        σ_k                                 what it is for
 =================  =======  ==================================  =============================
 :class:`BDIA`      2^-m     drawn, or one sign throughout       training, taken back exactly
 :class:`Midpoint`  1        +1                                  a network of its own
-:class:`Euler`     0        (no matter)                         the standard network
+:class:`Euler`     0        (any)                               the standard network
 =================  =======  ==================================  =============================
 
 The first block of a network has no x_{-1}: there σ_0 = 0, which makes it an Euler step.
@@ -217,8 +217,8 @@ class BDIA(Step):
     The network that it trains is the standard one: :attr:`network` is ``Euler(frac_bits)``.
 
     γ is a dial. γ = 1/2 with a sign per block is a strong regularizer, for training from scratch on
-    little data. Small γ, 1/8 or 1/16, hardly perturbs a network, and is for pretrained ones, at
-    m = 3 or 4 bits. :func:`bdia_jax.choose_gamma` measures which γ a model bears.
+    little data. A small γ, often 1/16 or 1/32, hardly perturbs a network, and is for pretrained
+    ones, at m = 4 or 5 bits. :func:`bdia_jax.choose_gamma` measures which γ a model tolerates.
 
     Args:
       gamma: magnitude of γ, in (0, 1]. With :class:`bdia_jax.Online` 2^-m, m in 0 … 16.

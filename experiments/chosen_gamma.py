@@ -1,4 +1,4 @@
-"""``--gamma auto``: the γ that a pretrained network bears, measured before it is trained."""
+"""``--gamma auto``: the γ that a pretrained network tolerates, measured before it is trained."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def chosen_step(
     described = out / "settings.json"
     if described.exists():
         return BDIA(**json.loads(described.read_text())["fine-tuning"]["step"])
-    print("measuring which γ the model bears (--gamma auto)")
+    print("measuring which γ the model tolerates (--gamma auto)")
     with tqdm(unit="trial", leave=False) as bar:
         choice = choose_gamma(
             model,

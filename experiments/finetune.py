@@ -15,8 +15,8 @@ is any text. Short texts are packed into full sequences, without attention from 
 What comes out, ``runs/mine/model``, is a folder that ``transformers`` loads: the network that went
 in, with the weights of the best evaluation.
 
-Before training, the γ that the model bears is measured by a few forward passes (``--gamma auto``):
-the fewest bits per activation with which the loss rises by at most ``--gamma-tolerance``.
+Before training, a few forward passes measure the γ that the model tolerates (``--gamma auto``): the
+fewest bits per activation with which the loss rises by at most ``--gamma-tolerance``.
 """
 
 from __future__ import annotations
@@ -114,8 +114,8 @@ class FineTune:
     eval_data: pathlib.Path | None = None
     """The same for evaluation; by default every tenth text of the data."""
     weights: tuple[float, ...] | None = None
-    """Shares of the training sequences, one for each of the data, up to a factor: 5 3 2 is as good
-    as 0.5 0.3 0.2. A source that is over begins again, in another order."""
+    """Shares of the training sequences, one for each argument of --data: 5 3 2 is the same as
+    0.5 0.3 0.2. A source that is used up starts again, in another order."""
     stream: bool = False
     """Read and tokenize the data as the run goes, for sets that do not fit memory. They are read
     once before, to be checked."""
@@ -124,17 +124,17 @@ class FineTune:
     length: int = 1024
     """Tokens per sequence."""
     too_long: TooLong = "truncate"
-    """What becomes of a record that is longer: truncate, split, drop, or error."""
+    """What to do with a record that is longer: truncate, split, drop, or error."""
     method: Method = "bdia"
     """bdia is taken back, and keeps bits; standard-checkpoint keeps the inputs of blocks."""
     gamma: float | Literal["auto"] = "auto"
     """Magnitude of γ, 2^-m for m bits per activation and block; auto measures which one the model
-    bears (with another method than bdia it has no meaning)."""
+    tolerates (with the method bdia only)."""
     signs: Signs | None = None
     """Of γ: block, sample, minus or plus; None for what is measured to be best (with a γ of your
     own: sample)."""
     gamma_tolerance: float = 0.01
-    """By which share γ may raise the loss in training, for auto."""
+    """For auto: the share by which γ may raise the loss in training mode."""
     frac_bits: int = 9
     """Fractional bits of the grid."""
     tolerance_bits: int = 0
@@ -143,13 +143,13 @@ class FineTune:
     """Attention and feed-forward network as steps of their own: less memory for a block's
     derivative, twice the bits."""
     ffn_chunk: int | None = None
-    """Positions of which the hidden layer of a block exists at a time (128, say): less memory, and
+    """Compute a block's hidden layer for this many positions at a time (128, say): less memory, and
     more time, since it is computed once more. None for all."""
     keep_in: Memory = "device"
-    """Where what each step keeps waits for the way back: on the device, or in the memory of the
-    host (host), whence it is copied."""
+    """Where each step keeps what the backward pass needs: on the device, or in the memory of the
+    host (host), from where it is copied back."""
     narrow_cotangents: bool = False
-    """Whether cotangents wait from block to block in --dtype, rather than in float32."""
+    """Whether cotangents are kept, between blocks, in --dtype, rather than in float32."""
     attention: str = "auto"
     """chunked, xla or cudnn; auto is cudnn on a GPU that has it, without dropout, and chunked
     elsewhere."""
@@ -171,8 +171,8 @@ class FineTune:
     lora: LowRank = LowRank()
     """Low-rank updates."""
     samples: int = 1
-    """Of so many prompts, those of the first texts for evaluation, every evaluation tells how the
-    network goes on; 0 for none."""
+    """At every evaluation, log how the network continues this many prompts, those of the first
+    texts for evaluation; 0 for none."""
     resume: bool = False
     """Continue the run in the folder, if there is one."""
     train: TrainSettings = SOME

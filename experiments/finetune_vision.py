@@ -11,7 +11,7 @@ a set of TensorFlow Datasets. Images are normalized as in the pretraining. What 
 evaluation and the names of the classes.
 
 The network gets a new head, which is first fitted to what the network makes of some images. Then
-the γ that it bears is measured by a few forward passes (``--gamma auto``).
+the γ that it tolerates is measured by a few forward passes (``--gamma auto``).
 """
 
 from __future__ import annotations
@@ -109,18 +109,18 @@ class FineTuneVision:
     label_smoothing: float = 0.0
     """Share of the target that is spread over all classes."""
     head_images: int = 1000
-    """Training images, at most, to which the new head is fitted before anything is trained. 0 for a
-    head of zeros, by whose loss γ cannot be chosen."""
+    """The new head is first fitted to at most this many training images. 0 for a head of zeros, by
+    whose loss γ cannot be chosen."""
     method: Method = "bdia"
     """bdia is taken back, and keeps bits; standard-checkpoint keeps the inputs of blocks."""
     gamma: float | Literal["auto"] = "auto"
     """Magnitude of γ, 2^-m for m bits per activation and block; auto measures which one the network
-    bears (with another method than bdia it has no meaning)."""
+    tolerates (with the method bdia only)."""
     signs: Signs | None = None
     """Of γ: block, sample, minus or plus; None for what is measured to be best (with a γ of your
     own: sample)."""
     gamma_tolerance: float = 0.01
-    """By which share γ may raise the loss in training, for auto."""
+    """For auto: the share by which γ may raise the loss in training mode."""
     frac_bits: int = 9
     """Fractional bits of the grid."""
     tolerance_bits: int = 0

@@ -811,13 +811,6 @@ FAULTS = [
         ("test_sharding::test_layers_with_derivatives_of_their_own_under_shard_map",),
     ),
     Fault(
-        "the gradient of a frozen matrix",
-        "nn/chunks",
-        "shared, fixed = partition(shared, wanted[0])",
-        "fixed = jax.tree.map(lambda _: None, shared)",
-        ("test_decoder::test_no_product_of_the_loss_is_taken_twice",),
-    ),
-    Fault(
         "the last chunk of the loss",
         "nn/chunks",
         "return (jnp.sum(values), told), (d_shared, d_chunks)",

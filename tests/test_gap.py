@@ -121,7 +121,7 @@ def test_pretrained_weights(changes, warned, pretrained, tmp_path, caplog):
         told = f"{first['loss']:.4g} with γ = 0.5, signs by block; {first['network_loss']:.4g}"
         assert told in caplog.text
         assert 'signs="sample"' in caplog.text
-        assert 'gamma="auto"' in caplog.text
+        assert "--gamma auto" in caplog.text
         assert second["loss"] > second["network_loss"]
 
 

@@ -64,9 +64,9 @@ class ChatTemplate:
     def generated(self, messages: Sequence[Message]) -> list[tuple[str, list[Span]]]:
         """Texts of a conversation, and what of them the model writes.
 
-        Either one text, in which every answer stands as the model will write it; or, where the
-        template writes an answer otherwise once there is another (without its thoughts, say), a
-        text per answer, which ends with it.
+        Usually one text with all answers, as the model will write them. Where the template changes
+        an answer once another follows (it drops its thoughts, say), one text per answer, which ends
+        with that answer.
 
         Raises:
           ValueError: for messages that the template refuses, or a template whose prompt is not how
@@ -157,7 +157,7 @@ def conversation(
 ) -> list[Example]:
     """A conversation as it is learned: the assistant's messages, up to the token that ends them.
 
-    What is before an answer are the tokens that a model is given to answer.
+    The tokens before an answer are those that a model is prompted with.
 
     Args:
       tokenizer: of the model.

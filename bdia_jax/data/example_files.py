@@ -33,8 +33,8 @@ ALPACA_WITH_INPUT = (
     "context. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{}\n\n### Input:\n{}\n\n### Response:\n"
 )
-"""How models are asked that have no template of their own (Taori et al., "Stanford Alpaca: An
-Instruction-following LLaMA model", 2023), as they are by those who train with this format."""
+"""The prompt for models without a template of their own, as others who train with this format have
+it (Taori et al., "Stanford Alpaca: An Instruction-following LLaMA model", 2023)."""
 
 
 def read_examples(
@@ -51,8 +51,8 @@ def read_examples(
 
     Args:
       path: records (``.jsonl``, ``.ndjson``, ``.json``, ``.csv``, ``.tsv`` or ``.parquet``, see
-        :func:`bdia_jax.data.read_records`), of the kind that the first one's fields say; or plain
-        text, which is learned in pieces of ``length`` tokens. Each piece begins with what the
+        :func:`bdia_jax.data.read_records`), whose kind is known by the fields of the first one; or
+        plain text, which is learned in pieces of ``length`` tokens. Each piece begins with what the
         tokenizer puts before a text, and with the last token of the piece before, so that every
         token but the first is learned once. Kinds of records:
 
@@ -68,7 +68,7 @@ def read_examples(
       too_long: what becomes of a record with more tokens than ``length + 1``. ``"truncate"`` keeps
         its first ones; nothing is left to learn where the prompt alone is as long, and it is left
         out. ``"split"`` makes pieces of it, as of plain text, so that all of the completion is
-        learned, of which later pieces see less of what is before them. ``"drop"`` leaves it out,
+        learned; later pieces see less of what comes before them. ``"drop"`` leaves it out,
         and ``"error"`` refuses it.
       template: the model's, for conversations.
 

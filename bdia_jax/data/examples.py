@@ -20,10 +20,10 @@ def completion(tokenizer: Tokenizer, prompt: str, text: str) -> Example:
     """A prompt, which is not learned, what follows it, and the end of a text, which are.
 
     The first tokens are those that a model is later prompted with,
-    :meth:`Tokenizer.prompt_tokens`. Those after them are of the whole, prompt and text together.
-    Where the whole has a token across the boundary (the prompt ends in a space, and ``" yes"`` is
-    one token), it is split there: a prompted model cannot say that token, for it has to go on from
-    the prompt's own last one.
+    :meth:`Tokenizer.prompt_tokens`. The others come from the whole, prompt and text tokenized
+    together. Where the whole has a token across the boundary (the prompt ends in a space, and
+    ``" yes"`` is one token), it is split there: a prompted model cannot write that token, because
+    it goes on from the prompt's own last one.
     """
     return completed(tokenizer, prompt, text)[0]
 

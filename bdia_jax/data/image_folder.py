@@ -25,7 +25,7 @@ SUFFIXES = (
 EVALUATION = ("validation", "valid", "val", "test")
 """Names of a folder with images to evaluate on, beside "train"; the first that is there."""
 EVERY = 10
-"""Without such a folder, each so many-th image of a class is evaluated on."""
+"""Without such a folder, one image in so many of each class is for evaluation."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ def load_image_folder(
     for evaluation. Or it has a folder ``train`` with those, and another one, ``validation``
     (``valid``, ``val``, ``test``).
 
-    An image is turned as its camera says, put on white where it is transparent, scaled until its
+    An image is rotated as its EXIF data say, put on white where it is transparent, scaled until its
     shorter side has ``size`` pixels, and cut to the square in its middle. All images are held in
     memory: 224 × 224 × 3 bytes are 0.15 MB an image.
 

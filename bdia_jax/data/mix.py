@@ -1,17 +1,17 @@
 """A mix of sources of texts, as an endless sequence of rows, which can be entered anywhere.
 
-Every source gives rows of its own; whose row is next is decided by the shares
-(:func:`bdia_jax.data.order.whose_turn`). Of source i, in its epoch e, the blocks are taken in a
-random order, that of the seed ``(seed, i, e)``; so many of them as have some 256 rows of text are a
-*window*. The texts of a window are packed by best fit (:func:`bdia_jax.data.pack`), and its rows
-come in a random order again, that of ``(seed, i, e, window)``. So every text of a source is seen
+Every source gives rows of its own; the shares decide which source is next
+(:func:`bdia_jax.data.order.whose_turn`). In its epoch e, the blocks of source i are taken in a
+random order, with the seed ``(seed, i, e)``. Blocks with some 256 rows of text make a *window*. The
+texts of a window are packed by best fit (:func:`bdia_jax.data.pack`), and its rows are shuffled
+again, with the seed ``(seed, i, e, window)``. So every text of a source is seen
 once before any is seen again, in another order in each epoch.
 
 Where a sequence stands is a *position*: for every source, how many rows it gave, and the window and
 the row that are next. What follows depends on the position alone.
 
-Of grain, whose data sets can be shuffled and mixed in this way, nothing is used: the order of a run
-must not change with the version of a library, and what is needed of it is little (``order.py``).
+grain can shuffle and mix data sets in this way, but it is not used: the order of a run must not
+change with the version of a library, and little code is needed instead (``order.py``).
 """
 
 from __future__ import annotations

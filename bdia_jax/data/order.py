@@ -1,4 +1,4 @@
-"""Random orders of so many things that no list of them is kept; and turns by shares."""
+"""Random orders of many things, without a list of them; and turns by shares."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ INSTRUCTION, BARE_INSTRUCTION = ("instruction", "input", "output"), ("instructio
 
 
 def read_records(path: str | os.PathLike, fields: Sequence[str]) -> list[Record]:
-    """Records of a file. What its suffix, in any case, says is how it is read.
+    """Reads the records of a file, in the format that its suffix names (in upper or lower case).
 
     - ``.jsonl`` and ``.ndjson``: a JSON object per line; blank lines do not count.
     - ``.json``: a list of objects, or one, or an object per line.

@@ -124,8 +124,8 @@ class TextsOnDisk:
           paths: files, and folders of files, of the kinds that
             :func:`bdia_jax.data.read_examples` reads, but for ``.json``.
           tokenizer, length, too_long, template: as there.
-          hold_out: whether every tenth record is kept for evaluation (:meth:`held_out`), or fewer,
-            evenly spaced, so that they are at most 1000 and of some 4 MB.
+          hold_out: whether to keep records for evaluation (:meth:`held_out`): every tenth, or
+            fewer, evenly spaced, so that there are at most 1,000 of them, of some 4 MB.
           folder: keeps the index, so that a resumed run need not read all files; None to make it
             anew each time.
 

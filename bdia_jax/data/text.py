@@ -60,7 +60,7 @@ def split_text(
       name: of the text.
       text: all of it.
       tokenizer: makes the tokens.
-      share: of what is not held out, from its start, that is trained on.
+      share: how much of the rest is trained on, from its start.
       held_out: share of the text (of its characters) for evaluation.
     """
     if not 0 < share <= 1:

@@ -70,7 +70,7 @@ class Tokenizer:
         return tokens if begin and tokens[: len(begin)] == begin else begin + tokens
 
     def continuation(self, text: str) -> list[int]:
-        """The tokens of a text that goes on from another: without a space that is put before it."""
+        """The tokens of a text that continues another: no space is put before it."""
         return self._within.encode(text, add_special_tokens=False).ids
 
     @functools.cached_property

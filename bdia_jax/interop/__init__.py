@@ -1,8 +1,8 @@
 """Weights of other libraries, in and out.
 
 - Folders of ``transformers`` (GPT-2, Llama, Mistral, Phi-3 and 4, Qwen 2 and 3, Seed-OSS, SmolLM3,
-  Gemma 1 to 3, OLMo 2 and 3, Granite, ERNIE 4.5, Pythia, Mixtral), local or of the Hugging
-  Face hub: :func:`load`, :func:`read_config`, :func:`save`.
+  Gemma 1 to 3, OLMo 2 and 3, Granite, ERNIE 4.5, Pythia; with experts: Mixtral, Qwen 3, OLMoE),
+  local or of the Hugging Face hub: :func:`load`, :func:`read_config`, :func:`save`.
 - GGUF files of llama.cpp: :func:`load` and :func:`read_config`, too; their tokenizer:
   :func:`bdia_jax.interop.gguf.load_tokenizer`. A pretrained model in one, as a package:
   :func:`packaged_model`.

@@ -172,7 +172,7 @@ def load_adapter(
 def lora_targets(
     model: Decoder | VisionTower, names: tuple[str, ...], *, like: str | os.PathLike
 ) -> tuple[str, ...]:
-    """What :func:`bdia_jax.nn.add_lora` calls the layers that ``peft`` calls so.
+    """Names of layers for :func:`bdia_jax.nn.add_lora`, from the names that ``peft`` has for them.
 
     Args:
       model: of :func:`bdia_jax.interop.load`.

@@ -44,7 +44,7 @@ def read_config(path: str | os.PathLike) -> DecoderConfig:
 def load(path: str | os.PathLike, *, quantize: Kind | None = None, **settings: Any) -> Decoder:
     """A decoder with the weights of a folder of ``transformers``, or of a GGUF file.
 
-    Of the weights there is one copy in memory, and the largest stacked array a second time.
+    Memory holds one copy of the weights, and the largest stacked array a second time.
 
     Args:
       path: a folder with ``config.json`` and ``*.safetensors``; a ``*.gguf`` file, of which

@@ -46,8 +46,8 @@ def save(
 ) -> None:
     """Writes a folder that ``transformers`` loads.
 
-    A model that was in the folder before is replaced as a whole: if the save is interrupted, it is
-    still there, and is what :func:`load` finds; or else the new one is.
+    A model that was in the folder before is replaced as a whole: after an interrupted save,
+    :func:`load` finds either the old model or the new one.
 
     Args:
       model: without low-rank updates (:func:`bdia_jax.nn.merge_lora`).

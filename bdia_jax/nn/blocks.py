@@ -35,7 +35,7 @@ class RMSNorm(nnx.RMSNorm):
 class ZeroCenteredRMSNorm(nnx.Module):
     """``x / rms(x) * (1 + scale)``, in float32 (float64), whatever the scale is kept in.
 
-    Of a small scale, 1 + scale in bfloat16 would lose most (Gemma's norms).
+    In bfloat16, 1 + scale would lose most of a small scale (Gemma's norms).
     """
 
     def __init__(

@@ -102,9 +102,9 @@ class ViTConfig(ReversibleSettings):
 class ResNetConfig(ReversibleSettings):
     """A pre-activation residual network (He, Zhang, Ren, Sun 2016) for images of 32 × 32 pixels.
 
-    Group normalization, because a block must be a pure function: statistics of the batch would
-    tie the samples together, in which γ is drawn one by one, and running averages of them would be
-    updated twice by a block that is computed twice.
+    Group normalization, because a block must be a pure function. Batch statistics would couple
+    samples whose γ is drawn independently, and a block that is computed twice would update their
+    running averages twice.
     """
 
     image_size: int = 32

@@ -1,4 +1,4 @@
-"""The γ of a model's stacks: set, or chosen by what the model bears."""
+"""The γ of a model's stacks: set, or chosen by what the model tolerates."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def reversible_stacks(model: nnx.Module) -> Iterator[ReversibleStack]:
 
 
 def set_step(model: nnx.Module, step: Step, adjoint: Adjoint | None = None) -> None:
-    """Has all stacks of a model take ``step``, in place; and be differentiated by ``adjoint``.
+    """Gives all stacks of a model this step, in place; and this adjoint, if one is given.
 
-    A model's configuration, if it has one, is set likewise, so that it describes the model.
+    A model's configuration, if it has one, gets γ, signs and bits of the grid, too.
     """
     for stack in reversible_stacks(model):
         check_combination(step, adjoint or stack.adjoint)

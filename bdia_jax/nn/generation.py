@@ -30,7 +30,8 @@ def generate(
 ) -> list[list[int]]:
     """Continues every prompt, by the standard network (without γ and grid).
 
-    Compiled once per number and length of the longest of prompts (and of sources, in 16s).
+    Compiled once for each number of prompts and length of the longest one (and, rounded up to a
+    multiple of 16, of the longest source).
 
     Args:
       model: in any mode; dropout is off.

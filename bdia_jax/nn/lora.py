@@ -57,7 +57,7 @@ class LowRankLinear(nnx.Module):
 
 
 class DecomposedLinear(LowRankLinear):
-    """The same, where the columns of ``base + update`` have magnitudes that are trained apart.
+    """The same, with magnitudes of the columns of ``base + update`` that are trained separately.
 
     ``x (W + u) * magnitude / |W + u|`` with ``u = (alpha/rank) a b``. The norms of the columns are
     constants to the derivative. The magnitudes start as those of ``W``. (Liu et al., "DoRA", 2024;
@@ -123,7 +123,7 @@ def add_lora(
     dora: bool = False,
     rngs: nnx.Rngs,
 ) -> list[str]:
-    """Freezes ``model``, in place, but for new low-rank updates of linear layers of its stacks.
+    """Freezes ``model`` in place, and adds trained low-rank updates to linear layers of its stacks.
 
     Args:
       model: with :class:`bdia_jax.nn.ReversibleStack` somewhere in it.

@@ -176,7 +176,7 @@ def quantize_base(model: nnx.Module, kind: Kind = "nf4") -> list[str]:
 
 
 def expand_base(model: nnx.Module) -> None:
-    """Gives quantized layers kernels again, in place: those that they computed with, frozen."""
+    """Replaces codes, in place, by the frozen kernels that the layers computed with."""
     for _, module in list(nnx.iter_modules(model)):
         for name, child in list(vars(module).items()):
             if isinstance(child, QuantizedLinear):

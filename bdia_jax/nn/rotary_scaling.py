@@ -106,9 +106,9 @@ class YarnScaling:
 class LongScaling:
     """A factor for every pair: one set of them for short sequences, another one for long ones.
 
-    Which one it is, the longest sequence of the network says, so that a text, and what is cached of
-    it, never changes from one to the other. (Ding et al., "LongRoPE: Extending LLM Context Window
-    Beyond 2 Million Tokens", 2024.)
+    The longest sequence of the network decides which set is used, so that a text, and what is
+    cached of it, never changes from one to the other. (Ding et al., "LongRoPE: Extending LLM
+    Context Window Beyond 2 Million Tokens", 2024.)
     """
 
     kind: Literal["long"] = "long"

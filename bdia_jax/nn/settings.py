@@ -85,8 +85,8 @@ class ReversibleSettings:
     -checkpoint: the input of every step is kept."""
     gamma: float = 0.5
     """Magnitude of γ: 2^-m for bdia, m bits per activation and step; any in (0, 1] for
-    bdia-checkpoint and bdia-direct. 0.5 regularizes, for training from scratch; 1/8 or 1/16 is for
-    pretrained networks."""
+    bdia-checkpoint and bdia-direct. 0.5 regularizes, for training from scratch; 1/16 or 1/32 is
+    for pretrained networks."""
     signs: Signs = "block"
     """Of γ. block: drawn per sample and block; sample: per sample, one for all its blocks; minus,
     plus: always that one."""
@@ -100,8 +100,8 @@ class ReversibleSettings:
     """Whether attention and feed-forward network are a step each, rather than their block: less
     memory for the derivative, side information for twice as many steps."""
     keep_in: Memory = "device"
-    """Where what each step keeps waits for the way back: on the device, or in the memory of the
-    host, whence it is copied."""
+    """Where each step keeps what the backward pass needs: on the device, or in the memory of the
+    host, from where it is copied back."""
     narrow_cotangents: bool = False
     """Whether the cotangents between blocks have the dtype that the blocks compute in, rather than
     float32: 4 bytes per element less with bfloat16, and gradients that are rounded once more. For

@@ -125,12 +125,12 @@ class Plan:
     here: bool = False
     """For training on this device, if it is a CPU; not an estimate of an accelerator."""
     device: str | None = None
-    """What to compile for, which need not be there: h100, a100-80, a100-40, l4, rtx-4090, rtx-3090
-    (or h100:8), with jax[cuda]; v5e:2x2, for instance, with libtpu. With a mesh it is of all of
-    them, otherwise one is used."""
+    """Device to compile for, which you need not have: h100, a100-80, a100-40, l4, rtx-4090 or
+    rtx-3090 (or h100:8), with jax[cuda]; v5e:2x2, for instance, with libtpu. With a mesh, all of
+    them are used, otherwise one."""
     fit: str | None = None
-    """A memory, such as 24GiB, per device: the largest batch and the longest sequence that fit in
-    it are searched for, each by a few more compilations."""
+    """Memory per device, such as 24GiB: find the largest batch and the longest sequence that fit in
+    it. Each takes a few more compilations."""
     figure: pathlib.Path | None = None
     """A PNG with a bar per way."""
 

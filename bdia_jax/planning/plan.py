@@ -34,7 +34,7 @@ from bdia_jax.train.optimizers import Optimizer
 LIKE_AN_ACCELERATOR = {
     # Writes broadcast arrays out.
     "xla_cpu_experimental_ynn_fusion_type": "",
-    # Takes the conversion of bfloat16 weights to float32 out of the loop over blocks: of all.
+    # Moves the conversion of bfloat16 weights to float32 out of the loop: all blocks at once.
     "xla_disable_hlo_passes": "while-loop-invariant-code-motion",
 }
 """Of a CPU's compiler, without what only a CPU does."""
@@ -76,7 +76,7 @@ class Need:
     optimizer: int
     """The optimizer's state."""
     gradients: int
-    """Of all weights that are not updated in the backward pass; some of the temporaries."""
+    """Of all weights that are not updated in the backward pass; part of the temporaries."""
     side: int
     """Side information, m + r bits per element and step, and checksums; some of the temporaries.
     0 where nothing is taken back."""

@@ -1,7 +1,7 @@
 """How much the noise of γ costs: the loss of training beside that of the network handed back.
 
 A step with γ trains the network ``step.network``, that is γ = 0. A network that was trained without
-γ may not bear a large one: the loss in training then says little about the network that comes out.
+γ may not tolerate a large one: its training loss then says little about the network that comes out.
 What is compared is one batch, with the same weights, dropout and label smoothing, so that γ alone
 makes the difference.
 """
@@ -25,9 +25,9 @@ log = logging.getLogger("bdia_jax")
 FAR = 0.15
 """The rise of the first batch's loss by γ, as a share of the loss without it, that is warned of.
 
-γ costs fresh weights nothing on average, which say nothing that it could destroy. A pretrained
-decoder (SmolLM2-135M, 30 blocks) rises by 140 % with γ = 1/2 and by 23 % with 1/4, both of which
-made its fine-tuning worse, and by 4 % with 1/8, which did not.
+On average, γ costs fresh weights nothing, because they know nothing that it could destroy. The loss
+of a pretrained decoder (SmolLM2-135M, 30 blocks) rises by 140 % with γ = 1/2 and by 23 % with 1/4,
+both of which made its fine-tuning worse, and by 4 % with 1/8, which did not.
 """
 NOISE = 1.2
 """What chance may add to that share, divided by the root of the batch's weight: four times the
@@ -83,8 +83,9 @@ def warn(model: nnx.Module, loss: float, without: float) -> None:
                 f"    loss of the first batch: {loss:.4g} with γ = {step.gamma:g}, signs by "
                 f"{step.signs}; {without:.4g} without γ, as the network is handed back.",
                 "    Choose a smaller γ (gamma=0.0625: 4 bits per activation and step), one sign",
-                '    per sample (signs="sample"), or have it measured (gamma="auto"). If weights',
-                "    start from scratch, a rise may be what you want: γ then regularizes.",
+                '    per sample (signs="sample"), or have γ measured (bdia_jax.choose_gamma; for',
+                "    commands, --gamma auto). If weights start from scratch, a rise may be what",
+                "    you want: γ then regularizes.",
                 "",
             )
         )

@@ -25,10 +25,10 @@ def fit_head(
 ) -> float:
     """Fits the head by logistic regression, in place; the rest of the network stays as it is.
 
-    A head of zeros says nothing, whatever the blocks do: γ could not be chosen by its loss. And
-    training begins with large gradients that mean nothing, which spoil what was pretrained. (Kumar
-    et al., "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution",
-    2022.)
+    A head of zeros gives the same output whatever the blocks do, so γ cannot be chosen by its loss.
+    And training would begin with large, meaningless gradients, which spoil the pretrained weights.
+    (Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform
+    Out-of-Distribution", 2022.)
 
     Args:
       model: its head is replaced.

@@ -56,14 +56,14 @@ def train(
     A run that is stopped, by ``stop_at``, a signal or a power cut, and resumed ends with the same
     parameters, bit for bit, as one that was not.
 
-    The arrays of the model are used up, so that every weight is held once: copy what is to be kept
-    of the weights before (``jax.tree.map(jnp.copy, nnx.state(model))``). When the function returns,
+    The arrays of the model are donated, so that every weight is held once. To keep the old weights,
+    copy them before (``jax.tree.map(jnp.copy, nnx.state(model))``). When the function returns,
     or raises, the model has the weights of the last step that was taken.
 
     Args:
       model: ``task`` says how it is called. Its ``nnx.Param`` are trained.
       task: data, loss and metrics.
-      settings: how to train. Epochs become steps first, which is told.
+      settings: how to train. Epochs are converted to steps first, which is logged.
       folder: of the run (:mod:`bdia_jax.train.run_folder` says what it will hold).
       resume: continue from the newest checkpoint in ``folder``, if there is one.
       about: settings of the model and the data, saved, and compared when a run is resumed.
@@ -75,8 +75,8 @@ def train(
 
     Raises:
       ValueError: for settings that do not fit, trained weights of too few bits, or a folder of
-        another run; on resuming, steps may be more or fewer with a constant schedule, and how often
-        something is done may change.
+        another run. A resumed run may log, evaluate and save at other intervals, and with a
+        constant schedule have another number of steps.
       FileExistsError: for a folder with a run in it, without ``resume``.
       ImportError: if the settings name a project of Weights & Biases, and ``wandb`` is missing.
       NotADirectoryError, PermissionError: for a folder that cannot be written. All of these, and

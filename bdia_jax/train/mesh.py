@@ -65,10 +65,10 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def state_shardings(mesh: Mesh, tree: PyTree) -> PyTree[NamedSharding]:
-    """Splits every array over ``fsdp``, along its largest axis that divides, except the first.
+    """Splits every array over ``fsdp``, along its largest axis of a size that can be split evenly.
 
-    The first axis of stacked parameters counts blocks: if it were split, every block would be sent
-    from device to device. Arrays with no axis that divides are replicated.
+    The first axis is never split. That of stacked parameters counts blocks: if it were split, every
+    block would be sent from device to device. Arrays without such an axis are replicated.
     """
     return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec(mesh, leaf.shape)), tree)
 

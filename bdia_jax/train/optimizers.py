@@ -125,5 +125,5 @@ def make_blockwise(
 
 
 def decay_mask(params: PyTree) -> PyTree[bool]:
-    """What decays: a block's arrays of two axes or more. Norms, biases and scales do not."""
+    """What decays: arrays of two or more axes, not counting that of blocks; no norms or biases."""
     return jax.tree_util.tree_map_with_path(lambda path, p: p.ndim - is_stacked(path) > 1, params)

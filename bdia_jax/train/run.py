@@ -136,7 +136,7 @@ class Run:
             jax.block_until_ready(self._pending[-2])
 
     def _look_at_first(self, model: nnx.Module) -> None:
-        """The first step of a call tells whether blocks are reversible here, and γ bearable."""
+        """The first step of a call shows whether blocks are reversible here, and γ tolerated."""
         self._look()
         (report,) = self._seen
         log.info("%s", reversibility(report))

@@ -5,7 +5,7 @@ settings.yaml       of a command: all its settings, from which it can be started
 metrics.jsonl       a line per log, evaluation and checkpoint
 log.txt             what was told
 tensorboard/        a copy of the metrics
-wandb/, wandb.json  another, and what the run is called there; where that was asked for
+wandb/, wandb.json  the same for Weights & Biases, and the run's name there; if asked for
 checkpoints/        the last few, and the best
 index/              where the texts are, of data that are read as the run goes
 report.md           what came of it, with report.png

@@ -63,7 +63,8 @@ class TrainSettings:
     weight_decay: float = 0.0
     """Weight decay, for optimizers that have it (adamw, lion, muon, adafactor)."""
     decayed: Decayed = "matrices"
-    """What decays: arrays of two axes or more in a block, or all. Norms and biases have one."""
+    """What decays: arrays of two or more axes (that of blocks does not count), or all. Norms and
+    biases have one axis."""
     clip_norm: float | None = 1.0
     """The gradient is scaled down to this global norm; None for no clipping."""
     update_in_backward: bool = False

@@ -4,7 +4,7 @@
 
 No model knows the rules of that library: the loss on questions in other words, and whether the
 answers have the facts, say what was learned. The standard network and BDIA, with the γ that the
-model bears, get the same budget, with low-rank updates and with all weights. What is saved is
+model tolerates, get the same budget, with low-rank updates and with all weights. What is saved is
 loaded by ``transformers``, and the low-rank updates by ``peft``, and the logits are compared.
 
 The peak of memory is that of a whole training step, as compiled. Writes chats-DEVICE.jsonl; a run

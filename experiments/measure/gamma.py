@@ -292,7 +292,7 @@ def finetuning(g: Gamma) -> None:
 
 
 def chosen_step(g: Gamma, task: PackedTexts) -> BDIA:
-    """What the model bears, measured by the first of the processes that fine-tune together."""
+    """What the model tolerates, measured by the first of the processes that fine-tune together."""
     path = g.work / f"chosen-{sources.digest(TRAINS)}.json"
     with claimed(path.with_suffix(".lock"), wait=True):
         if not path.exists():

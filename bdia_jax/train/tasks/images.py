@@ -26,7 +26,7 @@ class ImageClassification:
         label_smoothing: float = 0.0,
         eval_batch_size: int = 256,
     ):
-        """``augment`` chooses what is customary for the data set, or nothing."""
+        """``augment``: whether to augment images as is customary for the data set."""
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must lie in [0, 1); got {label_smoothing}")
         self.samples, self.eval_samples = len(data.train_labels), len(data.eval_labels)

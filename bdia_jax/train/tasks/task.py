@@ -27,7 +27,7 @@ class Task(Protocol):
     unit: str
     """What a sample is, in messages: ``"images"``, ``"sequences"``."""
     samples: int | None
-    """Training samples, of which a batch has each at most once; None if it may have more."""
+    """Training samples. A batch has each at most once; None if there is no such limit."""
     eval_samples: int
     """Evaluation samples."""
     eval_batch_size: int
