@@ -38,7 +38,7 @@ class BackwardReport(NamedTuple):
     corrected: Float[Array, "blocks"]
     """Roundings that came out differently, and that the tolerance bits corrected."""
     deviation: Float[Array, "blocks"]
-    """The largest correction, in grid steps."""
+    """The largest correction, in grid steps. Of several calls with one probe, JAX adds them up."""
 
     @classmethod
     def zeros(cls, blocks: int) -> BackwardReport:
@@ -49,7 +49,8 @@ class Update(NamedTuple):
     """Uses a block's gradient as soon as it is known, in the backward pass.
 
     The stacked gradient then never exists. Instead, the "gradients" with respect to ``params`` and
-    ``state`` are their new values.
+    ``state`` are their new values. For one scan of a loss, once: new values of two calls, or of the
+    rounds of a loop, would be summed as if they were gradients.
     """
 
     function: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]

@@ -41,6 +41,8 @@ class Scan(NamedTuple):
     step: Step
     dtype: jnp.dtype
     """What the blocks see."""
+    wide: jnp.dtype
+    """What states are carried in, and the update is added in."""
     start: int
     """Index of the first of these blocks in the network."""
     update: Callable | None
@@ -52,11 +54,6 @@ class Scan(NamedTuple):
     """Whether the cotangents of the stream have the dtype that the blocks see."""
     audit: bool = False
     """Whether all states are kept, and compared with the reconstructed ones integer by integer."""
-
-    @property
-    def wide(self) -> jnp.dtype:
-        """What the update is added in."""
-        return grid.accumulator(self.dtype)
 
     def draw(self, scan_key, keys, k, p: int) -> tuple[Int32[Array, "batch"], Array | None]:
         """σ of every sample in part p of block k, and the key that is left for the part.
@@ -159,6 +156,7 @@ def prepare(
         x.shape,
         step,
         dtype,
+        carried,
         int(start),
         None if update is None else _checked(update.function),
         adjoint.bits if isinstance(adjoint, Checkpoint) else None,
@@ -296,6 +294,15 @@ def _check_update(update: Update, params, blocks: int) -> None:
                     f"{name_of_leaf} must be a floating-point array (its new value is what a "
                     f"gradient by it gives); got {leaf.dtype}"
                 )
+    for (path, new), old in zip(
+        jax.tree_util.tree_leaves_with_path(update.params, is_leaf=is_none),
+        jax.tree.leaves(params, is_leaf=is_none),
+    ):
+        if new is not None and new.shape != old.shape:
+            raise ValueError(
+                f"update.params{jax.tree_util.keystr(path)} must have the shape of its leaf in "
+                f"stacked_params, {old.shape}; got {new.shape}"
+            )
 
 
 def _check_result(h, x) -> None:

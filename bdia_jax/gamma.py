@@ -69,7 +69,7 @@ class GammaChoice:
             f"({_ratio(most.gamma)}: {most.loss:.4g})"
         )
         if not self.within:
-            line += f"; NOT within {self.tolerance:.1%}, and no smaller γ was tried"
+            line += f"; NOT within {self.tolerance:.1%}: the least rise of all that were tried"
         return line
 
     def table(self) -> str:
@@ -126,6 +126,8 @@ def choose_gamma(
     arguments = [*arguments]
     if not arguments:
         raise ValueError("arguments must hold those of one call at least; got none")
+    if not gammas:
+        raise ValueError("gammas must hold one power of two at least; got none")
     for gamma in gammas:
         maps.gamma_shift(gamma)
     if unknown := {*signs} - {*SIGNS}:
@@ -139,8 +141,11 @@ def choose_gamma(
         return float(np.mean(jax.device_get([function(*first, *args) for args in arguments])))
 
     standard = mean(jax.jit(lambda *args: loss(Euler(), *args)))
-    if not math.isfinite(standard):
-        raise ValueError(f"the loss of the standard network must be finite; got {standard}")
+    if not math.isfinite(standard) or not standard:
+        raise ValueError(
+            "the loss of the standard network, of which a rise is a share, must be finite and not "
+            f"0; got {standard}"
+        )
     trial = jax.jit(lambda gamma, kind, *args: loss(_Trial(gamma, kind, frac_bits), *args))
     trials = []
     for gamma in sorted(gammas, reverse=True):

@@ -63,7 +63,7 @@ def scale_by_set_adam(
         nu = optax.tree.update_moment_per_elem_norm(updates, state.nu, b2, 2)
 
         def step(path, m, v):
-            stacked = is_stacked is not None and m.ndim > 1 and is_stacked(path)
+            stacked = is_stacked is not None and is_stacked(path)
             axes = tuple(range(int(stacked), m.ndim))
             return _step(m, v, count, axes)
 

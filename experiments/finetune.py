@@ -22,6 +22,7 @@ fewest bits per activation with which the loss rises by at most ``--gamma-tolera
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import itertools
 import json
 import logging
@@ -31,8 +32,10 @@ from typing import Any, Literal
 
 import command
 import finetune_data
+import jax
 from chosen_gamma import chosen_step
 from flax import nnx
+from low_rank import LowRank
 
 from bdia_jax import interop
 from bdia_jax.data import Example, Tokenizer, load_tokenizer
@@ -40,6 +43,7 @@ from bdia_jax.data.fitting import TooLong
 from bdia_jax.memories import Memory
 from bdia_jax.nn import (
     Decoder,
+    DecoderConfig,
     add_lora,
     expand_base,
     freeze,
@@ -51,6 +55,7 @@ from bdia_jax.nn.quantized import Kind
 from bdia_jax.nn.settings import Method
 from bdia_jax.steps import Signs
 from bdia_jax.train import (
+    PackedTexts,
     TrainSettings,
     check_batch_size,
     check_run_folder,
@@ -61,6 +66,7 @@ from bdia_jax.train import (
     restore_best,
     train,
 )
+from bdia_jax.train.run_folder import check_disk, check_same_settings
 from bdia_jax.train.wording import per_step
 
 log = logging.getLogger("bdia_jax")
@@ -79,23 +85,6 @@ SOME = TrainSettings(
     checkpoint_every=100,
     keep_last=1,
 )
-
-
-@dataclasses.dataclass(frozen=True)
-class LowRank:
-    """Of low-rank updates (LoRA)."""
-
-    rank: int = 0
-    """Train low-rank updates only, of this rank; 0 trains all weights."""
-    alpha: float | None = None
-    """Updates are scaled by alpha / rank; None for alpha = rank."""
-    targets: tuple[str, ...] = ("q", "v")
-    """Linear layers of a block that get one: q, k, v, out, up, down, gate; or names in the folder,
-    as for peft: q_proj, all-linear."""
-    dora: bool = False
-    """Train magnitudes of the columns of these layers apart from their directions (DoRA)."""
-    adapter: pathlib.Path | None = None
-    """Go on from the updates in this folder, in peft's format, of its rank, alpha and targets."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +157,7 @@ class FineTune:
     """On the embedding, the attention weights and both updates of a block."""
     freeze_embedding: bool = False
     """Leave embedding, positions and head as they are: no gradient, no optimizer state."""
-    lora: LowRank = LowRank()
+    lora: LowRank = LowRank()  # noqa: RUF009  (frozen)
     """Low-rank updates."""
     samples: int = 1
     """At every evaluation, log how the network continues this many prompts, those of the first
@@ -182,7 +171,7 @@ class FineTune:
     def __post_init__(self):
         if self.samples < 0:
             raise ValueError(f"samples must be 0 or more; got {self.samples}")
-        if self.quantize is not None and not is_low_rank(self):
+        if self.quantize is not None and not self.lora:
             raise ValueError(
                 f"quantized weights are not trained: give lora.rank or lora.adapter with "
                 f"quantize={self.quantize!r}"
@@ -191,20 +180,29 @@ class FineTune:
 
 def main(f: FineTune) -> dict[str, float]:
     """Runs it; validation loss and accuracy before and after."""
-    check_run_folder(f.out, f.resume)
+    f = dataclasses.replace(f, out=check_run_folder(f.out, f.resume))
     path = interop.packaged_model() if f.model == "smollm2" else interop.resolve(f.model)
     config = interop.read_config(path)
+    about = json.loads(json.dumps(dataclasses.asdict(f), default=str))
+    about = {name: about[name] for name in about if name not in NOT_COMPARED}
+    about["began"] = beginning(f.out)
+    check_same_settings(f.out, f.train, {"fine-tuning": about})
+    check_before(f, path, config)
     length = min(f.length, config.max_length)
     if length < f.length:
         print(f"sequences have {length} tokens, the model's longest")
     tokenizer = load_tokenizer(f.tokenizer) if f.tokenizer else tokenizer_of(path)
-    if tokenizer.size > config.vocab_size:
-        raise ValueError(
-            f"the tokenizer has {tokenizer.size} tokens, the model {config.vocab_size}: they do "
-            "not belong together; give the model's tokenizer"
-        )
-    template = interop.load_chat_template(path)
+    check_vocabulary(tokenizer, config.vocab_size)
+    if (template := interop.load_chat_template(path)) is not None:
+        # Some write the day into each text: the run's data are those of the day when it began.
+        now = datetime.datetime.fromisoformat(about["began"])
+        template = dataclasses.replace(template, now=now)
     task, eval_texts = finetune_data.task_of(f, tokenizer, length, template)
+    if isinstance(task, PackedTexts) and task.train.tokens.max() >= config.vocab_size:
+        raise ValueError(
+            f"the texts have the token {tokenizer.inner.id_to_token(int(task.train.tokens.max()))},"
+            " which the model does not know"
+        )
     check_batch_size(task, f.train.batch_size)
     f = dataclasses.replace(f, train=in_steps(f.train.or_steps(STEPS), task))
     finetune_data.tell(task, f.train, eval_texts)
@@ -214,8 +212,6 @@ def main(f: FineTune) -> dict[str, float]:
         set_step(model, step)
     before = evaluate(model, task, eval_batch_size=eval_batch_size(task, f.train))
     print(f"before: validation loss {before['loss']:.4f}")
-    about = json.loads(json.dumps(dataclasses.asdict(f), default=str))
-    about = {name: about[name] for name in about if name not in NOT_COMPARED}
     about["step"] = dataclasses.asdict(model.blocks.step)
     result = train(
         model,
@@ -229,7 +225,7 @@ def main(f: FineTune) -> dict[str, float]:
     plot_curves({f.method: f.out}, f.out / "loss.png", metric="loss")
     best = restore_best(f.out, model)
     after = evaluate(model, task, eval_batch_size=eval_batch_size(task, f.train))
-    if is_low_rank(f):
+    if f.lora:
         save_adapter(model, f.out / "adapter", path)
         expand_base(model)
         merge_lora(model)
@@ -246,46 +242,88 @@ def main(f: FineTune) -> dict[str, float]:
     return {"loss before": before["loss"], **{name: after[name] for name in ("loss", "accuracy")}}
 
 
-def load(f: FineTune, path: pathlib.Path) -> Decoder:
-    """The model, with what is trained of it."""
+def beginning(out: pathlib.Path) -> str:
+    """When the run in a folder began; now, if there is none."""
+    described = out / "settings.json"
+    if described.exists():
+        return json.loads(described.read_text())["fine-tuning"]["began"]
+    return datetime.datetime.now().isoformat(timespec="seconds")
+
+
+def check_before(f: FineTune, path: pathlib.Path, config: DecoderConfig) -> None:
+    """Refuses what can be refused before data and model are read.
+
+    Raises:
+      FileNotFoundError: for data that are not there.
+      ValueError: for settings that do not fit the model, and a disk without room for it.
+    """
+    given = [*finetune_data.paths_of(f), *([] if f.eval_data is None else [f.eval_data])]
+    if missing := [str(each) for each in given if not each.expanduser().exists()]:
+        raise FileNotFoundError(f"the data must exist; there is no {', '.join(missing)}")
+    config = dataclasses.replace(config, **settings_of(f, path))
+
+    def make() -> Decoder:
+        model = Decoder(config, rngs=nnx.Rngs(0))
+        if f.lora.rank:
+            add_updates(f, model, path)
+        return model
+
+    weights = jax.tree.leaves(nnx.state(nnx.eval_shape(make), nnx.Not(nnx.RngState)))
+    check_disk(f.out, sum(a.size * a.dtype.itemsize for a in weights), "the fine-tuned model")
+
+
+def check_vocabulary(tokenizer: Tokenizer, size: int) -> None:
+    """A ``ValueError`` for a tokenizer with ordinary tokens that a model does not have."""
+    surplus = [number for number in range(size, tokenizer.size) if number not in tokenizer.special]
+    if surplus:
+        raise ValueError(
+            f"the tokenizer has {tokenizer.size} tokens, the model {size}: they do not belong "
+            "together; give the model's tokenizer"
+        )
+
+
+def settings_of(f: FineTune, path: pathlib.Path) -> dict[str, Any]:
+    """Those of the model that do not come from its folder."""
     frozen = "float32"
-    if is_low_rank(f) and path.is_dir():
-        written = json.loads((path / "config.json").read_text())
+    if f.lora and path.is_dir():
+        written = json.loads((path / "config.json").read_text(encoding="utf-8-sig"))
         stored = written.get("dtype", written.get("torch_dtype"))
         frozen = "bfloat16" if stored == "bfloat16" else frozen
-    model = interop.load(
-        path,
-        method=f.method,
-        gamma=0.5 if f.gamma == "auto" else f.gamma,
-        signs=f.signs or "sample",
-        frac_bits=f.frac_bits,
-        tolerance_bits=f.tolerance_bits,
-        parts_as_steps=f.parts_as_steps,
-        ffn_chunk=f.ffn_chunk,
-        keep_in=f.keep_in,
-        narrow_cotangents=f.narrow_cotangents,
-        attention=f.attention,
-        dtype=f.dtype,
-        param_dtype=f.param_dtype or frozen,
-        quantize=f.quantize,
-        dropout=f.dropout,
-    )
+    return {
+        "method": f.method,
+        "gamma": 0.5 if f.gamma == "auto" else f.gamma,
+        "signs": f.signs or "sample",
+        "frac_bits": f.frac_bits,
+        "tolerance_bits": f.tolerance_bits,
+        "parts_as_steps": f.parts_as_steps,
+        "ffn_chunk": f.ffn_chunk,
+        "keep_in": f.keep_in,
+        "narrow_cotangents": f.narrow_cotangents,
+        "attention": f.attention,
+        "dtype": f.dtype,
+        "param_dtype": f.param_dtype or frozen,
+        "dropout": f.dropout,
+    }
+
+
+def load(f: FineTune, path: pathlib.Path) -> Decoder:
+    """The model, with what is trained of it."""
+    model = interop.load(path, quantize=f.quantize, **settings_of(f, path))
     if f.lora.adapter is not None:
         paths = interop.load_adapter(model, f.lora.adapter, like=path)
         print(f"low-rank updates of {', '.join(paths)}, from {f.lora.adapter}")
     elif f.lora.rank:
-        rank, alpha, rngs = f.lora.rank, f.lora.alpha, nnx.Rngs(f.train.seed)
-        targets = interop.lora_targets(model, f.lora.targets, like=path)
-        paths = add_lora(model, rank, alpha, targets, dora=f.lora.dora, rngs=rngs)
-        print(f"low-rank updates of {', '.join(paths)}")
+        print(f"low-rank updates of {', '.join(add_updates(f, model, path))}")
     elif f.freeze_embedding:
         freeze(model, "^(embedding|positions|head)$")
     return model
 
 
-def is_low_rank(f: FineTune) -> bool:
-    """Whether low-rank updates are trained."""
-    return bool(f.lora.rank) or f.lora.adapter is not None
+def add_updates(f: FineTune, model: Decoder, path: pathlib.Path) -> list[str]:
+    """Adds low-rank updates; the paths of their layers."""
+    rank, alpha, rngs = f.lora.rank, f.lora.alpha, nnx.Rngs(f.train.seed)
+    targets = interop.lora_targets(model, f.lora.targets, like=path)
+    return add_lora(model, rank, alpha, targets, dora=f.lora.dora, rngs=rngs)
 
 
 def save_adapter(model: Decoder, folder: pathlib.Path, like: pathlib.Path) -> None:

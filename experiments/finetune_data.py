@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from bdia_jax.data import (
@@ -17,8 +18,8 @@ from bdia_jax.data import (
     TextSource,
     Tokenizer,
     pack,
-    read_examples,
 )
+from bdia_jax.data.example_files import read_by_record
 from bdia_jax.train import MixedTexts, PackedTexts, TrainSettings
 from bdia_jax.train.run_folder import INDEX
 
@@ -50,7 +51,7 @@ def task_of(
     # Before anything is packed: what is wrong with the weights is told at once.
     mix = Mix(sources, length, weights=f.weights, seed=f.train.seed % 2**32)
     if f.eval_data is not None:
-        evaluation = read(f.eval_data)
+        evaluation = flat(read(f.eval_data))
     return MixedTexts(name, mix, pack(evaluation, length)), evaluation
 
 
@@ -60,9 +61,9 @@ def paths_of(f: FineTune) -> tuple[pathlib.Path, ...]:
 
 
 def reader(f: FineTune, tokenizer: Tokenizer, length: int, template: ChatTemplate | None):
-    """What reads a file or a folder whole."""
+    """What reads a file or a folder whole: the examples of each record."""
     return functools.partial(
-        read_examples, tokenizer=tokenizer, length=length, too_long=f.too_long, template=template
+        read_by_record, tokenizer=tokenizer, length=length, too_long=f.too_long, template=template
     )
 
 
@@ -71,30 +72,39 @@ def split(
 ) -> tuple[list[Example], list[Example]]:
     """Texts for training and for evaluation, of all data together."""
     read = reader(f, tokenizer, length, template)
-    texts = [example for path in paths_of(f) for example in read(path)]
+    records = [record for path in paths_of(f) for record in read(path)]
     if f.eval_data is not None:
-        return texts, read(f.eval_data)
-    return every_tenth(texts, " + ".join(map(str, paths_of(f))))
+        return flat(records), flat(read(f.eval_data))
+    return every_tenth(records, " + ".join(map(str, paths_of(f))))
 
 
-def every_tenth(texts: list[Example], name: str) -> tuple[list[Example], list[Example]]:
-    """The texts but for every tenth, and those."""
-    if len(texts) < 10:
+def every_tenth(records: list[list[Example]], name: str) -> tuple[list[Example], list[Example]]:
+    """The texts of all records but every tenth, and of those.
+
+    Whole records, since the texts of one have much in common: answers of one conversation.
+    """
+    if len(records) < 10:
         raise ValueError(
-            f"{name} has {len(texts)} texts, of which every tenth would be for evaluation: give "
+            f"{name} has {len(records)} texts, of which every tenth would be for evaluation: give "
             "more, or eval_data"
         )
-    return [t for i, t in enumerate(texts) if i % 10 != 9], texts[9::10]
+    return flat(r for i, r in enumerate(records) if i % 10 != 9), flat(records[9::10])
+
+
+def flat(records: Iterable[list[Example]]) -> list[Example]:
+    """The texts of some records."""
+    return [*itertools.chain.from_iterable(records)]
 
 
 def in_memory(f: FineTune, read) -> tuple[list[TextSource], list[Example]]:
     """The sources, read whole, and what they hold out."""
     sources, evaluation = [], []
     for path in paths_of(f):
-        texts = read(path)
+        records = read(path)
+        texts, held_out = flat(records), []
         if f.eval_data is None:
-            texts, held_out = every_tenth(texts, str(path))
-            evaluation += held_out
+            texts, held_out = every_tenth(records, str(path))
+        evaluation += held_out
         sources.append(TextsInMemory(path.name, texts))
     return sources, evaluation
 

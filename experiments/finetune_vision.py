@@ -24,6 +24,7 @@ from typing import Literal
 import numpy as np
 from chosen_gamma import chosen_step
 from flax import nnx
+from low_rank import LowRank
 
 from bdia_jax import interop
 from bdia_jax.data import (
@@ -64,26 +65,9 @@ STEPS = 500
 """If neither steps nor epochs are given."""
 BATCHES = 8
 """By which γ is chosen: an image has one loss, where a text has one for each token."""
-MARGIN = 1 / 8
-"""Images of a folder are kept larger than the network's by this share, for crops."""
-
-
-@dataclasses.dataclass(frozen=True)
-class LowRank:
-    """Of low-rank updates (LoRA)."""
-
-    rank: int = 0
-    """Train low-rank updates, of this rank, and the head; 0 trains all weights."""
-    alpha: float | None = None
-    """Updates are scaled by alpha / rank; None for alpha = rank."""
-    targets: tuple[str, ...] = ("q", "v")
-    """Linear layers of a block that get one: q, k, v, out, up, down; or names in the folder, as for
-    peft: q_proj, all-linear."""
-    dora: bool = False
-    """Train magnitudes of the columns of these layers apart from their directions (DoRA)."""
-    adapter: pathlib.Path | None = None
-    """Go on from the updates in this folder, in peft's format, of its rank, alpha and targets; and
-    from its head, if it has one."""
+LARGER = 9 / 8
+"""Training images of a folder have so many times as many pixels a side as the network's, for crops.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +116,7 @@ class FineTuneVision:
     """What the blocks compute in."""
     dropout: float = 0.0
     """On the embedding, the attention weights and both updates of a block."""
-    lora: LowRank = LowRank()
+    lora: LowRank = LowRank()  # noqa: RUF009  (frozen)
     """Low-rank updates."""
     resume: bool = False
     """Continue the run in the folder, if there is one."""
@@ -149,12 +133,12 @@ class FineTuneVision:
 
 def main(f: FineTuneVision) -> dict[str, float]:
     """Runs it; validation loss and accuracy before and after."""
-    check_run_folder(f.out, f.resume)
+    f = dataclasses.replace(f, out=check_run_folder(f.out, f.resume))
     path = interop.resolve(f.pretrained)
     pretrained = interop.read_vision_config(path)
     mean, std = interop.load_normalization(path)
     size = f.image_size or pretrained.image_size
-    data, names, margin = images(f, size, pretrained.channels)
+    data, names = images(f, path, size, pretrained.channels)
     task = ResizedImages(
         data,
         size,
@@ -162,7 +146,7 @@ def main(f: FineTuneVision) -> dict[str, float]:
         std,
         augmentation=f.augmentation,
         label_smoothing=f.label_smoothing,
-        margin=margin,
+        middle=getattr(data, "middle", 1.0),
     )
     check_batch_size(task, f.train.batch_size)
     print(
@@ -194,7 +178,7 @@ def main(f: FineTuneVision) -> dict[str, float]:
     plot_curves({f.method: f.out}, f.out / "accuracy.png")
     best = restore_best(f.out, model)
     after = evaluate(model, task, eval_batch_size=eval_batch_size(task, f.train))
-    if f.lora.rank or f.lora.adapter is not None:
+    if f.lora:
         interop.save_adapter(model, f.out / "adapter", like=path)
         print(f"the low-rank updates and the head alone are in {f.out / 'adapter'}")
         merge_lora(model)
@@ -207,19 +191,21 @@ def main(f: FineTuneVision) -> dict[str, float]:
     return {"loss before": before["loss"], **{name: after[name] for name in ("loss", "accuracy")}}
 
 
-def images(f: FineTuneVision, size: int, channels: int) -> tuple[ImageData, list[str], int]:
-    """The data, the names of its classes, and the pixels at each side that only crops see."""
+def images(
+    f: FineTuneVision, pretrained: pathlib.Path, size: int, channels: int
+) -> tuple[ImageData, list[str]]:
+    """The data, and the names of its classes."""
     if pathlib.Path(f.data).expanduser().is_dir():
-        margin = round(size * MARGIN / 2)
-        folder = load_image_folder(f.data, size + 2 * margin, channels=channels)
-        return folder, [*folder.class_names], margin
+        scaling = interop.load_scaling(pretrained)
+        folder = load_image_folder(f.data, size, larger=LARGER, scaling=scaling, channels=channels)
+        return folder, [*folder.class_names]
     if f.data.startswith(("/", ".", "~")):
         raise FileNotFoundError(f"the folder of images must exist; got {f.data!r}")
     data = load_images(f.data, f.data_dir, download=f.download)
     found = data.train_images.shape[-1]
     if found not in (1, channels):
         raise ValueError(f"images must have {channels} channels, or one; got {found}")
-    return data, class_names(f.data, f.data_dir), 0
+    return data, class_names(f.data, f.data_dir)
 
 
 def load(f: FineTuneVision, path: pathlib.Path, num_classes: int, size: int) -> VisionTower:

@@ -441,6 +441,7 @@ def test_no_gradient_of_all_blocks_and_no_copy_of_them(way):
             ValueError,
             r"update\.params needs.*3 blocks.*\(2, 4, 4\)",
         ),
+        ({"params": jnp.ones((3, 4, 5))}, ValueError, r"shape of its leaf.*\(3, 4, 4\); got"),
         ({"params": jnp.ones((3, 4, 4), jnp.int8)}, TypeError, r"update\.params must be.*int8"),
         ({"params": {"w": jnp.ones((3, 4, 4))}}, ValueError, r"structure of stacked_params"),
         (

@@ -1,6 +1,8 @@
 """Conversations: transformers' text and tokens of them, and what of that is learned."""
 
 import copy
+import dataclasses
+import datetime
 import itertools
 import json
 
@@ -193,6 +195,7 @@ def test_an_answer_that_is_written_otherwise_later_has_a_text_of_its_own(inner):
         ("{{ 1 / 0 }}", CHATS[0], "refuses the messages: division"),
         (LLAMA_2, chat("a", "b")[::-1], "refuses the messages: Roles must alternate"),
         ("{{ messages | length }}", CHATS[0], "does not begin an answer as it asks for one"),
+        (CHATML, chat("a", "b")[::-1], "the first message is an answer, to which nothing leads"),
         (CHATML, [], r"must be a list such as \[.*got \[\]"),
         (CHATML, "hello", r"must be a list such as .*got 'hello'"),
         (CHATML, [{"role": "user"}], "message 1 must have content, a text"),
@@ -220,6 +223,12 @@ def test_where_a_template_is_found():
     assert read_chat_template(both) == ChatTemplate("b", (("eos_token", "</s>"),))
     several = [{"name": "rag", "template": "c"}, {"name": "default", "template": "d"}]
     assert read_chat_template({"tokenizer_config.json": config(several)}).source == "d"
+    # Names that only the other file has; where both have one, tokenizer_config.json says it.
+    names = b'{"bos_token": {"content": "<s>"}, "eos_token": "no"}'
+    found = read_chat_template(
+        {"tokenizer_config.json": config("a"), "special_tokens_map.json": names}
+    )
+    assert dict(found.tokens) == {"bos_token": "<s>", "eos_token": "</s>"}
     with pytest.raises(ValueError, match="chat_template must be a text; got 3"):
         read_chat_template({"tokenizer_config.json": config(3)})
     with pytest.raises(ValueError, match=r"tokenizer_config\.json cannot be read"):
@@ -323,6 +332,136 @@ def test_files_of_instructions(inner, tmp_path):
     written(path, [ASKED[0], {"instruction": "", "input": "x", "output": "cat"}])
     with pytest.raises(ValueError, match="line 2: the instruction must not be empty; its output"):
         data.read_examples(path, tokenizer, 500)
-    written(path, [ASKED[0], {"instruction": "the", "output": "cat"}])
-    with pytest.raises(ValueError, match=r"line 2: .* input is missing"):
+    written(path, [ASKED[0], {"instruction": "the"}])
+    with pytest.raises(ValueError, match=r"line 2: .* output is missing"):
         data.read_examples(path, tokenizer, 500)
+
+
+def test_an_input_is_read_wherever_it_is(inner, tmp_path):
+    """Also where the first record has none."""
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    tokenizer = data.Tokenizer(inner, inner.token_to_id("</s>"))
+    expected = [data.completion(tokenizer, *pair) for pair in zip(ALPACA, ("cat", "sat"))]
+    some = [{"instruction": "the", "output": "cat"}, ASKED[1]]
+    paths = [written(tmp_path / "a.jsonl", some), tmp_path / "a.parquet", tmp_path / "a.json"]
+    parquet.write_table(pyarrow.Table.from_pylist([some[1], some[0]][::-1]), paths[1])
+    paths[2].write_text(json.dumps(some))
+    for path in paths:
+        if path.suffix != ".parquet":
+            assert data.read_examples(path, tokenizer, 500) == expected
+        if path.suffix != ".json":
+            source = data.TextsOnDisk([path], tokenizer, 500)
+            assert source.read(range(source.blocks)) == data.read_examples(path, tokenizer, 500)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
+def test_what_would_be_left_out_of_instructions_is_refused(name, inner, tmp_path):
+    tokenizer, path = data.Tokenizer(inner, inner.token_to_id("</s>")), tmp_path / name
+    record = {"instruction": "the", "output": "cat", "system": "be kind"}
+    if name == "a.jsonl":
+        # Empty, it says nothing.
+        written(path, [record | {"system": ""}, record])
+    elif name == "a.csv":
+        path.write_text("instruction,output,system\nthe,cat,be kind\n")
+    else:
+        parquet = pytest.importorskip("pyarrow.parquet")
+        import pyarrow
+
+        parquet.write_table(pyarrow.Table.from_pylist([record]), path)
+    for read in (
+        lambda: data.read_examples(path, tokenizer, 500),
+        lambda: data.TextsOnDisk([path], tokenizer, 500),
+    ):
+        with pytest.raises(ValueError, match="system of an instruction would be left out: write"):
+            read()
+
+
+def test_an_end_that_is_written_and_an_answer_that_is_empty(inner, tmp_path, caplog):
+    tokenizer = data.Tokenizer(inner, inner.token_to_id("</s>"))
+    assert data.completion(tokenizer, "the", " cat</s>") == data.completion(
+        tokenizer, "the", " cat"
+    )
+    # The end of a prompt is no end of what follows.
+    assert data.completion(tokenizer, "the</s>", "").tokens[-2:] == [tokenizer.end] * 2
+    path = written(tmp_path / "a.jsonl", [{"text": "the cat</s>"}, {"text": "the cat"}])
+    first, second = data.read_examples(path, tokenizer, 500)
+    assert first == second
+    (tmp_path / "a.csv").write_text("prompt,completion\nthe,\na, cat\nthe,\n")
+    data.read_examples(tmp_path / "a.csv", tokenizer, 500)
+    assert "2 texts are learned with an empty completion" in caplog.text
+    assert "(line 2 first)" in caplog.text
+
+
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"a": None}}}]
+WITH_TOOLS = (
+    "{% if tools %}{{ '<|im_start|>tools\n' }}{% for t in tools %}{{ t | tojson + '\n' }}"
+    "{% endfor %}{{ '<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if 'tool_calls' in m %}{{ m.tool_calls | tojson }}{% else %}{{ m.content }}{% endif %}"
+    "{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+CALLS = [
+    {"role": "user", "content": "1 + 1"},
+    {"role": "assistant", "content": None, "tool_calls": [{"name": "add", "arguments": "1, 1"}]},
+    {"role": "tool", "content": "2"},
+    {"role": "assistant", "content": "2"},
+]
+
+
+def test_tools_are_given_to_the_template(inner, tmp_path):
+    """As ``transformers`` gives them; from Parquet, too, whose objects all have the same keys."""
+    transformers = pytest.importorskip("transformers", reason="parity needs transformers")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")
+    theirs.chat_template = WITH_TOOLS
+    tokenizer, template = data.Tokenizer(inner, theirs.eos_token_id), ChatTemplate(WITH_TOOLS)
+    expected = [
+        theirs.apply_chat_template(messages, tools=tools).input_ids
+        for messages, tools in ((CALLS, TOOLS), (CHATS[0], None))
+    ]
+    records = [
+        {"messages": CALLS, "tools": json.dumps(TOOLS)},
+        {"messages": CHATS[0], "tools": None},
+    ]
+    paths = [written(tmp_path / "a.jsonl", records), tmp_path / "a.parquet"]
+    parquet.write_table(pyarrow.Table.from_pylist(records), paths[1])
+    paths.append(written(tmp_path / "b.jsonl", [records[0] | {"tools": TOOLS}, records[1]]))
+    for path in paths:
+        source = data.TextsOnDisk([path], tokenizer, 500, template=template)
+        for found in (
+            data.read_examples(path, tokenizer, 500, template=template),
+            source.read(range(source.blocks)),
+        ):
+            assert [example.tokens for example in found] == expected
+    written(paths[0], [{"messages": CALLS, "tools": "add"}])
+    with pytest.raises(ValueError, match=r"line 1: each line must be .*no JSON"):
+        data.read_examples(paths[0], tokenizer, 500, template=template)
+    written(paths[0], [{"messages": CALLS, "tools": {"add": 1}}])
+    with pytest.raises(ValueError, match="line 1: tools must be a list; got"):
+        data.read_examples(paths[0], tokenizer, 500, template=template)
+
+
+def test_the_day_of_a_template_may_be_given():
+    dated = ChatTemplate("{{ strftime_now('%d %b %Y') }}{{ messages[0].content }}")
+    then = dataclasses.replace(dated, now=datetime.datetime(2024, 2, 29))
+    assert then.text(CHATS[0]) == "29 Feb 2024the cat"
+    assert dated.text(CHATS[0]) == f"{datetime.datetime.now():%d %b %Y}the cat"
+
+
+def test_an_answer_with_a_special_token_in_it_is_learned_whole(inner):
+    """What is blank behind the token that ends it is not."""
+    tokenizer = data.Tokenizer(inner, inner.token_to_id("</s>"))
+    marked = ChatTemplate(
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}"
+        "{{ '<|im_start|>' + m.content }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}"
+        "{% endfor %}"
+    )
+    for said, learned in (("the cat", "the cat"), ("cat<|im_end|>\n", "cat<|im_end|>")):
+        (example,) = conversation(tokenizer, marked, chat("hi", said))
+        found = [token for token, yes in zip(*example) if yes]
+        assert inner.decode(found, skip_special_tokens=False) == f"<|im_start|>{learned}"

@@ -13,6 +13,7 @@ from _programs import products_of
 from _rows import fast
 from flax import nnx
 
+from bdia_jax.interop import save
 from bdia_jax.nn import (
     Decoder,
     DecoderConfig,
@@ -415,6 +416,18 @@ def test_small_gradients_of_the_loss_are_not_lost(dtype):
     assert optax.tree.norm(found - expected) < 0.02 * optax.tree.norm(expected)
 
 
+def test_the_gradient_of_a_bfloat16_matrix_is_summed_in_float32():
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (1, 512, 8)).astype(jnp.bfloat16)
+    matrix = jax.random.normal(keys[1], (11, 8)).astype(jnp.bfloat16)
+    targets = jax.random.randint(keys[2], (1, 512), 0, 11)
+    found, expected = (
+        loss_gradient(chunk)(x, matrix, targets)[1].astype(jnp.float32) for chunk in (4, 512)
+    )
+    # Both are rounded to bfloat16 once.
+    assert optax.tree.norm(found - expected) < 2**-8 * optax.tree.norm(expected)
+
+
 def test_no_product_of_the_loss_is_taken_twice():
     given = loss_inputs(50)
     assert len(products_of(lambda *args: cross_entropy(*args).loss, *given)) == 1
@@ -792,6 +805,29 @@ def test_low_rank_updates(family):
     merged = nnx.state(model, nnx.Param)
     assert jax.tree.structure(merged) == jax.tree.structure(whole)
     assert not any(isinstance(m, LowRankLinear) for _, m in nnx.iter_modules(model))
+
+
+def test_a_weight_in_two_places_stays_one():
+    class Tied(nnx.Module):
+        def __init__(self):
+            self.embed = self.head = nnx.Param(jnp.ones(2), tag="both")
+
+    model = Tied()
+    for change, kind in ((freeze, Frozen), (unfreeze, nnx.Param)):
+        change(model)
+        assert model.embed is model.head
+        assert type(model.embed) is kind
+        assert model.embed.tag == "both"
+
+
+def test_another_network_generates_nothing_and_is_not_written(tmp_path):
+    # A mid-point network's blocks are not x + h(x).
+    model = Decoder(dataclasses.replace(GPT2, method="midpoint"), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"generation runs blocks as the standard network.*Midp"):
+        generate(model, [[1, 2, 3]], 2)
+    with pytest.raises(ValueError, match=r"transformers knows the standard network.*Midpoint"):
+        save(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 def test_low_rank_updates_refuse():

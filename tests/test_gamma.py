@@ -127,12 +127,14 @@ def test_what_is_told():
     ("options", "message"),
     [
         ({"arguments": []}, "arguments must hold those of one call at least; got none"),
+        ({"gammas": ()}, "gammas must hold one power of two at least; got none"),
         ({"gammas": (0.3,)}, r"2\*\*-m.*got 0.3"),
         ({"signs": ("both",)}, "signs must be of block, sample, minus, plus; got both"),
         ({"signs": ("minus",)}, "signs must include one of block, sample; got minus"),
         ({"tolerance": 0.0}, "tolerance must be positive; got 0.0"),
         ({"tolerance": math.nan}, "tolerance must be positive; got nan"),
-        ({"arguments": [(jnp.full((1, 5), jnp.nan),)]}, "standard network must be finite; got nan"),
+        ({"arguments": [(jnp.full((1, 5), jnp.nan),)]}, "must be finite and not 0; got nan"),
+        ({"arguments": [(jnp.zeros((1, 5)),)]}, "must be finite and not 0; got 0.0"),
     ],
 )
 def test_what_is_refused(options, message):

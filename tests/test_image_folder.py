@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 import sys
 
 import jax
@@ -17,6 +18,7 @@ from scipy import stats
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "experiments"))
 
 import finetune_vision
+from low_rank import LowRank
 
 from bdia_jax import interop
 from bdia_jax.data import (
@@ -120,6 +122,60 @@ def test_the_middle_of_a_long_image(tmp_path):
     values = np.zeros((8, 24), np.uint8)
     values[:, 8:16] = 200
     assert np.all(read_image(save(Image.fromarray(values), tmp_path / "a.png"), 8) == 200)
+
+
+PREPROCESSORS = {
+    "squashed": {"size": {"height": 20, "width": 20}, "resample": 2},
+    "cut out": {
+        "size": {"shortest_edge": 24},
+        "crop_size": {"height": 20, "width": 20},
+        "do_center_crop": True,
+        "resample": 3,
+    },
+}
+
+
+@pytest.mark.parametrize("how", PREPROCESSORS)
+def test_images_are_evaluated_as_transformers_sees_them(how, pretrained, tmp_path):
+    """Of any shape, within a level or two, with the settings that are written for them."""
+    transformers = pytest.importorskip("transformers", reason="parity needs transformers")
+    kind = {"squashed": "ViTImageProcessor", "cut out": "BitImageProcessor"}[how]
+    given = {"image_processor_type": kind, "do_resize": True, **PREPROCESSORS[how]}
+    folder = shutil.copytree(pretrained, tmp_path / "model")
+    (folder / "preprocessor_config.json").write_text(json.dumps(given))
+    processor = getattr(transformers, kind)(
+        **PREPROCESSORS[how], do_rescale=False, do_normalize=False
+    )
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 2), ("Testing", 1)):
+        for name in ("a", "b"):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(count):
+                small = Image.fromarray(rng.integers(0, 256, (4, 6, 3), np.uint8))
+                path = tmp_path / "data" / split / name / f"{i}.png"
+                small.resize((90, 40), Image.Resampling.BICUBIC).save(path)
+    scaling = interop.load_scaling(folder)
+    found = load_image_folder(tmp_path / "data", 20, scaling=scaling, larger=9 / 8)
+    assert found.train_images.shape == (4, 22, 22, 3)
+    paths = sorted((tmp_path / "data" / "Testing").rglob("*.png"))
+    theirs = processor([Image.open(path) for path in paths], return_tensors="np")
+    expected = np.moveaxis(np.asarray(theirs["pixel_values"]), 1, -1)
+    assert np.abs(found.eval_images.astype(float) - expected).max() <= 8
+    assert np.abs(found.eval_images.astype(float) - expected).mean() < 1
+    # Training images show more: all of the shorter side, or 22 of 24 pixels.
+    assert found.middle == pytest.approx(1 if how == "squashed" else 20 / 22)
+
+
+@pytest.mark.parametrize("splits", [("Training", "Testing"), ("train", "dev"), ("train", "Val")])
+def test_splits_of_other_names(splits, photos, tmp_path):
+    for split in splits:
+        for name in ("lying", "standing"):
+            (tmp_path / split / name).mkdir(parents=True)
+            shutil.copy(photos / name / "00.png", tmp_path / split / name)
+    assert load_image_folder(tmp_path, 8).class_names == ("lying", "standing")
+    (tmp_path / splits[1]).rename(tmp_path / "others")
+    with pytest.raises(ValueError, match=r"all hold the folders lying, standing: are they splits"):
+        load_image_folder(tmp_path, 8)
 
 
 def test_what_cannot_be_read(photos, tmp_path):
@@ -247,9 +303,16 @@ def test_the_loss_is_shared_between_both_labels(photos):
     np.testing.assert_allclose(sums.loss, expected, rtol=1e-5)
     assert float(sums.weight) == 12
     # Without variation, it is the middle of the image, normalized.
-    task = ResizedImages(data, 6, zeros + 3, ones * 2, augmentation=None, margin=1)
+    task = ResizedImages(data, 6, zeros + 3, ones * 2, augmentation=None, middle=3 / 4)
+    images = task.batch(jax.device_put(task.arrays()), jax.random.key(0), jnp.int32(0), 36)[0]
+    middles = (data.train_images[:, 1:-1, 1:-1] - 3.0) / 2
+    assert sorted(np.round(images.sum((1, 2, 3)))) == sorted(np.round(middles.sum((1, 2, 3))))
+    # Those for evaluation are seen whole.
+    task = ResizedImages(data, 8, zeros + 3, ones * 2, augmentation=None, middle=3 / 4)
     images = task.eval_batch(jax.device_put(task.arrays()), jnp.int32(0), 4)[0]
-    np.testing.assert_allclose(images, (data.eval_images[:, 1:-1, 1:-1] - 3.0) / 2, atol=1e-3)
+    np.testing.assert_allclose(images, (data.eval_images - 3.0) / 2, atol=1e-3)
+    with pytest.raises(ValueError, match=r"middle must lie in \(0, 1\]; got 0"):
+        ResizedImages(data, 8, zeros, ones, middle=0)
 
 
 @pytest.mark.parametrize(
@@ -401,7 +464,7 @@ def test_finetune(pretrained, photos, tmp_path, capsys, rank):
         data=str(photos),
         out=tmp_path / "run",
         gamma=1 / 8 if rank else "auto",
-        lora=finetune_vision.LowRank(rank, targets=("q", "fc1"), dora=True),
+        lora=LowRank(rank, targets=("q", "fc1"), dora=True) if rank else LowRank(),
         augmentation=Augmentation(mixup=0.2 * rank, operations=rank // 2),
         train=TrainSettings(
             steps=20, batch_size=12, learning_rate=3e-3, eval_every=10, checkpoint_every=10
@@ -411,10 +474,10 @@ def test_finetune(pretrained, photos, tmp_path, capsys, rank):
     assert found["loss"] < found["loss before"]
     assert ("measuring which γ" in capsys.readouterr().out) == (rank == 0)
     ours = interop.load_vision(tmp_path / "run/model", dtype="bfloat16")
-    data, names, margin = finetune_vision.images(given, 16, 3)
+    data, names = finetune_vision.images(given, pretrained, 16, 3)
     assert names == ["lying", "standing"]
     mean, std = interop.load_normalization(pretrained)
-    task = ResizedImages(data, 16, mean, std, margin=margin)
+    task = ResizedImages(data, 16, mean, std, middle=data.middle)
     assert evaluate(ours, task)["loss"] == pytest.approx(found["loss"], rel=0.02)
     written = json.loads((tmp_path / "run/model/config.json").read_text())
     assert written["id2label"] == {"0": "lying", "1": "standing"}
@@ -422,7 +485,7 @@ def test_finetune(pretrained, photos, tmp_path, capsys, rank):
         adapted = interop.load_vision(pretrained, num_classes=2, image_size=16, dtype="bfloat16")
         interop.load_adapter(adapted, tmp_path / "run/adapter", like=pretrained)
         assert evaluate(adapted, task)["loss"] == pytest.approx(found["loss"], rel=0.02)
-        lora = finetune_vision.LowRank(adapter=tmp_path / "run/adapter")
+        lora = LowRank(adapter=tmp_path / "run/adapter")
         again = dataclasses.replace(given, out=tmp_path / "again", lora=lora)
         assert finetune_vision.main(again)["loss before"] == pytest.approx(found["loss"], rel=0.02)
         assert "new head" not in capsys.readouterr().out

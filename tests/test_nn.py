@@ -14,7 +14,7 @@ from bdia_jax import BDIA, BackwardReport, Checkpoint, Direct, Euler
 from bdia_jax.nn import Dropout, Probe, ReversibleSettings, ReversibleStack, ViT, ViTConfig
 from bdia_jax.nn.blocks import LayerNorm, RMSNorm
 from bdia_jax.nn.dropout import keep_mask
-from bdia_jax.nn.linear import product
+from bdia_jax.nn.linear import dot_general, product
 from bdia_jax.nn.vit import patches, shifted
 
 KEY = jax.random.key(0)
@@ -139,6 +139,34 @@ def test_the_product_of_a_layer_in_forward_mode_twice_and_in_vmap():
         for ours, theirs in zip(*given, strict=True):
             for a, b in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
                 np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_the_product_of_a_layer_has_the_precision_that_is_asked_for():
+    """In both passes, of a layer and of a context that is left before anything is compiled."""
+    x, kernel = jnp.ones((4, 6)), jnp.ones((6, 5))
+    layer = nnx.Linear(6, 5, precision="highest", dot_general=dot_general, rngs=nnx.Rngs(0))
+    graph, params = nnx.split(layer)
+
+    def in_context(params, x):
+        with jax.default_matmul_precision("highest"):
+            return jnp.sum(product(x, kernel * params.kernel[...].sum()))
+
+    def of_layer(params, x):
+        return jnp.sum(nnx.merge(graph, params)(x))
+
+    for loss in (in_context, of_layer):
+        for function, products in ((loss, 1), (jax.grad(loss, (0, 1)), 2)):
+            text = jax.jit(function).lower(params, x).as_text()
+            assert text.count("stablehlo.dot_general") >= products
+            assert text.count("precision = [HIGHEST, HIGHEST]") == text.count("dot_general")
+
+
+def test_the_product_of_a_layer_is_that_of_a_layer_only():
+    x, kernel = jnp.ones((4, 6)), jnp.ones((4, 6))
+    with pytest.raises(ValueError, match=r"dimension_numbers must be .* got"):
+        dot_general(x, kernel, (((0,), (0,)), ((), ())))
+    with pytest.raises(ValueError, match="preferred_element_type and out_sharding must be None"):
+        dot_general(x, kernel.T, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def test_the_product_of_a_frozen_kernel_keeps_no_argument():

@@ -124,6 +124,18 @@ def test_log_likelihoods_in_chunks_in_float64():
             np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14)
 
 
+def test_both_answers_of_a_pair_have_one_sign():
+    """With one sign per sample, γ moves the margin of two equal answers by nothing."""
+    config = dataclasses.replace(TINY, method="bdia", signs="sample", gamma=1 / 2)
+    model = Decoder(config, rngs=nnx.Rngs(0))
+    pairs = [(same, same) for same in (drawn(3, 9) for _ in range(4))]
+    task = Preferences("pairs", pairs, pairs, 12, model)
+    found = log_probabilities(model, jax.tree.map(jnp.asarray, task.train), jax.random.key(1))
+    np.testing.assert_array_equal(found[:, 0], found[:, 1])
+    # But pairs have different signs.
+    assert not np.allclose(found[:, 0], task.train.reference[:, 0], atol=1e-4)
+
+
 @pytest.mark.buffers
 def test_preferences_need_no_gradient_of_the_matrix_per_answer():
     """All answers: 16 matrices of 8 MB; of one chunk of them, logits of 4 MB, a few times."""

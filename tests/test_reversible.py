@@ -621,6 +621,26 @@ def test_a_stack_cut_into_pieces_is_the_same_to_the_bit(signs, parts, adjoint, d
     chex.assert_trees_all_equal(whole, pieces)
 
 
+@every_adjoint
+@pytest.mark.parametrize(("state", "computed"), [("float64", "float32"), ("float32", "float64")])
+def test_states_keep_their_dtype_whatever_blocks_compute_in(adjoint, state, computed):
+    with jax.enable_x64(True):
+        block, params, x, _ = simple(4)
+        x = x.astype(state)
+        settings = {"step": BDIA(frac_bits=18), "adjoint": adjoint, "compute_dtype": computed}
+
+        def of(x, at):
+            pair = cut(block, params, (x, x), at, key=jax.random.key(3), **settings)
+            assert [a.dtype for a in pair] == [state, state]
+            return jnp.sum(jnp.sin(pair[1])), pair
+
+        gradient = jax.jit(jax.grad(of, has_aux=True), static_argnums=1)
+        (d, whole), (d_cut, pieces) = (gradient(x, at) for at in ((), (2,)))
+        assert d.dtype == d_cut.dtype == state
+        chex.assert_trees_all_equal(whole, pieces)
+        np.testing.assert_array_equal(d, d_cut)
+
+
 @pytest.mark.parametrize("step", [BDIA(), Euler(), Euler(9)], ids=str)
 @pytest.mark.parametrize(("start", "read"), [(0, "both"), (2, "both"), (2, "x_prev"), (2, "x")])
 def test_gradients_by_both_states(step, start, read):

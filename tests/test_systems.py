@@ -311,6 +311,14 @@ def test_set_adam_takes_each_block_of_a_stack_for_a_tensor():
     assert relative(together, alone.update(grads, alone.init(params))[0]) > 0.01
 
 
+def test_a_number_of_each_block_is_a_tensor_of_set_adam():
+    optimizer, gradient = scale_by_set_adam(is_stacked=lambda path: True), jnp.array([1e-3, 1, 30])
+    found, _ = optimizer.update(gradient, optimizer.init(gradient))
+    alone = scale_by_set_adam()
+    expected = [alone.update(g, alone.init(g))[0] for g in gradient]
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 def test_set_adam_can_be_overwritten_in_place():
     params = {"a": jnp.ones((3, 2)), "b": jnp.ones(4)}
     optimizer = set_adam(0.1)

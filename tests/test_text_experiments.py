@@ -287,6 +287,94 @@ def test_finetune_with_what_does_not_fit(folder, tmp_path):
         finetune.main(dataclasses.replace(given, model=str(tmp_path / "none")))
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"eval_data": pathlib.Path("none.jsonl")}, FileNotFoundError, "there is no none.jsonl"),
+        ({"gamma": 0.1}, ValueError, r"2\*\*-m.*got 0.1"),
+        ({"dtype": "fp16"}, ValueError, "dtype must be .*got 'fp16'"),
+        (
+            {"lora": finetune.LowRank(2, targets=("q_projj",))},
+            ValueError,
+            "targets must name linear layers.*got q_projj",
+        ),
+    ],
+)
+def test_what_is_refused_before_anything_is_read(folder, tmp_path, change, error, message):
+    given = finetune.FineTune(model=str(folder), data=tmp_path, out=tmp_path / "run", **change)
+    config = interop.read_config(folder)
+    with pytest.raises(error, match=message):
+        finetune.check_before(given, folder, config)
+
+
+def test_a_disk_without_room_for_the_model(folder, tmp_path, monkeypatch):
+    given = finetune.FineTune(model=str(folder), data=tmp_path, out=tmp_path / "run")
+    usage = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 1000, 1000))
+    with pytest.raises(ValueError, match=r"the fine-tuned model takes up to .* make room"):
+        finetune.check_before(given, folder, interop.read_config(folder))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"dora": True, "alpha": 16.0}, r"lora\.alpha, lora\.dora is for low-rank updates: give"),
+        ({"rank": -1}, r"lora\.rank must be 0 or more; got -1"),
+        ({"adapter": pathlib.Path("a"), "rank": 4}, "has its own rank.*got lora.rank, too"),
+    ],
+)
+def test_low_rank_settings_that_would_be_ignored(given, message):
+    with pytest.raises(ValueError, match=message):
+        finetune.LowRank(**given)
+
+
+def test_answers_of_a_conversation_are_not_on_both_sides(tmp_path):
+    """Of a template that has a text per answer; and of texts that are split."""
+    records = [[data.Example([i, j], [True] * 2) for j in range(3)] for i in range(20)]
+    train, evaluation = finetune_data.every_tenth(records, "chats")
+    assert {e.tokens[0] for e in evaluation} == {9, 19}
+    assert not {e.tokens[0] for e in train} & {9, 19}
+    assert len(train) + len(evaluation) == 60
+
+
+def test_a_tokenizer_with_special_tokens_that_the_model_lacks(tmp_path):
+    """As that of Gemma 3's text models; an ordinary token would be another tokenizer's."""
+    tokenizer = data.byte_tokenizer()
+    size = tokenizer.size
+    tokenizer.inner.add_special_tokens(["<image>"])
+    more = data.Tokenizer(tokenizer.inner, tokenizer.end)
+    finetune.check_vocabulary(more, size)
+    with pytest.raises(ValueError, match=f"has {size + 1} tokens, the model {size - 2}: they do"):
+        finetune.check_vocabulary(more, size - 2)
+
+
+def test_a_run_of_another_day_goes_on(folder, tmp_path):
+    """Its texts have the day on which it began; and other settings are told before any is read."""
+    model = shutil.copytree(folder, tmp_path / "model")
+    (model / "chat_template.jinja").write_text("{{ strftime_now('%d %b %Y') }}" + CHAT)
+    texts = tmp_path / "texts.jsonl"
+    lines = [
+        {"messages": [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "a"}]}
+        for i in range(10)
+    ]
+    texts.write_text("\n".join(map(json.dumps, lines)))
+    few = dataclasses.replace(FEW, stop_at=2)
+    given = finetune.FineTune(
+        model=str(model), data=texts, out=tmp_path / "run", length=64, gamma=1 / 8, train=few
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(finetune, "beginning", lambda out: "2024-02-29T00:00:00")
+        finetune.main(given)
+    assert finetune.beginning(tmp_path / "run") == "2024-02-29T00:00:00"
+    assert "29 Feb 2024" in (tmp_path / "run/log.txt").read_text()
+    finetune.main(dataclasses.replace(given, resume=True, train=FEW))
+    texts.unlink()
+    other = dataclasses.replace(FEW, learning_rate=1e-3)
+    for change in ({"train": other}, {"length": 32}):
+        with pytest.raises(ValueError, match=r"is another one: .*(learning_rate|length)"):
+            finetune.main(dataclasses.replace(given, resume=True, **change))
+
+
 # ---------------------------------------------------------------------------------------------
 # Conversations
 # ---------------------------------------------------------------------------------------------

@@ -233,8 +233,19 @@ def test_a_folder_is_all_of_its_files(tmp_path):
     ]
     assert found == each[0] + each[1]
     (tmp_path / "none").mkdir()
-    with pytest.raises(ValueError, match="must have files; it has none"):
+    with pytest.raises(ValueError, match="must have files that are not empty; it has none"):
         data.read_examples(tmp_path / "none", TOKENIZER, 64)
+
+
+def test_empty_files_of_a_folder_are_left_out(tmp_path, caplog):
+    for name in ("__init__.py", "a.py"):
+        (tmp_path / name).write_text("" if "init" in name else "x = 1")
+    (example,) = data.read_examples(tmp_path, TOKENIZER, 64)
+    assert TOKENIZER.decode(example.tokens[:-1]) == "x = 1"
+    assert "left out, of 2 files: 1 that are empty" in caplog.text
+    (tmp_path / "a.py").unlink()
+    with pytest.raises(ValueError, match="must have files that are not empty; it has none"):
+        data.read_examples(tmp_path, TOKENIZER, 64)
 
 
 def test_parquet_is_read_as_lines_are(tmp_path):
@@ -246,7 +257,7 @@ def test_parquet_is_read_as_lines_are(tmp_path):
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     (tmp_path / "chats.parquet").write_bytes(parquet(messages=messages))
     (talk,) = data.read_conversations(tmp_path / "chats.parquet")
-    assert talk == ("record 1", messages)
+    assert talk == ("record 1", messages, None)
 
 
 def test_reading_leaves_the_csv_module_as_it_was(tmp_path):

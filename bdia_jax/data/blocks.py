@@ -21,8 +21,10 @@ from bdia_jax.data.records import (
     kind_of,
     messages_of,
     refuse_conversations,
+    refuse_unread,
     table,
     texts_of,
+    tidied,
 )
 
 PASSAGE = 2**16
@@ -98,7 +100,7 @@ def check(name: str, where: str, fields: tuple[str, ...], values: Values) -> Non
         refuse_empty(name, where, fields, values)
         return
     try:
-        check_messages(*values)
+        check_messages(values[0])
     except ValueError as error:
         raise ValueError(f"{name}, {where}: {error}") from None
 
@@ -106,7 +108,7 @@ def check(name: str, where: str, fields: tuple[str, ...], values: Values) -> Non
 def values_of(value: Any, name: str, where: str, fields: tuple[str, ...]) -> Values:
     """The fields of a record that is an object."""
     if fields == MESSAGES:
-        return (messages_of(value, name, where),)
+        return messages_of(value, name, where)
     return texts_of(value, name, where, fields)
 
 
@@ -211,6 +213,7 @@ class RowGroups:
         self.path, self.name = path, str(path)
         self.columns = self._file().schema_arrow.names
         self.fields = kind_of(self.columns)
+        refuse_unread(self.name, self.fields, self.columns)
 
     def cut(self, sha) -> Iterator[Block]:
         with open(self.path, "rb") as file:
@@ -245,7 +248,8 @@ class RowGroups:
             for batch in file.iter_batches(1024, row_groups=[group], columns=columns):
                 for row in batch.to_pylist():
                     number += 1
-                    yield values_of(row, self.name, f"record {number}", self.fields)
+                    where = f"record {number}"
+                    yield values_of(tidied(row), self.name, where, self.fields)
         except (pyarrow.ArrowException, OSError) as error:
             raise ValueError(f"{self.name} is no Parquet file that can be read: {error}") from None
 

@@ -45,23 +45,34 @@ class ChatTemplate:
     """In Jinja."""
     tokens: tuple[tuple[str, str], ...] = ()
     """Special tokens by the names that a template calls them, such as ``("bos_token", "<s>")``."""
+    now: datetime.datetime | None = None
+    """For templates that write the day's date; None for the time at which they do."""
 
     def __post_init__(self):
         _ = self._compiled
 
-    def text(self, messages: Sequence[Message], *, prompt: bool = False) -> str:
+    def text(
+        self,
+        messages: Sequence[Message],
+        *,
+        prompt: bool = False,
+        tools: Sequence[Any] | None = None,
+    ) -> str:
         """The text of messages, without marks for training.
 
         Args:
           messages: of a conversation, from its first one.
           prompt: whether the model is to answer: the beginning of its message is added.
+          tools: descriptions of those that the model may call.
 
         Raises:
           ValueError: for messages that the template refuses.
         """
-        return self._rendered(messages, prompt)[0]
+        return self._rendered(messages, prompt, tools)[0]
 
-    def generated(self, messages: Sequence[Message]) -> list[tuple[str, list[Span]]]:
+    def generated(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None = None
+    ) -> list[tuple[str, list[Span]]]:
         """Texts of a conversation, and what of them the model writes.
 
         Usually one text with all answers, as the model will write them. Where the template changes
@@ -72,15 +83,20 @@ class ChatTemplate:
           ValueError: for messages that the template refuses, or a template whose prompt is not how
             its answers begin.
         """
-        whole, marked = self._rendered(messages, False)
+        whole, marked = self._rendered(messages, False, tools)
         if marked:
             return [(whole, marked)]
         turns, spans, consistent = [], [], True
         for i, message in enumerate(messages):
             if message["role"] != GENERATED:
                 continue
-            before = self.text(messages[:i], prompt=True)
-            until = self.text(messages[: i + 1])
+            if not i:
+                raise ValueError(
+                    "the first message is an answer, to which nothing leads: put one of the user, "
+                    "or of the system, before it, or use a template with {% generation %}"
+                )
+            before = self.text(messages[:i], prompt=True, tools=tools)
+            until = self.text(messages[: i + 1], tools=tools)
             if not until.startswith(before):
                 raise ValueError(
                     "the chat template does not begin an answer as it asks for one, so it is not "
@@ -100,15 +116,18 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise ValueError(f"the chat template is no template in Jinja: {error}") from error
 
-    def _rendered(self, messages: Sequence[Message], prompt: bool) -> tuple[str, list[Span]]:
-        mark = secrets.token_hex(16)
+    def _rendered(
+        self, messages: Sequence[Message], prompt: bool, tools: Sequence[Any] | None
+    ) -> tuple[str, list[Span]]:
+        mark, now = secrets.token_hex(16), self.now or datetime.datetime.now()
         try:
             # Copies: a template may change neither the messages nor what they hold.
             text = self._compiled.render(
                 **dict(self.tokens),
                 messages=json.loads(json.dumps(messages)),
                 add_generation_prompt=prompt,
-                tools=None,
+                tools=json.loads(json.dumps(tools)),
+                strftime_now=now.strftime,
                 documents=None,
                 _mark=mark,
             )
@@ -126,15 +145,13 @@ def read_chat_template(files: Mapping[str, bytes]) -> ChatTemplate | None:
     Args:
       files: contents by name; ``chat_template.jinja``, or else ``chat_template`` in
         ``tokenizer_config.json``: a text, or several by name, of which ``default`` is taken.
+        Names of special tokens are in that file, or in ``special_tokens_map.json``.
 
     Raises:
       ValueError: for files that are damaged.
     """
-    try:
-        config = json.loads(files.get("tokenizer_config.json", b"{}").decode("utf-8-sig"))
-    except ValueError as error:
-        raise ValueError(f"tokenizer_config.json cannot be read: {error}") from error
-    source = config.get("chat_template") if isinstance(config, dict) else None
+    config = _object_in(files, "tokenizer_config.json")
+    source = config.get("chat_template")
     if isinstance(source, list):
         named = {each.get("name"): each.get("template") for each in source}
         source = named.get("default")
@@ -144,16 +161,28 @@ def read_chat_template(files: Mapping[str, bytes]) -> ChatTemplate | None:
         return None
     if not isinstance(source, str):
         raise ValueError(f"chat_template must be a text; got {repr(source)[:80]}")
-    tokens = []
-    for name, token in config.items():
+    tokens = {}
+    for name, token in (_object_in(files, "special_tokens_map.json") | config).items():
         text = token.get("content") if isinstance(token, dict) else token
         if name.endswith("_token") and isinstance(text, str):
-            tokens.append((name, text))
-    return ChatTemplate(source, tuple(tokens))
+            tokens[name] = text
+    return ChatTemplate(source, tuple(tokens.items()))
+
+
+def _object_in(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
+    """The settings in a file; none if there is no such file."""
+    try:
+        found = json.loads(files.get(name, b"{}").decode("utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{name} cannot be read: {error}") from error
+    return found if isinstance(found, dict) else {}
 
 
 def conversation(
-    tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Message]
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    tools: Sequence[Any] | None = None,
 ) -> list[Example]:
     """A conversation as it is learned: the assistant's messages, up to the token that ends them.
 
@@ -163,6 +192,7 @@ def conversation(
       tokenizer: of the model.
       template: of the model.
       messages: of the whole conversation.
+      tools: descriptions of those that the model may call; None for none.
 
     Returns:
       One example; or one per answer, as :meth:`ChatTemplate.generated` says.
@@ -170,11 +200,14 @@ def conversation(
     Raises:
       ValueError: for messages that are none, that have no answer, or that the template refuses.
     """
-    return [example for example, _ in conversed(tokenizer, template, messages)]
+    return [example for example, _ in conversed(tokenizer, template, messages, tools)]
 
 
 def conversed(
-    tokenizer: Tokenizer, template: ChatTemplate, messages: Sequence[Message]
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    messages: Sequence[Message],
+    tools: Sequence[Any] | None = None,
 ) -> list[tuple[Example, bool]]:
     """As :func:`conversation`; and whether a token of the whole is across where an answer begins.
 
@@ -182,7 +215,7 @@ def conversed(
     """
     check_messages(messages)
     found = []
-    for text, spans in template.generated(messages):
+    for text, spans in template.generated(messages, tools):
         example = _example(tokenizer, text, spans)
         found.append((example, example.tokens != tokenizer.encode(text)))
     return found
@@ -195,13 +228,18 @@ def _example(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) -> Example:
     for number, (start, stop) in enumerate(itertools.pairwise(cuts)):
         encode = tokenizer.continuation if number else tokenizer.encode
         piece = encode(text[start:stop])
-        # Every second piece is an answer. What is behind the token that ends it, such as a line
-        # end, a model never writes.
-        ends = [i for i, token in enumerate(piece) if token in tokenizer.special]
-        until = (ends[-1] + 1 if ends else len(piece)) if number % 2 else 0
+        until = _written(tokenizer, piece) if number % 2 else 0
         tokens += piece
         learned += [i < until for i in range(len(piece))]
     return Example(tokens, learned)
+
+
+def _written(tokenizer: Tokenizer, answer: list[int]) -> int:
+    """How many tokens of an answer a model writes: not the blanks behind the one that ends it."""
+    ends = [i for i, token in enumerate(answer, 1) if token in tokenizer.special]
+    if not ends or tokenizer.decode(answer[ends[-1] :]).strip():
+        return len(answer)
+    return ends[-1]
 
 
 def check_messages(messages: Any) -> None:
@@ -212,7 +250,10 @@ def check_messages(messages: Any) -> None:
     for number, message in enumerate(messages, 1):
         fields = message if isinstance(message, Mapping) else {}
         for field in ("role", "content"):
-            if not isinstance(text := fields.get(field), str):
+            text = fields.get(field)
+            if field == "content" and text is None and fields.get("tool_calls"):
+                continue
+            if not isinstance(text, str):
                 raise ValueError(
                     f"message {number} must have {field}, a text, as in {shape}; got "
                     f"{repr(message)[:80]}"
@@ -267,5 +308,4 @@ def _environment() -> jinja2.Environment:
 
     made.filters["tojson"] = to_json
     made.globals["raise_exception"] = refuse
-    made.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return made

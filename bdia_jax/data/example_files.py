@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 import os
 import pathlib
 from collections.abc import Iterator
@@ -23,6 +24,8 @@ from bdia_jax.data.records import (
     read_records,
 )
 from bdia_jax.data.tokenizers import Tokenizer
+
+LOGGER = logging.getLogger(__name__)
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes "
@@ -78,35 +81,58 @@ def read_examples(
         conversations without a template, a record that is too long with ``"error"``, or if all
         records are left out.
     """
+    records = read_by_record(path, tokenizer, length, too_long=too_long, template=template)
+    return [*itertools.chain.from_iterable(records)]
+
+
+def read_by_record(
+    path: str | os.PathLike,
+    tokenizer: Tokenizer,
+    length: int,
+    *,
+    too_long: TooLong = "truncate",
+    template: ChatTemplate | None = None,
+) -> list[list[Example]]:
+    """As :func:`read_examples`; the examples of each record, or each piece of a plain text, apart.
+
+    A record has several where its text is split, or where a template has a text per answer.
+    """
     path = pathlib.Path(path).expanduser()
     fitting = Fitting(str(path), tokenizer, length, too_long)
     if path.is_dir():
         files = files_of(path)
         read = functools.partial(
-            read_examples, tokenizer=tokenizer, length=length, too_long=too_long, template=template
+            read_by_record, tokenizer=tokenizer, length=length, too_long=too_long, template=template
         )
         return [*itertools.chain.from_iterable(map(read, files))]
     if holds_records(path):
-        records = _records(path, tokenizer, template)
-        examples = [*itertools.chain.from_iterable(map(fitting.fit, records))]
-        if not examples:
+        texts = _records(path, tokenizer, template)
+        records = (
+            [example for text in of_record for example in fitting.fit(text)]
+            for _, of_record in itertools.groupby(texts, lambda text: text.where)
+        )
+        if not (examples := [record for record in records if record]):
             raise fitting.nothing()
         fitting.tell()
         return examples
-    return list(cut_up(whole(read_text(path), tokenizer), tokenizer.begin, length))
+    pieces = cut_up(whole(read_text(path), tokenizer), tokenizer.begin, length)
+    return [[piece] for piece in pieces]
 
 
 def files_of(path: pathlib.Path) -> list[pathlib.Path]:
-    """The file; or all files of the folder, by name.
+    """The file; or all files of the folder that are not empty, by name.
 
     Raises:
       ValueError: for a folder without files.
     """
     if not path.is_dir():
         return [path]
-    files = [file for file in sorted(path.rglob("*")) if _is_data(file, path)]
+    found = [file for file in sorted(path.rglob("*")) if _is_data(file, path)]
+    files = [file for file in found if file.stat().st_size]
     if not files:
-        raise ValueError(f"the folder {path} must have files; it has none")
+        raise ValueError(f"the folder {path} must have files that are not empty; it has none")
+    if empty := len(found) - len(files):
+        LOGGER.warning("%s: left out, of %d files: %d that are empty", path, len(found), empty)
     return files
 
 
@@ -123,7 +149,7 @@ def _records(
     name = str(path)
     if fields == MESSAGES:
         check_template(name, template)
-        records = ((where, (messages,)) for where, messages in read_conversations(path))
+        records = ((where, tuple(values)) for where, *values in read_conversations(path))
     else:
         records = iter(read_records(path, fields))
     for where, values in records:
@@ -162,22 +188,23 @@ def found_in(
         yield from (Found(where, example, across) for example, across in examples)
         return
     refuse_empty(name, where, fields, values)
+    silent = not values[-1]
     if fields == TEXT:
         yield Found(where, whole(values[0], tokenizer))
     elif fields == PAIR:
-        yield Found(where, *completed(tokenizer, *values))
+        yield Found(where, *completed(tokenizer, *values), silent)
     else:
-        instruction, *context, output = values
-        asked = "\n\n".join([instruction, *filter(None, context)])
+        instruction, context, output = values
         if template is not None:
+            asked = "\n\n".join(filter(None, (instruction, context)))
             said = {"user": asked, "assistant": output}
             messages = [{"role": role, "content": text} for role, text in said.items()]
             for example, across in conversed(tokenizer, template, messages):
-                yield Found(where, example, across)
+                yield Found(where, example, across, silent)
         else:
-            words = ALPACA_WITH_INPUT if any(context) else ALPACA
-            prompt = words.format(instruction, *context)
-            yield Found(where, *completed(tokenizer, prompt, output))
+            words = ALPACA_WITH_INPUT if context else ALPACA
+            prompt = words.format(instruction, context)
+            yield Found(where, *completed(tokenizer, prompt, output), silent)
 
 
 def refuse_empty(name: str, where: str, fields: tuple[str, ...], values: tuple[str, ...]) -> None:
@@ -193,5 +220,7 @@ def whole(text: str, tokenizer: Tokenizer, *, ends: bool = True) -> Example:
 
     Without ``ends``, the text goes on where it is cut off, and its end is not learned.
     """
-    tokens = [*tokenizer.prompt_tokens(text), *[tokenizer.end] * ends]
+    tokens = tokenizer.prompt_tokens(text)
+    if ends and tokens[-1] != tokenizer.end:
+        tokens = [*tokens, tokenizer.end]
     return Example(tokens, [i >= len(tokenizer.begin) for i in range(len(tokens))])

@@ -38,7 +38,9 @@ def completed(tokenizer: Tokenizer, prompt: str, text: str) -> tuple[Example, bo
             # A vocabulary that drops white space cannot go on within a word.
             same = (a == b for a, b in zip(given, whole))
             known, tokens = sum(itertools.takewhile(bool, same)), whole
-    tokens = [*tokens, tokenizer.end]
+    if tokens[known:][-1:] != [tokenizer.end]:
+        # Some write it themselves.
+        tokens = [*tokens, tokenizer.end]
     return Example(tokens, [i >= known for i in range(len(tokens))]), across
 
 

@@ -20,6 +20,8 @@ class Found(NamedTuple):
     example: Example
     across: bool = False
     """Whether one token would be of the prompt and of the completion."""
+    silent: bool = False
+    """Whether its completion is empty."""
 
 
 class Fitting:
@@ -53,6 +55,10 @@ class Fitting:
             "that boundary has one token for both, which is what a pretrained model knows: put the "
             "space between them at the start of the completion, not at the end of the prompt"
         )
+        self._silent = _Counted(
+            "learned with an empty completion: the model learns to say nothing there"
+        )
+        self._all = self._cut, self._dropped, self._left_out, self._across, self._silent
 
     def fit(self, found: Found) -> list[Example]:
         """What is learned of a text, in pieces that fit; none of it if it is left out.
@@ -60,9 +66,11 @@ class Fitting:
         Raises:
           ValueError: if it is too long, and that is an error.
         """
-        where, example, across = found
+        where, example, across, silent = found
         if across:
             self._across.add(where)
+        if silent:
+            self._silent.add(where)
         if len(example.tokens) <= self.length + 1:
             return [example]
         if self.too_long == "error":
@@ -94,12 +102,12 @@ class Fitting:
 
     def forget(self) -> None:
         """Begins to count anew."""
-        for counted in (self._cut, self._dropped, self._left_out, self._across):
+        for counted in self._all:
             counted.count, counted.first = 0, ""
 
     def tell(self, among: str = "") -> None:
         """Warns of what was cut or left out, as the logger ``bdia_jax``; ``among`` what."""
-        for counted in (self._cut, self._dropped, self._left_out, self._across):
+        for counted in self._all:
             if counted.count:
                 texts = "1 text is" if counted.count == 1 else f"{counted.count} texts are"
                 LOGGER.warning(

@@ -7,6 +7,8 @@ import dataclasses
 import logging
 import os
 import pathlib
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt8
@@ -22,42 +24,69 @@ SUFFIXES = (
     *(".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
 )
 """Of files that are taken for images."""
-EVALUATION = ("validation", "valid", "val", "test")
-"""Names of a folder with images to evaluate on, beside "train"; the first that is there."""
+TRAINING = ("train", "training")
+EVALUATION = ("validation", "valid", "val", "dev", "evaluation", "eval", "test", "testing")
+"""Names, in any case, of the folders of both splits; of each the first that is there."""
 EVERY = 10
 """Without such a folder, one image in so many of each class is for evaluation."""
+
+
+class Scaling(NamedTuple):
+    """How an image becomes a square of some size."""
+
+    squash: bool = False
+    """Whether height and width are scaled apart from each other; or both alike, and a square is cut
+    out of the middle."""
+    edge: float = 1.0
+    """Of what is not squashed: the shorter side over the square's, before it is cut out."""
+    resample: int = Image.Resampling.BICUBIC
+    """Pillow's number of the filter."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageFolder(ImageData):
     """Images of a folder, and the names of its classes."""
 
+    one_shape: ClassVar[bool] = False
     class_names: tuple[str, ...] = ()
+    middle: float = 1.0
+    """Share of the sides of training images that lies around their middle, and that an image for
+    evaluation would show."""
 
 
 def load_image_folder(
-    path: str | os.PathLike, size: int, *, channels: int = 3, progress: bool | None = None
+    path: str | os.PathLike,
+    size: int,
+    *,
+    larger: float = 1.0,
+    scaling: Scaling = Scaling(),  # noqa: B008  (a tuple)
+    channels: int = 3,
+    progress: bool | None = None,
 ) -> ImageFolder:
     """Reads a folder that has a folder of images for each class.
 
     Either ``path`` has the folders of the classes, and every tenth image of a class, by name, is
     for evaluation. Or it has a folder ``train`` with those, and another one, ``validation``
-    (``valid``, ``val``, ``test``).
+    (or of another name in :data:`EVALUATION`).
 
-    An image is rotated as its EXIF data say, put on white where it is transparent, scaled until its
-    shorter side has ``size`` pixels, and cut to the square in its middle. All images are held in
-    memory: 224 × 224 × 3 bytes are 0.15 MB an image.
+    An image is rotated as its EXIF data say, put on white where it is transparent, and made a
+    square. All images are held in memory: 224 × 224 × 3 bytes are 0.15 MB an image.
 
     Args:
       path: of the folder.
       size: height and width in pixels.
+      larger: images for training have so many times as many pixels a side, of which crops are
+        taken.
+      scaling: how images become squares. Those for training keep some of what is around the square
+        that is cut out, if there is something (:attr:`ImageFolder.middle`).
       channels: 3 for colours, 1 for shades of grey.
       progress: whether to show a bar; None for: on a terminal.
 
     Raises:
       FileNotFoundError, NotADirectoryError: for a path that is no folder.
       ValueError: without two classes; for a class without images, or one to evaluate that is not
-        trained; for files that cannot be read as images, with their names.
+        trained; for classes that look like splits; for files that cannot be read as images, with
+        their names.
     """
     path = pathlib.Path(path).expanduser()
     if not path.exists():
@@ -66,15 +95,16 @@ def load_image_folder(
         raise NotADirectoryError(f"the images must be in a folder; got the file {str(path)!r}")
     if channels not in (1, 3):
         raise ValueError(f"channels must be 1 or 3; got {channels}")
-    given = next((path / name for name in EVALUATION if (path / name).is_dir()), None)
-    if (path / "train").is_dir() and given is not None:
-        train, evaluation = _by_class(path / "train"), _by_class(given)
+    for_training, given = (_split(path, names) for names in (TRAINING, EVALUATION))
+    if for_training is not None and given is not None:
+        train, evaluation = _by_class(for_training), _by_class(given)
         if unknown := set(evaluation) - set(train):
             raise ValueError(
-                f"the classes in {given} must be those in {path / 'train'}; got, besides, "
+                f"the classes in {given} must be those in {for_training}; got, besides, "
                 f"{', '.join(sorted(unknown))}"
             )
     else:
+        _refuse_splits(path)
         found = _by_class(path)
         # At least one of each class that has two.
         held = {n: range(min(EVERY, len(f)) - 1, len(f), EVERY) for n, f in found.items()}
@@ -90,16 +120,40 @@ def load_image_folder(
             f"{', '.join(names) or 'none'}"
         )
     files, labels = zip(*(_listed(split, names) for split in (train, evaluation)), strict=True)
-    images = _read([*files[0], *files[1]], size, channels, progress)
+    side = round(size * larger)
+    wider = scaling._replace(edge=max(1.0, scaling.edge * size / side))
+    images = _read([*zip(files, (side, size), (wider, scaling))], channels, progress)
+    labels = [np.asarray(some, np.int32) for some in labels]
     return ImageFolder(
         path.name,
-        images[: len(files[0])],
-        np.asarray(labels[0], np.int32),
-        images[len(files[0]) :],
-        np.asarray(labels[1], np.int32),
+        *(images[0], labels[0], images[1], labels[1]),
         len(names),
         tuple(names),
+        wider.edge / scaling.edge,
     )
+
+
+def _split(path: pathlib.Path, names: tuple[str, ...]) -> pathlib.Path | None:
+    """The folder in a folder that has one of some names, in any case."""
+    folders = {place.name.lower(): place for place in sorted(path.iterdir()) if place.is_dir()}
+    return next((folders[name] for name in names if name in folders), None)
+
+
+def _refuse_splits(path: pathlib.Path) -> None:
+    """A ``ValueError`` for "classes" that all have folders of the same names, and nothing else."""
+    inner = [
+        {place.name for place in folder.iterdir() if not place.name.startswith(".")}
+        for folder in path.iterdir()
+        if folder.is_dir() and not folder.name.startswith(".")
+    ]
+    shared = set.intersection(*inner) if len(inner) > 1 else set()
+    if len(shared) > 1 and all(names == shared for names in inner):
+        names = sorted(place.name for place in path.iterdir() if place.is_dir())
+        if all((path / name / one).is_dir() for name in names for one in shared):
+            raise ValueError(
+                f"{' and '.join(names)} in {path} all hold the folders {', '.join(sorted(shared))}:"
+                f" are they splits? Name them {TRAINING[0]} and {EVALUATION[0]}"
+            )
 
 
 def _by_class(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
@@ -129,36 +183,46 @@ def _listed(
 
 
 def _read(
-    files: list[pathlib.Path], size: int, channels: int, progress: bool | None
-) -> UInt8[np.ndarray, "image size size channel"]:
-    images = np.empty((len(files), size, size, channels), np.uint8)
+    splits: Sequence[tuple[Sequence[pathlib.Path], int, Scaling]],
+    channels: int,
+    progress: bool | None,
+) -> list[UInt8[np.ndarray, "image size size channel"]]:
+    """The images of each split: files, the size of the squares, and how they are made."""
+    made = [np.empty((len(files), n, n, channels), np.uint8) for files, n, _ in splits]
+    jobs = [
+        (images, i, file, size, scaling)
+        for images, (files, size, scaling) in zip(made, splits)
+        for i, file in enumerate(files)
+    ]
     wrong: list[str] = []
 
-    def read(i: int) -> None:
+    def read(job) -> None:
+        images, i, file, size, scaling = job
         try:
-            images[i] = read_image(files[i], size, channels)
+            images[i] = read_image(file, size, channels, scaling)
         # Pillow's readers raise whatever a damaged file makes them meet.
         except Exception as error:
-            wrong.append(f"{files[i]} ({error})")
+            wrong.append(f"{file} ({error})")
 
     hidden = None if progress is None else not progress
     # Pillow lets other threads run while it reads and scales.
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in tqdm(
-            pool.map(read, range(len(files))), total=len(files), unit="image", disable=hidden
-        ):
+        for _ in tqdm(pool.map(read, jobs), total=len(jobs), unit="image", disable=hidden):
             pass
     if wrong:
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise ValueError(
-            f"{len(wrong)} of {len(files)} images cannot be read: {'; '.join(sorted(wrong)[:5])}"
+            f"{len(wrong)} of {len(jobs)} images cannot be read: {'; '.join(sorted(wrong)[:5])}"
             f"{more}. Mend or remove them"
         )
-    return images
+    return made
 
 
 def read_image(
-    path: str | os.PathLike, size: int, channels: int = 3
+    path: str | os.PathLike,
+    size: int,
+    channels: int = 3,
+    scaling: Scaling = Scaling(),  # noqa: B008  (a tuple)
 ) -> UInt8[np.ndarray, "size size channel"]:
     """One image, as :func:`load_image_folder` reads it.
 
@@ -180,5 +244,9 @@ def read_image(
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB" if channels == 3 else "L")
-        image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+        if scaling.squash:
+            image = image.resize((size, size), scaling.resample)
+        else:
+            share = 1 - 1 / scaling.edge
+            image = ImageOps.fit(image, (size, size), scaling.resample, bleed=share / 2)
     return np.asarray(image).reshape(size, size, channels)

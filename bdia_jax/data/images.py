@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from jaxtyping import Float, Int, Int32, UInt8
@@ -43,9 +43,11 @@ class ImageData:
     name: str
     train_images: UInt8[np.ndarray, "train height width channel"]
     train_labels: Int[np.ndarray, "train"]
-    eval_images: UInt8[np.ndarray, "eval height width channel"]
+    eval_images: UInt8[np.ndarray, "eval eval_height eval_width channel"]
     eval_labels: Int[np.ndarray, "eval"]
     num_classes: int
+    one_shape: ClassVar[bool] = True
+    """Whether the images of both splits are of one shape."""
 
     def __post_init__(self):
         if not isinstance(self.num_classes, int | np.integer) or self.num_classes < 1:
@@ -72,7 +74,7 @@ class ImageData:
                     f"labels must lie in [0, {self.num_classes}), the classes; got {split}_labels "
                     f"from {labels.min()} to {labels.max()}"
                 )
-        if self.train_images.shape[1:] != self.eval_images.shape[1:]:
+        if self.one_shape and self.train_images.shape[1:] != self.eval_images.shape[1:]:
             raise ValueError(
                 "the images of both splits must be of one shape; got "
                 f"{self.train_images.shape[1:]} and {self.eval_images.shape[1:]}"

@@ -21,6 +21,7 @@ class Record(NamedTuple):
     where: str
     """For messages: ``"line 3"``, or ``"record 3"`` of a list."""
     values: tuple[str, ...]
+    """Empty where an optional field is missing."""
 
 
 class Conversation(NamedTuple):
@@ -29,14 +30,20 @@ class Conversation(NamedTuple):
     where: str
     messages: Any
     """As it is in the file; :func:`bdia_jax.data.conversation` checks it."""
+    tools: Any = None
+    """Likewise: descriptions of the tools that the model may call."""
 
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 """Suffixes of tables, and what separates their columns."""
 
-MESSAGES, TEXT, PAIR = ("messages",), ("text",), ("prompt", "completion")
-INSTRUCTION, BARE_INSTRUCTION = ("instruction", "input", "output"), ("instruction", "output")
+MESSAGES, TEXT, PAIR = ("messages", "tools"), ("text",), ("prompt", "completion")
+INSTRUCTION = ("instruction", "input", "output")
 """Fields of the kinds of records that are learned. Of instructions: as of Stanford's Alpaca."""
+OPTIONAL = ("input", "tools")
+"""Fields of these that a record may lack."""
+UNREAD = ("system", "history")
+"""Fields that others give instructions, and that would be missed if they were left out."""
 
 
 def read_records(path: str | os.PathLike, fields: Sequence[str]) -> list[Record]:
@@ -79,7 +86,7 @@ def parse_records(raw: bytes, name: str, fields: Sequence[str]) -> list[Record]:
 
 
 def read_conversations(path: str | os.PathLike) -> list[Conversation]:
-    """Conversations of a file of records that have ``messages``; other fields are left out.
+    """Conversations of a file of records that have ``messages``, and perhaps ``tools``.
 
     Args:
       path: as in :func:`read_records`, but for tables of separated values.
@@ -94,7 +101,7 @@ def read_conversations(path: str | os.PathLike) -> list[Conversation]:
     shape = _shape(MESSAGES)
     found = []
     for where, value in _objects(read_bytes(path), name, shape):
-        found.append(Conversation(where, messages_of(value, name, where)))
+        found.append(Conversation(where, *messages_of(value, name, where)))
     if not found:
         raise ValueError(f"{name} has no records")
     return found
@@ -140,8 +147,8 @@ def kind_of(fields: Iterable[str]) -> tuple[str, ...]:
         return MESSAGES
     if fields & {*PAIR}:
         return PAIR
-    for kind in (INSTRUCTION, BARE_INSTRUCTION, TEXT):
-        if fields >= {*kind}:
+    for kind in (INSTRUCTION, TEXT):
+        if fields >= {*kind} - {*OPTIONAL}:
             return kind
     return PAIR
 
@@ -170,7 +177,7 @@ def _parquet(raw: bytes, name: str) -> Iterator[tuple[str, Any]]:
         file = parquet.ParquetFile(pyarrow.BufferReader(raw))
         rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
         for number, row in enumerate(rows, 1):
-            yield f"record {number}", row
+            yield f"record {number}", tidied(row)
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{name} is no Parquet file that can be read: {error}") from None
 
@@ -217,11 +224,28 @@ def _json(text: str, name: str, shape: str) -> Iterator[tuple[str, Any]]:
         yield f"record {number}", each
 
 
-def messages_of(value: Any, name: str, where: str) -> Any:
-    """The messages of a record, as they are in the file."""
+def tidied(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a Parquet file, whose messages have None for every key that others have."""
+    return {k: _without_none(v) if k == MESSAGES[0] else v for k, v in row.items()}
+
+
+def _without_none(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_none(each) for key, each in value.items() if each is not None}
+    return [*map(_without_none, value)] if isinstance(value, list) else value
+
+
+def messages_of(value: Any, name: str, where: str) -> tuple[Any, Any]:
+    """The messages of a record, as they are in the file, and its tools; None if it has none."""
     if not isinstance(value, dict) or "messages" not in value:
         raise _unlike(name, where, _shape(MESSAGES), f"got {repr(value)[:80]}")
-    return value["messages"]
+    tools = value.get("tools")
+    if isinstance(tools, str):
+        # As sets in Parquet have them, whose objects all have the same keys.
+        tools = json_object(tools, name, where, '{"tools": [...]}') if tools.strip() else None
+    if tools is not None and not isinstance(tools, list):
+        raise ValueError(f"{name}, {where}: tools must be a list; got {repr(tools)[:80]}")
+    return value["messages"], tools or None
 
 
 def texts_of(value: Any, name: str, where: str, fields: tuple[str, ...]) -> tuple[str, ...]:
@@ -229,9 +253,12 @@ def texts_of(value: Any, name: str, where: str, fields: tuple[str, ...]) -> tupl
     got, shape = repr(value)[:80], _shape(fields)
     if not isinstance(value, dict):
         raise _unlike(name, where, shape, f"got {got}")
-    if missing := [field for field in fields if field not in value]:
+    if missing := [f for f in fields if f not in value and f not in OPTIONAL]:
         raise _unlike(name, where, shape, f"{' and '.join(missing)} is missing; got {got}")
-    values = tuple(value[field] for field in fields)
+    refuse_unread(f"{name}, {where}", fields, (field for field in value if value[field]))
+    values = tuple(
+        (value.get(field) or "") if field in OPTIONAL else value[field] for field in fields
+    )
     for field, each in zip(fields, values):
         if not isinstance(each, str):
             raise _unlike(name, where, shape, f"{field} is no text; got {repr(each)[:80]}")
@@ -244,6 +271,15 @@ def texts_of(value: Any, name: str, where: str, fields: tuple[str, ...]) -> tupl
                 f"of a character, after {before!r}"
             ) from None
     return values
+
+
+def refuse_unread(name: str, fields: tuple[str, ...], given: Iterable[str]) -> None:
+    """A ``ValueError`` for fields of an instruction that would be left out."""
+    if fields == INSTRUCTION and (unread := {*UNREAD} & {*given}):
+        raise ValueError(
+            f"{name}: {' and '.join(sorted(unread))} of an instruction would be left out: write it "
+            f"as {_shape(MESSAGES)}"
+        )
 
 
 def table(
@@ -260,12 +296,14 @@ def table(
                     continue
                 if columns is None:
                     columns = [column.strip() for column in row]
-                    if any(columns.count(field) != 1 for field in fields):
+                    needed = [f for f in fields if f not in OPTIONAL or f in columns]
+                    if any(columns.count(field) != 1 for field in needed):
                         raise ValueError(
                             f"{name}: the first line must name the columns, separated by "
-                            f"{separator!r}, {' and '.join(fields)} once among them; got {columns}"
+                            f"{separator!r}, {' and '.join(needed)} once among them; got {columns}"
                         )
-                    where = [columns.index(field) for field in fields]
+                    refuse_unread(name, fields, columns)
+                    where = [columns.index(f) if f in needed else None for f in fields]
                 elif len(row) != len(columns):
                     raise ValueError(
                         f"{name}, line {rows.line_num}: {len(row)} columns, where the first line "
@@ -273,7 +311,8 @@ def table(
                         f"be quoted; got {repr(row)[:80]}"
                     )
                 else:
-                    yield Record(f"line {rows.line_num}", tuple(row[i] for i in where))
+                    values = ("" if i is None else row[i] for i in where)
+                    yield Record(f"line {rows.line_num}", tuple(values))
         except csv.Error as error:
             raise ValueError(
                 f'{name}, line {rows.line_num}: {error}; a text with " in it must be quoted, each '

@@ -8,7 +8,7 @@
   :func:`packaged_model`.
 - The chat template of either: :func:`load_chat_template`.
 - Vision transformers (ViT, DINOv2, CLIP, SigLIP): :func:`load_vision`,
-  :func:`load_normalization`, :func:`save_vision`.
+  :func:`load_normalization`, :func:`load_scaling`, :func:`save_vision`.
 - Low-rank updates in the format of ``peft``: :func:`load_adapter`, :func:`save_adapter`,
   :func:`lora_targets`.
 
@@ -23,6 +23,7 @@ from bdia_jax.interop.models import load, load_chat_template, read_config
 from bdia_jax.interop.saving import save
 from bdia_jax.interop.vision.models import (
     load_normalization,
+    load_scaling,
     load_vision,
     read_vision_config,
     save_vision,
@@ -35,6 +36,7 @@ __all__ = [
     "load_adapter",
     "load_chat_template",
     "load_normalization",
+    "load_scaling",
     "load_vision",
     "lora_targets",
     "packaged_model",

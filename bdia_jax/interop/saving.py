@@ -29,6 +29,7 @@ from bdia_jax.interop.models import describe, open_checkpoint
 from bdia_jax.interop.replacing import Step, new_files, put_in_place
 from bdia_jax.nn import Decoder, DecoderConfig, Frozen
 from bdia_jax.nn.settings import DTYPES, check_dtype
+from bdia_jax.nn.stack import check_standard
 
 SHARD_BYTES = 2 * 2**30
 """Files are written up to this size, one in memory at a time."""
@@ -61,10 +62,11 @@ def save(
       config: contents of a config.json, in place of that of ``like``.
 
     Raises:
-      ValueError: for a configuration that no family has, one of another model, an unknown dtype, or
-        a model with low-rank updates.
+      ValueError: for a configuration that no family has, one of another model, an unknown dtype, a
+        model with low-rank updates, or one that is trained by :class:`bdia_jax.Midpoint`.
       FolderError: for a folder with an adapter, which loaders would apply to the saved weights.
     """
+    check_standard(model.blocks, "transformers knows")
     folder = pathlib.Path(folder).expanduser()
     dtype = dtype or model.config.param_dtype
     check_dtype(dtype)

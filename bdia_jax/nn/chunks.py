@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree, Shaped
 
 from bdia_jax.gradients import is_zero, perturbed
+from bdia_jax.grid import accumulator
 from bdia_jax.pinning import alike
 from bdia_jax.trees import combine, partition
 
@@ -76,8 +77,10 @@ def _sum_forward(function, shared, chunks):
         (value, told), (d, d_chunk) = gradient(shared, chunk)
         return jax.tree.map(jnp.add, d_shared, d), (value, told, d_chunk)
 
-    start = jax.tree.map(jnp.zeros_like, shared)
+    # In float32 (float64), of which a sum of many parts loses nothing.
+    start = jax.tree.map(lambda s: jnp.zeros_like(s, accumulator(s.dtype)), shared)
     d_shared, (values, told, d_chunks) = lax.scan(step, start, chunks)
+    d_shared = jax.tree.map(lambda d, s: d.astype(s.dtype), d_shared, shared)
     return (jnp.sum(values), told), (d_shared, d_chunks)
 
 

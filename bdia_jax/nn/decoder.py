@@ -115,7 +115,7 @@ class Decoder(nnx.Module):
         start: Int[Array, ""] | int,
         present: Int[Array, "batch slot"],
     ) -> tuple[Float[Array, "batch vocab"], tuple[Array, Array]]:
-        """Logits after the last of some more tokens, and the longer cache; the standard network.
+        """Logits after the last of some more tokens, and the longer cache.
 
         Args:
           tokens: for the slots from ``start`` on.
@@ -124,16 +124,12 @@ class Decoder(nnx.Module):
           start: number of slots that are filled.
           present: 1 for slots with a token, 0 for padding; the new ones included.
         """
-        x = self._embed(tokens, positions)
         angles = self.angles(positions)
-        extend, params = self.blocks.pure(lambda block, *args: block.extend(*args))
 
-        def step(x, block):
-            params, cache = block
-            h, cache = extend(params, None, x, angles, cache, start, present)
-            return x + h, cache
+        def extend(block, x, cache):
+            return block.extend(x, angles, cache, start, present)
 
-        x, cache = jax.lax.scan(step, x, (params, cache))
+        x, cache = self.blocks.extend(self._embed(tokens, positions), cache, extend)
         return self.logits(self.norm(x[:, -1])), cache
 
     def _embed(self, tokens, positions):

@@ -174,17 +174,13 @@ class EncoderDecoder(nnx.Module):
     def extend(self, tokens, positions, cache, start, present, context):
         """As :meth:`bdia_jax.nn.Decoder.extend`, with the sources' :meth:`context`."""
         x, _ = self._embed(tokens, positions, None, of_source=False)
-        extend, params = self.decoder.pure(lambda block, *args: block.extend(*args))
         *keys_values, memory_present = context
 
-        def step(x, block):
-            params, cache, keys_values = block
-            h, cache = extend(
-                params, None, x, cache, start, present, keys_values, memory_present[0]
-            )
-            return x + h, cache
+        def extend(block, x, given):
+            cache, keys_values = given
+            return block.extend(x, cache, start, present, keys_values, memory_present[0])
 
-        x, cache = jax.lax.scan(step, x, (params, cache, tuple(keys_values)))
+        x, cache = self.decoder.extend(x, (cache, tuple(keys_values)), extend)
         return self.logits(self.norm(x[:, -1])), cache
 
     def _embed(self, tokens, positions, key, *, of_source: bool):

@@ -179,7 +179,7 @@ def add_updates(model: nnx.Module, kinds: Mapping[str, LowRankKind], rngs: nnx.R
 
 
 def merge_lora(model: nnx.Module) -> None:
-    """The inverse of :func:`add_lora`, in place: updates become a part of the weights."""
+    """Updates become a part of the weights, in place; all weights are trained again."""
     for _, module in list(nnx.iter_modules(model)):
         for name, child in list(vars(module).items()):
             if isinstance(child, LowRankLinear):
@@ -204,10 +204,14 @@ def unfreeze(model: nnx.Module) -> None:
 
 
 def _retype(model, old: type, new: type, chosen: Callable[[str], bool]) -> None:
+    # A weight that is in two places stays one.
+    made: dict[int, nnx.Variable] = {}
     for where, module in list(nnx.iter_modules(model)):
         for name, value in list(vars(module).items()):
             if isinstance(value, old) and chosen(".".join(map(str, (*where, name)))):
-                setattr(module, name, new(value.get_value()))
+                if id(value) not in made:
+                    made[id(value)] = new.from_metadata(value.get_value(), value.get_metadata())
+                setattr(module, name, made[id(value)])
 
 
 def _linears(model: nnx.Module) -> Iterator[tuple[nnx.Module, str, str]]:

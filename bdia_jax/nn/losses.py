@@ -41,7 +41,6 @@ class Sums(NamedTuple):
         return {name: value / weight for name, value in sums.items()}
 
 
-@jax.custom_vjp
 def logits(
     features: Float[Array, "*batch width"], matrix: Float[Array, "vocab width"]
 ) -> Float[Array, "*batch vocab"]:
@@ -51,11 +50,16 @@ def logits(
     JAX would multiply a float32 cotangent, for which the matrix is copied to float32. (In float16
     most of that cotangent would be 0: there it stays in float32.)
     """
+    return _logits(*alike(features, matrix))
+
+
+@jax.custom_vjp
+def _logits(features, matrix):
     return _product("...w,vw->...v", features, matrix.astype(features.dtype))
 
 
 def _logits_forward(features, matrix):
-    return logits(features, matrix), (features, matrix)
+    return _logits(features, matrix), (features, matrix)
 
 
 def _logits_backward(saved, d_logits):
@@ -68,7 +72,7 @@ def _logits_backward(saved, d_logits):
     return d_features.astype(features.dtype), d_matrix.astype(matrix.dtype)
 
 
-logits.defvjp(_logits_forward, _logits_backward)
+_logits.defvjp(_logits_forward, _logits_backward)
 
 
 def _product(equation: str, a: Array, b: Array) -> Array:
@@ -149,6 +153,8 @@ def _in_chunks(features, matrix, targets, weights, chunk):
             "features must have the shape [batch, length, width], and targets [batch, length]; "
             f"got {features.shape} and {targets.shape}"
         )
+    if not features.size:
+        raise ValueError(f"features must not be empty; got the shape {features.shape}")
     if matrix.ndim != 2 or matrix.shape[1] != features.shape[2]:
         raise ValueError(
             f"matrix must have the shape [vocab, {features.shape[2]}]; got {matrix.shape}"

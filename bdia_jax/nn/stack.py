@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 from jax.extend.core import get_opaque_trace_state
 from jaxtyping import Array, Float, Key, PyTree
 
@@ -200,6 +201,38 @@ class ReversibleStack(StackedBlocks):
             adjoint=self._adjoint(stacked_params),
         )
 
+    def extend(
+        self,
+        x: Float[Array, "batch *shape"],
+        per_block: PyTree[Array],
+        call: Callable[..., tuple[Array, PyTree[Array]]],
+    ) -> tuple[Float[Array, "batch *shape"], PyTree[Array]]:
+        """The standard network, off the grid, of blocks that carry something along.
+
+        It is what generation needs, whose blocks extend a cache.
+
+        Args:
+          x: input of the first block.
+          per_block: arrays with a leading block axis.
+          call: ``call(block, x, given)`` with a block and its entries of ``per_block``; returns the
+            update h, and what is told of the block.
+
+        Returns:
+          What comes out of the last block; and what was told, stacked.
+
+        Raises:
+          ValueError: for a stack of another network.
+        """
+        check_standard(self, "generation runs blocks as")
+        function, params = self.pure(call)
+
+        def advance(x, inputs):
+            params, given = inputs
+            h, told = function(params, None, x, given)
+            return x + h, told
+
+        return lax.scan(advance, x, (params, per_block))
+
     def _adjoint(self, stacked_params) -> Adjoint:
         """With the probe, and with the updates if there are any, for one call."""
         updates: _Updates | None = getattr(self, "_updates", None)
@@ -239,6 +272,15 @@ class ReversibleStack(StackedBlocks):
         """:func:`bdia_jax.check_reversible` of these blocks, in their mode, with their step."""
         block, stacked_params = self.functional()
         return check_reversible(block, stacked_params, x, key=key, consts=consts, step=self.step)
+
+
+def check_standard(stack: ReversibleStack, what: str) -> None:
+    """A ``ValueError`` unless a stack hands back the standard network, which ``what`` needs."""
+    if stack.step.network.gamma:
+        raise ValueError(
+            f"{what} the standard network, x + h(x), which BDIA(...) and Euler(...) train; this "
+            f"model is another one, of {stack.step}"
+        )
 
 
 class _Updates:

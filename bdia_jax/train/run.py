@@ -82,7 +82,8 @@ class Run:
                     self.step + 1 == self.end or (self.step + 1) % every == 0
                     for every in (s.log_every, s.eval_every, s.checkpoint_every)
                 )
-                told = logs or evaluates or saves or self.step == 0
+                # With the first step of a call, so that it is compiled before time is taken.
+                told = logs or evaluates or saves or not self.pace.has_begun
                 self._take_step(with_network_loss=told and self.programs.has_gap)
                 self._bar.update()
                 if not self.pace.has_begun:

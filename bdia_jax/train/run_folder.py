@@ -14,6 +14,7 @@ report.md           what came of it, with report.png
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import pathlib
@@ -83,20 +84,33 @@ def check_room(folder: pathlib.Path, state: PyTree, keep_last: int) -> None:
       ValueError: if not even one fits. If one does, but not all that may be there at a time (the
         last, the best, and the one being written), there is a warning.
     """
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) / 1e9
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    disk, most = shutil.disk_usage(there), keep_last + 2
-    if not disk.total:
-        # No disk, such as /proc: what is wrong with it is told by the first attempt to write.
+    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    most = keep_last + 2
+    if (found := check_disk(folder, size, "a checkpoint")) is None:
         return
-    free = disk.free / 1e9
-    told = f"a checkpoint takes up to {size:.1f} GB, and {there} has {free:.1f} GB free"
-    if free < size:
-        raise ValueError(f"{told}: make room, or give a folder on another disk")
+    free, told = found
     if free < most * size:
         log.warning("%s: %d may be there at a time (keep_last = %d)", told, most, keep_last)
-    elif size > 1:
+    elif size > 1e9:
         log.info("%s; %d may be there at a time", told, most)
+
+
+def check_disk(folder: pathlib.Path, size: int, what: str) -> tuple[int, str] | None:
+    """The bytes that a folder's disk has free, and a sentence for a log.
+
+    None for no disk, such as /proc, of which the first attempt to write will tell.
+
+    Raises:
+      ValueError: if there is no room for ``what``, of so many bytes.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    disk = shutil.disk_usage(there)
+    if not disk.total:
+        return None
+    told = f"{what} takes up to {size / 1e9:.1f} GB, and {there} has {disk.free / 1e9:.1f} GB free"
+    if disk.free < size:
+        raise ValueError(f"{told}: make room, or give a folder on another disk")
+    return disk.free, told
 
 
 def describe_run(
@@ -115,15 +129,47 @@ def check_same_run(
     folder: pathlib.Path, described: dict[str, Any], settings: TrainSettings
 ) -> None:
     """A ``ValueError`` if there is a run in the folder, and it is another one than this."""
+    if (found := _run_in(folder)) is not None:
+        _refuse_differences(folder, found, described, settings)
+
+
+def check_same_settings(
+    folder: pathlib.Path, settings: TrainSettings, about: dict[str, dict[str, Any]]
+) -> None:
+    """What :func:`check_same_run` can tell before there are data, of the settings in ``about``.
+
+    Steps are not compared: how many an epoch has is not known yet.
+    """
+    if (found := _run_in(folder)) is None:
+        return
+    training = dataclasses.asdict(settings)
+    for uncounted in ("epochs", "steps", "warmup_steps"):
+        del training[uncounted]
+    described = json.loads(json.dumps({"train": training, **about}))
+    some = {
+        section: {name: found.get(section, {}).get(name, "nothing") for name in values}
+        for section, values in described.items()
+    }
+    _refuse_differences(folder, some, described, settings)
+
+
+def _run_in(folder: pathlib.Path) -> dict[str, Any] | None:
+    """What decided the weights of the run in a folder; None if there is none."""
     path = folder / SETTINGS
     if not path.exists():
-        return
+        return None
     try:
         found = dict(json.loads(path.read_text()))
         # A setting that did not exist when the run was started had the default's effect.
         found["train"] = TrainSettings().described() | found["train"]
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} can't be read, so this may be another run: {error}") from error
+    return found
+
+
+def _refuse_differences(
+    folder: pathlib.Path, found: dict[str, Any], described: dict[str, Any], settings: TrainSettings
+) -> None:
     harmless = {f"train.{name}" for name in settings.harmless()}
     differences = [
         f"{name}: {old!r} there, {new!r} now"
@@ -132,10 +178,11 @@ def check_same_run(
     ]
     if differences:
         data = any(difference.startswith("data.sha256") for difference in differences)
-        edited = f" (the data named {described['data']['name']} are not those it was started with)"
-        raise ValueError(
-            f"the run in {folder} is another one: {'; '.join(differences)}{edited * data}"
-        )
+        edited = ""
+        if data:
+            name = described["data"]["name"]
+            edited = f" (the data named {name} are not those it was started with)"
+        raise ValueError(f"the run in {folder} is another one: {'; '.join(differences)}{edited}")
 
 
 def make_run_folder(folder: pathlib.Path, described: dict[str, Any], main: bool) -> None:

@@ -22,7 +22,8 @@ class State(NamedTuple):
     """All that a step changes, and the key from which it draws; this is what is saved.
 
     The position in the data is a function of the key and the step. A step that goes wrong changes
-    nothing, ``step`` included: every later one repeats it, until the loop notices.
+    nothing, ``step`` included: every later one repeats it, until the loop notices. (But with
+    ``update_in_backward``, of which :class:`TrainSettings` says what happens.)
     """
 
     step: Int32[Array, ""]
@@ -130,6 +131,12 @@ def gradient(recipe: Recipe, params: nnx.State, rest, batch, keys):
     )
     total, of_parts = jax.lax.scan(add, zeros, (micro_batches(recipe, batch), keys))
     sums, probes = jax.tree.map(lambda a: a.sum(axis=0), of_parts)
+    probes = jax.tree.map(
+        lambda total, parts: total._replace(deviation=parts.deviation.max(axis=0)),
+        probes,
+        of_parts[1],
+        is_leaf=lambda leaf: isinstance(leaf, BackwardReport),
+    )
     weight = sums.weight + (sums.weight == 0)
     grads = jax.tree.map(lambda t, p: (t / weight.astype(t.dtype)).astype(p.dtype), total, params)
     return grads, sums, probes

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from bdia_jax.data.image_folder import Scaling
 from bdia_jax.files import write_json
 from bdia_jax.interop import arrays
 from bdia_jax.interop.checkpoint import FolderError
@@ -26,6 +27,7 @@ from bdia_jax.interop.vision import families
 from bdia_jax.interop.vision.positions import resize
 from bdia_jax.nn import Frozen
 from bdia_jax.nn.settings import DTYPES, check_dtype
+from bdia_jax.nn.stack import check_standard
 from bdia_jax.nn.vision import VisionTower, VisionTowerConfig
 
 PREPROCESSOR = "preprocessor_config.json"
@@ -155,6 +157,31 @@ def read_vision_config(path: str | os.PathLike) -> VisionTowerConfig:
         return families.read(folder.config)
 
 
+def load_scaling(path: str | os.PathLike) -> Scaling:
+    """How images become squares, by ``preprocessor_config.json`` in a folder.
+
+    Where there is none: their middle is cut out.
+
+    Raises:
+      FileNotFoundError: for a folder that does not exist.
+    """
+    with VisionFolder(resolve(path)) as folder:
+        c = json.loads(folder.beside().get(PREPROCESSOR, b"{}"))
+    size, crop = c.get("size"), c.get("crop_size")
+    if not c.get("do_center_crop", crop is not None):
+        crop = None
+    plain = Scaling(resample=c.get("resample", Scaling().resample))
+    if isinstance(size, dict) and "shortest_edge" in size:
+        edge = _side(crop)
+        return plain._replace(edge=max(1.0, size["shortest_edge"] / edge)) if edge else plain
+    return plain._replace(squash=size is not None and crop is None)
+
+
+def _side(crop: Any) -> int | None:
+    """Of a square that is cut out, which is written as a number, or as height and width."""
+    return crop.get("height") if isinstance(crop, dict) else crop
+
+
 def load_normalization(path: str | os.PathLike) -> Normalization:
     """How images are to be normalized, by ``preprocessor_config.json`` in a folder.
 
@@ -211,6 +238,7 @@ def save_vision(
         number of labels, two equal ones, an unknown dtype.
       FolderError: as of :func:`load_vision`.
     """
+    check_standard(model.blocks, "transformers knows")
     c = model.config
     folder = pathlib.Path(folder).expanduser()
     dtype = dtype or c.param_dtype
@@ -274,8 +302,8 @@ def _for_size(preprocessor: bytes, size: int) -> bytes:
     square = {"height": size, "width": size}
     before, crop = c.get("size"), c.get("crop_size")
     if isinstance(before, dict) and "shortest_edge" in before:
-        edge = crop["height"] if isinstance(crop, dict) and "height" in crop else crop
-        ratio = before["shortest_edge"] / edge if isinstance(edge, int) else 1
+        edge = _side(crop)
+        ratio = before["shortest_edge"] / edge if edge else 1
         c["size"] = {"shortest_edge": round(size * ratio)}
     else:
         c["size"] = square

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from bdia_jax.grid import accumulator
 from bdia_jax.nn.caps import soft_cap
 from bdia_jax.nn.chunks import cut, even, together
 from bdia_jax.nn.dropout import dropped
-from bdia_jax.pinning import barrier
+from bdia_jax.pinning import alike, barrier
 
 
 def chunked_attention(
@@ -67,6 +67,8 @@ def chunked_attention(
             "q and k must have equal batch and dim, and kv_head must divide head; "
             f"got {q.shape} and {k.shape}"
         )
+    if not q.size or not k.size:
+        raise ValueError(f"q and k must not be empty; got {q.shape} and {k.shape}")
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1; got {chunk}")
     if dropout and key is None:
@@ -96,7 +98,7 @@ def chunked_attention(
     )
     batch, queries, heads, dim = q.shape
     grouped = q.reshape(batch, queries, k.shape[2], heads // k.shape[2], dim)
-    attended: Array = _attend(options, grouped, k, v, rest)  # pyright: ignore[reportAssignmentType]
+    attended: Any = _attend(options, *alike(grouped, k, v), rest)
     return attended.reshape(q.shape)
 
 

@@ -14,10 +14,9 @@ from bdia_jax.adjoints import Direct
 from bdia_jax.nn.caps import soft_cap
 from bdia_jax.nn.chunks import cut, even, sum_of_chunks
 from bdia_jax.nn.decoder import Decoder
-from bdia_jax.nn.gamma import set_step
+from bdia_jax.nn.gamma import reversible_stacks
 from bdia_jax.nn.lora import freeze
 from bdia_jax.nn.losses import Sums, logits
-from bdia_jax.steps import Euler
 from bdia_jax.train.tasks.text import PackedTexts, Tokens
 
 CHUNK = 1024
@@ -25,7 +24,7 @@ CHUNK = 1024
 
 
 class Distilled(nnx.Module):
-    """A student, which is trained, and its teacher, which is frozen, as the standard network."""
+    """A student, which is trained, and its teacher, which is frozen, as it is in evaluation."""
 
     def __init__(self, student: Decoder, teacher: Decoder):
         """Freezes the teacher, in place.
@@ -42,7 +41,8 @@ class Distilled(nnx.Module):
         if teacher.config.dropout:
             raise ValueError(f"the teacher's dropout must be 0; got {teacher.config.dropout}")
         freeze(teacher)
-        set_step(teacher, Euler(None), Direct())
+        for stack in reversible_stacks(teacher):
+            stack.step, stack.adjoint = stack.step.network, Direct()
         self.student, self.teacher = student, teacher
 
 

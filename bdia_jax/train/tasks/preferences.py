@@ -119,7 +119,9 @@ class Preferences:
 def log_probabilities(model: Decoder, rivals: Rivals, key) -> Float[Array, "pairs 2"]:
     """Of the answers' tokens, summed."""
     pairs, two, length = rivals.tokens.shape
-    tokens, targets, weights = (a.reshape(pairs * two, length) for a in rivals[:3])
+    # The chosen answers, then the rejected: signs of γ alternate over the samples, and of an even
+    # number of pairs each pair has one, so that what is odd in it cancels in the margin.
+    tokens, targets, weights = (a.swapaxes(0, 1).reshape(two * pairs, length) for a in rivals[:3])
     found = log_likelihoods(
         model.features(tokens, key=key),
         model.output_matrix(),
@@ -127,7 +129,7 @@ def log_probabilities(model: Decoder, rivals: Rivals, key) -> Float[Array, "pair
         weights,
         cap=model.config.logit_cap,
     )
-    return found.reshape(pairs, two)
+    return found.reshape(two, pairs).T
 
 
 def _rivals(pairs: Sequence[Preference], length: int, reference: Decoder, size: int) -> Rivals:

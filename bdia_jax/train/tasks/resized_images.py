@@ -30,22 +30,24 @@ class ResizedImages(ImageClassification):
         *,
         augmentation: Augmentation | None = RECIPE,
         label_smoothing: float = 0.0,
-        margin: int = 0,
+        middle: float = 1.0,
         eval_batch_size: int = 64,
     ):
         """Chooses how images are scaled and varied.
 
         Args:
-          data: images of any one size; those of one channel go into each of a network's.
+          data: images of any one size; those of one channel go into each of a network's. Those for
+            evaluation may have another size than those for training.
           size: height and width of the network's images, in pixels.
           mean, std: of pixels from 0 to 255 (:func:`bdia_jax.interop.load_normalization`).
           augmentation: how training images are varied; None for not at all.
           label_smoothing: share of the target that is spread over all classes.
-          margin: pixels at each side of an image that only crops see; evaluation leaves them out.
+          middle: share of a training image's sides, around its middle, that is seen where it is
+            not varied.
           eval_batch_size: samples per evaluation batch.
 
         Raises:
-          ValueError: as :class:`ImageClassification`; for a margin that leaves nothing.
+          ValueError: as :class:`ImageClassification`; for a share outside (0, 1].
         """
         super().__init__(
             data,
@@ -53,12 +55,11 @@ class ResizedImages(ImageClassification):
             label_smoothing=label_smoothing,
             eval_batch_size=eval_batch_size,
         )
-        side = min(data.train_images.shape[1:3])
-        if not 0 <= 2 * margin < side:
-            raise ValueError(f"margin must lie in [0, {side / 2:g}), half a side; got {margin}")
+        if not 0 < middle <= 1:
+            raise ValueError(f"middle must lie in (0, 1]; got {middle}")
         self.size, self.augmentation = size, augmentation
         self.mean, self.std = (np.asarray(values, np.float32) for values in (mean, std))
-        self.middle = 1 - 2 * margin / side
+        self.middle = middle
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Both splits, and the statistics of the pretraining."""
@@ -79,14 +80,18 @@ class ResizedImages(ImageClassification):
         return (images - arrays["mean"]) / arrays["std"], labels, labels[::-1], share
 
     def eval_batch(self, arrays, step, size):
-        """The middle of images, and labels; -1 for samples after the last."""
+        """Whole images, and labels; -1 for samples after the last."""
         rows, exist = eval_rows(step, size, self.eval_samples)
-        images = self.middles(arrays, arrays["eval_images"][rows])
+        images = self.middles(arrays, arrays["eval_images"][rows], 1.0)
         return images, jnp.where(exist, arrays["eval_labels"][rows], -1)
 
-    def middles(self, arrays, images):
-        """Images as they are evaluated: their middle, normalized. ``arrays`` has the statistics."""
-        return (center_crop(images, self.middle, self.size) - arrays["mean"]) / arrays["std"]
+    def middles(self, arrays, images, share: float | None = None):
+        """A share of images around their middle, normalized with the statistics in ``arrays``.
+
+        None for the share of training images that is seen where they are not varied.
+        """
+        share = self.middle if share is None else share
+        return (center_crop(images, share, self.size) - arrays["mean"]) / arrays["std"]
 
     def loss(self, model, batch, key) -> Sums:
         """Cross-entropy with the shares of both labels, smoothed; accuracy by the larger share."""

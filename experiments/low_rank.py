@@ -1,0 +1,44 @@
+"""What the commands that fine-tune ask of low-rank updates."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """Of low-rank updates (LoRA)."""
+
+    rank: int = 0
+    """Train low-rank updates only, of this rank (and a new head, if there is one); 0 trains all
+    weights."""
+    alpha: float | None = None
+    """Updates are scaled by alpha / rank; None for alpha = rank."""
+    targets: tuple[str, ...] = ("q", "v")
+    """Linear layers of a block that get one: q, k, v, out, up, down, gate; or names in the folder,
+    as for peft: q_proj, all-linear."""
+    dora: bool = False
+    """Train magnitudes of the columns of these layers apart from their directions (DoRA)."""
+    adapter: pathlib.Path | None = None
+    """Go on from the updates in this folder, in peft's format, of its rank, alpha and targets; and
+    from its head, if it has one."""
+
+    def __post_init__(self):
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        given = [
+            name
+            for name in ("rank", "alpha", "targets", "dora")
+            if getattr(self, name) != defaults[name]
+        ]
+        names = ", ".join(f"lora.{name}" for name in given)
+        if self.rank < 0:
+            raise ValueError(f"lora.rank must be 0 or more; got {self.rank}")
+        if self.adapter is not None and given:
+            raise ValueError(f"lora.adapter has its own rank, alpha and targets; got {names}, too")
+        if self.adapter is None and given and not self.rank:
+            raise ValueError(f"{names} is for low-rank updates: give lora.rank, too")
+
+    def __bool__(self) -> bool:
+        """Whether low-rank updates are trained."""
+        return bool(self.rank) or self.adapter is not None
