@@ -1,4 +1,4 @@
-"""The other systems: two streams, mid-point network, linear attention, ResNet, SET-Adam."""
+"""Other systems: recurrence, two streams, mid-point, linear attention, ResNet, SET-Adam."""
 
 import dataclasses
 import functools
@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from _rows import fast
 from flax import nnx
 from test_nn import assert_close, gradients
 
@@ -46,6 +47,60 @@ RESNET = ResNetConfig(image_size=8, channels=1, widths=(8, 16), depth=2, groups=
 def relative(a, b):
     leaves = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return max(float(jnp.abs(x - y).max() / jnp.abs(y).max()) for x, y in leaves)
+
+
+# ---------------------------------------------------------------------------------------------
+# A recurrence
+# ---------------------------------------------------------------------------------------------
+
+
+class Recurrent(nnx.Module):
+    """A gated linear recurrence over the positions, by an associative scan."""
+
+    def __init__(self, rngs, dtype):
+        self.norm = nnx.LayerNorm(8, dtype=dtype, rngs=rngs)
+        self.gate, self.input, self.output = (
+            nnx.Linear(8, 8, dtype=dtype, rngs=rngs) for _ in range(3)
+        )
+
+    def __call__(self, x):
+        z = self.norm(x)
+        a = nnx.sigmoid(self.gate(z))
+        after = lambda left, right: (left[0] * right[0], right[0] * left[1] + right[1])  # noqa: E731
+        return self.output(jax.lax.associative_scan(after, (a, (1 - a) * self.input(z)), axis=1)[1])
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize("dtype", fast(1, ["bfloat16", "float32"]))
+def test_a_recurrence_is_trained_exactly(dtype):
+    """To say what came three positions before: only what is carried along tells."""
+    step = BDIA(gamma=1 / 8, signs="sample")
+    model = ReversibleStack(lambda rngs: Recurrent(rngs, dtype), 3, step=step, rngs=nnx.Rngs(0))
+    x = jax.random.normal(KEY, (16, 24, 8))
+    y = jnp.roll(x, 3, axis=1).at[:, :3].set(0)
+    graph, params, probe, rest = nnx.split(model, nnx.Param, Probe, ...)
+    optimizer = optax.adam(1e-2)
+
+    def loss(params, probe, key):
+        z = nnx.merge(graph, params, probe, rest)(x.astype(dtype), key=key)
+        return jnp.mean((z - y) ** 2)
+
+    @jax.jit
+    def train(params):
+        def one(carry, key):
+            params, state = carry
+            value, (grads, report) = jax.value_and_grad(loss, (0, 1))(params, probe, key)
+            updates, state = optimizer.update(grads, state)
+            mismatched = report["probe"].get_value().mismatched.sum()
+            return (optax.apply_updates(params, updates), state), (value, mismatched)
+
+        start = params, optimizer.init(params)
+        return jax.lax.scan(one, start, jax.random.split(KEY, 60))[1]
+
+    losses, mismatched = train(params)
+    assert losses[-1] < 0.8 * losses[0]
+    assert not mismatched.any()
+    assert model.check_reversible(x.astype(dtype), key=KEY).mismatched == 0
 
 
 # ---------------------------------------------------------------------------------------------
