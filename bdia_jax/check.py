@@ -77,10 +77,9 @@ def check_reversible(
     (scan, inputs), (_, again) = (
         prepare(block, stacked_params, (x, x), 0, key, consts, step, Online()) for _ in range(2)
     )
-    captured = jax.tree.leaves(inputs.consts[1])
-    if not any(isinstance(c, Tracer) for c in captured) and not _same(
-        captured, jax.tree.leaves(again.consts[1])
-    ):
+    own = len(jax.tree.leaves(consts))
+    captured, once_more = ([*found.consts.values()][own:] for found in (inputs, again))
+    if not any(isinstance(c, Tracer) for c in captured) and not _same(captured, once_more):
         raise ValueError(
             "block is not a function of its arguments: traced twice, it holds different constants. "
             "Draw random numbers from key_k, the key that the block is given"

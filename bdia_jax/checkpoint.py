@@ -26,19 +26,17 @@ from bdia_jax.gradients import (
     Cotangents,
     Wanted,
     cotangents_of_inputs,
+    filled,
     gradient_of,
     is_zero,
-    no_gradient,
     plus,
     read,
     with_derivative,
-    zeros_for,
     zeros_of_consts,
 )
 from bdia_jax.memories import fetch, put_away
 from bdia_jax.pinning import barrier
 from bdia_jax.side_bits import pack_bits, unpack_bits
-from bdia_jax.trees import combine
 
 GROUP = 64
 """Features that share a scale, where checkpoints are rounded."""
@@ -71,7 +69,7 @@ def up(scan: Scan, inputs: Inputs, wanted: Inputs | None):
 
     def block(c: direct.Carry, numbers):
         k, key = numbers
-        params, kept = read(combine(split.params, split.fixed_params), k), []
+        params, kept = read(split.params | split.fixed_params, k), []
         for p, part in enumerate(scan.parts):
             sign, part_key = scan.draw(inputs.key, key, k, p)
             x = c.x.astype(scan.dtype)
@@ -95,7 +93,7 @@ def down(scan: Scan, saved: Saved, cotangents) -> Inputs:
     def block(c: Cotangents, inputs):
         k, key, kept = inputs
         blocks, params = gradient.read(c.params, k)
-        c, d_params = c._replace(params=None), no_gradient(params)
+        c, d_params = c._replace(params=None), {}
         for p, part in reversed([*enumerate(scan.parts)]):
             sign, part_key = scan.draw(saved.key, key, k, p)
             (some, fixed), (consts, fixed_consts) = wanted.read_by(part, params, k)
@@ -109,14 +107,14 @@ def down(scan: Scan, saved: Saved, cotangents) -> Inputs:
             def run(
                 some, x, consts, part=part, fixed=fixed, fixed_consts=fixed_consts, key=part_key
             ):
-                return part.function(combine(some, fixed), x, key, combine(consts, fixed_consts))
+                return part.function(some | fixed, x, key, consts | fixed_consts)
 
             h, vjp = jax.vjp(run, some, x, consts)
             d_h, a, a_prev = step.pull(c.a_next, c.a, sign)
             d_part, d_x, d_consts = vjp(d_h.astype(h.dtype))
             d_params = plus(d_params, d_part)
             c = Cotangents(a + d_x.astype(a.dtype), a_prev, plus(c.consts, d_consts), None)
-        blocks = gradient.write(blocks, k, zeros_for(d_params, params))
+        blocks = gradient.write(blocks, k, filled(d_params, params))
         return c._replace(params=blocks), None
 
     # Zeros like another cotangent are sharded like it, and vary over the same axes of a mesh.

@@ -7,7 +7,7 @@ block.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -19,25 +19,24 @@ from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float, PyTree
 
 from bdia_jax.adjoints import BackwardReport
-from bdia_jax.arguments import Inputs, Scan
+from bdia_jax.arguments import Inputs, Leaves, Scan
 from bdia_jax.pinning import reduce_to
-from bdia_jax.trees import is_none, partition
 
 
 class Accumulate(NamedTuple):
     """The gradients of all blocks, stacked."""
 
-    params: PyTree[Array]
-    """Stacked: the leaves that a gradient is asked for, None elsewhere."""
+    params: Leaves
+    """Stacked: those that a gradient is asked for."""
 
-    def start(self) -> PyTree[Array]:
+    def start(self) -> Leaves:
         return jax.tree.map(jnp.zeros_like, self.params)
 
     def read(self, stacked: PyTree[Array], k) -> tuple[PyTree[Array], PyTree[Array]]:
         """What is carried, and the parameters of block k."""
         return stacked, read(self.params, k)
 
-    def write(self, stacked: PyTree[Array], k, d_params: PyTree[Array]) -> PyTree[Array]:
+    def write(self, stacked: PyTree[Array], k, d_params: Leaves) -> PyTree[Array]:
         return write(stacked, d_params, k)
 
     def finish(self, stacked: PyTree[Array]) -> tuple[PyTree, PyTree, PyTree]:
@@ -53,8 +52,8 @@ class UpdateInPlace(NamedTuple):
     copy those.
     """
 
-    function: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
-    params: PyTree[Array]
+    function: Callable[[Leaves, Leaves, PyTree], tuple[Leaves, PyTree]]
+    params: Leaves
     state: PyTree[Array]
     blocks: int
 
@@ -69,7 +68,7 @@ class UpdateInPlace(NamedTuple):
         old = read(stacked, k)
         return (stacked, old), old[0]
 
-    def write(self, carried: tuple[PyTree, PyTree], k, d_params: PyTree[Array]):
+    def write(self, carried: tuple[PyTree, PyTree], k, d_params: Leaves):
         stacked, (params, state) = carried
         return stacked, self.function(params, d_params, state)
 
@@ -88,15 +87,9 @@ def write(stacked: PyTree[Array], part: PyTree[Array], k) -> PyTree[Array]:
     return jax.tree.map(lambda a, new: lax.dynamic_update_index_in_dim(a, new, k, 0), stacked, part)
 
 
-def plus(a: PyTree[Array], b: PyTree[Array]) -> PyTree[Array]:
-    """The sum of two trees in which None stands for zeros, in the dtypes of ``a``."""
-
-    def of(a, b):
-        if a is None or b is None:
-            return b if a is None else a
-        return a + b.astype(a.dtype)
-
-    return jax.tree.map(of, a, b, is_leaf=is_none)
+def plus(a: Leaves, b: Leaves) -> Leaves:
+    """The sum, in the dtypes of ``a``; leaves that are missing are zeros."""
+    return a | {i: a[i] + d.astype(a[i].dtype) if i in a else d for i, d in b.items()}
 
 
 def once(tree: PyTree[Array]) -> PyTree[Array]:
@@ -150,32 +143,28 @@ def with_derivative(primal, forward, backward) -> Callable[[Inputs], tuple[Array
 
 
 class Wanted(NamedTuple):
-    """Parameters and constants, split into those that a gradient is asked for and the others.
+    """Parameters and constants, split into those that a gradient is asked for and the others."""
 
-    Trees in which None stands for what the other one has.
-    """
-
-    params: PyTree[Array]
-    fixed_params: PyTree[Array]
-    consts: PyTree[Array]
-    fixed_consts: PyTree[Array]
+    params: Leaves
+    fixed_params: Leaves
+    consts: Leaves
+    fixed_consts: Leaves
 
     @classmethod
     def of(cls, inputs: Inputs, wanted: Inputs | None) -> Wanted:
         """``wanted`` as :func:`with_derivative` gives it; None for no gradient at all."""
-        if wanted is None:
-            no = lambda tree: jax.tree.map(lambda _: False, tree)  # noqa: E731
-            wanted = inputs._replace(params=no(inputs.params), consts=no(inputs.consts))
-        consts = partition(inputs.consts, wanted.consts)
+        params, consts = ({}, {}) if wanted is None else (wanted.params, wanted.consts)
+        params, consts = ({i for i, yes in some.items() if yes} for some in (params, consts))
+        consts = split(inputs.consts, consts)
         if inputs.update_params is not None:
             return cls(inputs.update_params, inputs.params, *consts)
-        return cls(*partition(inputs.params, wanted.params), *consts)
+        return cls(*split(inputs.params, params), *consts)
 
     def read_by(self, part, params, k):
         """What a part of block k reads, of ``params`` (those of the block) and of all others."""
-        some = partition(params, part.params)[0], partition(self.fixed_params, part.params)[0]
-        consts = (partition(c, part.consts)[0] for c in (self.consts, self.fixed_consts))
-        return (some[0], read(some[1], k)), tuple(consts)
+        some, fixed = (split(leaves, part.params)[0] for leaves in (params, self.fixed_params))
+        consts = (split(leaves, part.consts)[0] for leaves in (self.consts, self.fixed_consts))
+        return (some, read(fixed, k)), tuple(consts)
 
 
 class Cotangents(NamedTuple):
@@ -185,7 +174,7 @@ class Cotangents(NamedTuple):
     """Of a step's output."""
     a: Float[Array, "batch *shape"] | None
     """Of its input, as far as it came by the steps above; None for zeros."""
-    consts: PyTree[Array]
+    consts: Leaves
     params: Any
     """What becomes of the blocks' gradients: carried by an object of :mod:`bdia_jax.gradients`."""
 
@@ -197,22 +186,20 @@ def gradient_of(scan: Scan, wanted: Wanted, update_state) -> Accumulate | Update
     return UpdateInPlace(scan.update, wanted.params, update_state, scan.blocks)
 
 
-def no_gradient(params: PyTree[Array]) -> PyTree[None]:
-    """Zeros, to which the gradients of a block's parts are added: None for every leaf."""
-    return jax.tree.map(lambda _: None, params)
-
-
-def zeros_for(d_params: PyTree[Array], params: PyTree[Array]) -> PyTree[Array]:
-    """The gradient, with zeros for parameters that no part reads."""
-    return jax.tree.map(
-        lambda d, p: jnp.zeros_like(p) if d is None and p is not None else d,
-        d_params,
-        params,
-        is_leaf=is_none,
+def split(leaves: Leaves, some: Collection[int]) -> tuple[Leaves, Leaves]:
+    """Some of the leaves, and the others."""
+    return (
+        {i: leaf for i, leaf in leaves.items() if i in some},
+        {i: leaf for i, leaf in leaves.items() if i not in some},
     )
 
 
-def zeros_of_consts(wanted: Wanted) -> PyTree[Array]:
+def filled(d_params: Leaves, params: Leaves) -> Leaves:
+    """The gradient, with zeros for parameters that no part reads."""
+    return {i: d_params[i] if i in d_params else jnp.zeros_like(p) for i, p in params.items()}
+
+
+def zeros_of_consts(wanted: Wanted) -> Leaves:
     """Where cotangents of constants are summed up: in float32 at least."""
     return jax.tree.map(
         lambda c: jnp.zeros_like(c, jnp.float32 if c.dtype.itemsize < 4 else c.dtype),
@@ -223,14 +210,15 @@ def zeros_of_consts(wanted: Wanted) -> PyTree[Array]:
 def cotangents_of_inputs(gradient, wanted: Wanted, c: Cotangents, report: BackwardReport) -> Inputs:
     """What a backward pass returns."""
     d_params, d_update_params, d_update_state = gradient.finish(c.params)
+    d_consts = {i: d.astype(wanted.consts[i].dtype) for i, d in c.consts.items()}
     # Under shard_map every device saw its samples alone; the report is on all of them.
     reductions = (lax.psum, lax.psum, lax.pmax)
     report = BackwardReport(
         *(reduce_to(frozenset(), counts, r) for counts, r in zip(report, reductions))
     )
     return Inputs(
-        d_params,
-        jax.tree.map(lambda d, const: d.astype(const.dtype), c.consts, wanted.consts),
+        _with_none(d_params, wanted.fixed_params),
+        _with_none(d_consts, wanted.fixed_consts),
         None,
         None,
         jnp.zeros_like(c.a_next) if c.a is None else c.a,
@@ -239,6 +227,11 @@ def cotangents_of_inputs(gradient, wanted: Wanted, c: Cotangents, report: Backwa
         d_update_params,
         d_update_state,
     )
+
+
+def _with_none(cotangents: Leaves | None, fixed: Leaves) -> Any:
+    """With None for the leaves that no gradient is asked for; None itself for no gradient."""
+    return None if cotangents is None else dict.fromkeys(fixed) | cotangents
 
 
 def perturbed(primals: PyTree[CustomVJPPrimal]) -> tuple[PyTree[Array], PyTree[bool]]:

@@ -40,20 +40,18 @@ from bdia_jax.gradients import (
     Cotangents,
     Wanted,
     cotangents_of_inputs,
+    filled,
     gradient_of,
     is_zero,
-    no_gradient,
     plus,
     read,
     with_derivative,
-    zeros_for,
     zeros_of_consts,
 )
 from bdia_jax.memories import fetch, put_away
 from bdia_jax.pinning import barrier, fence, pinned_vjp
 from bdia_jax.states import checksum, everywhere, in_range, nan_unless, per_sample
 from bdia_jax.steps import Down
-from bdia_jax.trees import combine
 
 
 def online(scan: Scan) -> Callable[[Inputs], tuple[Array, Array]]:
@@ -153,7 +151,7 @@ def down(scan: Scan, saved: Saved, cotangents) -> Inputs:
         n, d, c = carry
         k, key, kept = inputs
         blocks, params = gradient.read(c.params, k)
-        c, d_params, reports = c._replace(params=None), no_gradient(params), []
+        c, d_params, reports = c._replace(params=None), {}, []
         for p in reversed(range(len(scan.parts))):
             sign, part_key = scan.draw(saved.key, key, k, p)
             h, vjp, sign, alive = pinned(scan, p, wanted, params, n, k, part_key, sign)
@@ -178,7 +176,7 @@ def down(scan: Scan, saved: Saved, cotangents) -> Inputs:
             if p:
                 # One part after the other, or both parts' residuals would be alive at once.
                 n, d, c, d_params = barrier((n, d, c, d_params))
-        blocks = gradient.write(blocks, k, zeros_for(d_params, params))
+        blocks = gradient.write(blocks, k, filled(d_params, params))
         return (n, d, c._replace(params=blocks)), of_parts(reports)
 
     start = Cotangents(a_next, a, zeros_of_consts(wanted), gradient.start())
@@ -209,7 +207,7 @@ def pinned(scan: Scan, p: int, split: Wanted, params, n, k, key, sign):
 def alone(scan: Scan, p: int, split: Wanted, params, n, k, key, sign):
     """The update of a part, and the signs, where there will be no way back."""
     params, x, key, consts, sign = fenced(scan, p, split, params, n, k, key, sign)
-    h = fence(scan.parts[p].function(combine(*params), x, key, combine(*consts)))
+    h = fence(scan.parts[p].function(params[0] | params[1], x, key, consts[0] | consts[1]))
     return h.astype(scan.wide), sign
 
 

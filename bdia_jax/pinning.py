@@ -29,22 +29,19 @@ from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 from jaxtyping import Array, PyTree, UInt32
 
-from bdia_jax.trees import combine
-
 
 def pinned_vjp(
     function: Callable[..., Array],
-    params: tuple[PyTree[Array], PyTree[Array]],
+    params: tuple[dict[int, Array], dict[int, Array]],
     x: Array,
     key: Array | None,
-    consts: tuple[PyTree[Array], PyTree[Array]],
+    consts: tuple[dict[int, Array], dict[int, Array]],
 ) -> tuple[Array, Callable[[Array], tuple[PyTree, Array, PyTree]], UInt32[Array, ""]]:
     """The update ``h = function(params, x, key, consts)`` and its derivative, pinned.
 
     Args:
       function: a part of a block, closed.
-      params, consts: two trees each (:func:`bdia_jax.trees.partition`): leaves to differentiate
-        by, and the others.
+      params, consts: leaves to differentiate by, and the others.
       x, key: what the block sees.
 
     Returns:
@@ -53,7 +50,7 @@ def pinned_vjp(
     """
 
     def run(some_params, x, some_consts):
-        return function(combine(some_params, params[1]), x, key, combine(some_consts, consts[1]))
+        return function(some_params | params[1], x, key, some_consts | consts[1])
 
     h, vjp = jax.vjp(run, params[0], x, consts[0])
     residuals, structure = jax.tree.flatten(vjp)

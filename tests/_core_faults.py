@@ -217,8 +217,8 @@ _IN_THE_CORE = [
     Fault(
         "parts' gradients replace",
         "gradients",
-        "return a + b.astype(a.dtype)",
-        "return b.astype(a.dtype)",
+        "a[i] + d.astype(a[i].dtype) if i in a else d",
+        "d",
     ),
     Fault(
         "twice in silence",

@@ -44,15 +44,23 @@ class Passes(NamedTuple):
     inputs: Inputs
     saved: online.Saved
     backward: Callable
+    names: list[str]
+    """Of the leaves of the parameters."""
 
     def gradients(self, saved):
         """Gradients as NumPy arrays, and the report."""
         got = jax.device_get(self.backward(saved))
         return {
-            "params": got.params,
+            "params": {name: got.params[i] for i, name in enumerate(self.names)},
             "consts": got.consts[0],
             "x": got.x,
         }, got.probe
+
+    def with_params(self, **changes):
+        """What was saved, with other parameters."""
+        params = {self.names.index(name): value for name, value in changes.items()}
+        wanted = self.saved.wanted
+        return self.saved._replace(wanted=wanted._replace(params=wanted.params | params))
 
 
 @functools.cache
@@ -76,17 +84,13 @@ def passes(block=smooth_block, m=1, tolerance_bits=0, signs="block", audit=False
     chex.assert_tree_all_finite(output)
     cotangents = jnp.ones((BATCH, WIDTH)), jnp.cos(output[1])
     backward = jax.jit(lambda saved: online.down(scan, saved, cotangents))
-    return Passes(scan, inputs, saved, backward)
+    return Passes(scan, inputs, saved, backward, sorted(params))
 
 
 def is_caught(gradients, sample=None):
     """Whether the gradients by the input of ``sample``, and some of every array, are NaN."""
     d_x = gradients["x"] if sample is None else gradients["x"][sample]
     return np.isnan(d_x).all() and all(np.isnan(g).any() for g in jax.tree.leaves(gradients))
-
-
-def with_params(saved, **changes):
-    return saved._replace(wanted=saved.wanted._replace(params=saved.wanted.params | changes))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -271,9 +275,9 @@ def test_other_keys_are_caught(signs):
 def test_other_parameters_are_caught(change):
     """A block that is not the one of the forward pass."""
     p = passes()
-    w = p.saved.wanted.params["w"]
+    w = p.saved.wanted.params[p.names.index("w")]
     for block in range(BLOCKS):
-        gradients, report = p.gradients(with_params(p.saved, w=w.at[block].add(change)))
+        gradients, report = p.gradients(p.with_params(w=w.at[block].add(change)))
         assert is_caught(gradients)
         assert report.mismatched[block] > 0
 
@@ -286,7 +290,7 @@ def test_a_block_that_differs_is_caught():
     cotangents = jnp.ones((BATCH, WIDTH)), jnp.ones((BATCH, WIDTH))
     got = jax.jit(lambda saved: online.down(scan, saved, cotangents))(p.saved)
     assert np.isnan(got.x).all()
-    assert np.isnan(got.params["w"][0]).all()
+    assert np.isnan(got.params[p.names.index("w")][0]).all()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -309,7 +313,7 @@ def noisy(p: Passes, largest, seed, blocks=slice(None)):
     factor = 1 + signs * p.scan.step.gamma
     deviation[np.broadcast_to(factor == 0, deviation.shape)] = 0
     offset = deviation * 2.0**-p.scan.step.frac_bits / np.where(factor == 0, 1, factor)
-    return with_params(p.saved, offset=jnp.asarray(offset, jnp.float32)), deviation
+    return p.with_params(offset=jnp.asarray(offset, jnp.float32)), deviation
 
 
 def bound(tolerance_bits):

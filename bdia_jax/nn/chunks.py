@@ -14,7 +14,6 @@ from jaxtyping import Array, Float, PyTree, Shaped
 from bdia_jax.gradients import is_zero, perturbed
 from bdia_jax.grid import accumulator
 from bdia_jax.pinning import alike
-from bdia_jax.trees import combine, partition
 
 
 def by_chunks(
@@ -64,14 +63,14 @@ def _sum(function, shared, chunks):
 
 def _sum_forward(function, shared, chunks):
     (shared, chunks), wanted = perturbed((shared, chunks))
-    shared, fixed = partition(shared, wanted[0])
-    chunks = partition(chunks, wanted[1])
+    shared, fixed = _partition(shared, wanted[0])
+    chunks = _partition(chunks, wanted[1])
 
     def step(d_shared, chunk):
         chunk, fixed_chunk = chunk
 
         def value_of(shared, chunk):
-            return function(combine(shared, fixed), combine(chunk, fixed_chunk))
+            return function(_combine(shared, fixed), _combine(chunk, fixed_chunk))
 
         gradient = jax.value_and_grad(value_of, argnums=(0, 1), has_aux=True)
         (value, told), (d, d_chunk) = gradient(shared, chunk)
@@ -93,6 +92,18 @@ def _sum_backward(function, saved, cotangents):
 
 
 _sum.defvjp(_sum_forward, _sum_backward, symbolic_zeros=True)
+
+
+def _partition(tree: PyTree, mask: PyTree[bool]) -> tuple[PyTree, PyTree]:
+    """The leaves that a mask keeps, and the others; None stands where a leaf is missing."""
+    kept = jax.tree.map(lambda keep, leaf: leaf if keep else None, mask, tree)
+    return kept, jax.tree.map(lambda keep, leaf: None if keep else leaf, mask, tree)
+
+
+def _combine(some: PyTree, others: PyTree) -> PyTree:
+    """The inverse of :func:`_partition`."""
+    is_none = lambda leaf: leaf is None  # noqa: E731
+    return jax.tree.map(lambda a, b: b if a is None else a, some, others, is_leaf=is_none)
 
 
 def even(length: int, most: int) -> int:

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 
 from bdia_jax import gamma
 from bdia_jax.adjoints import Adjoint, Direct
-from bdia_jax.arguments import check_combination
+from bdia_jax.checks import check_combination
 from bdia_jax.nn.settings import ReversibleSettings
 from bdia_jax.nn.stack import ReversibleStack
 from bdia_jax.steps import BDIA, Step

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from bdia_jax.adjoints import Adjoint, Checkpoint, Direct, Online
-from bdia_jax.arguments import check_combination
+from bdia_jax.checks import check_combination
 from bdia_jax.memories import Memory
 from bdia_jax.steps import BDIA, Euler, Midpoint, Signs, Step
 

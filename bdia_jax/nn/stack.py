@@ -15,8 +15,9 @@ from jaxtyping import Array, Float, Key, PyTree
 
 from bdia_jax import coupling
 from bdia_jax.adjoints import Adjoint, BackwardReport, Direct, Online, Update
-from bdia_jax.arguments import Block, check_combination
+from bdia_jax.arguments import Block
 from bdia_jax.check import Reversibility, check_reversible
+from bdia_jax.checks import check_combination
 from bdia_jax.nn.pure import as_function
 from bdia_jax.reversible import reversible_scan
 from bdia_jax.steps import BDIA, Step

@@ -22,6 +22,7 @@ CORE = tuple(
         "memories",
         "adjoints",
         "arguments",
+        "checks",
         "gradients",
         "states",
         "pinning",
