@@ -35,7 +35,7 @@ import finetune_data
 import jax
 from chosen_gamma import chosen_step
 from flax import nnx
-from low_rank import LowRank
+from low_rank import LowRank, add_updates
 
 from bdia_jax import interop
 from bdia_jax.data import Example, Tokenizer, load_tokenizer
@@ -44,7 +44,6 @@ from bdia_jax.memories import Memory
 from bdia_jax.nn import (
     Decoder,
     DecoderConfig,
-    add_lora,
     expand_base,
     freeze,
     generate,
@@ -265,7 +264,7 @@ def check_before(f: FineTune, path: pathlib.Path, config: DecoderConfig) -> None
     def make() -> Decoder:
         model = Decoder(config, rngs=nnx.Rngs(0))
         if f.lora.rank:
-            add_updates(f, model, path)
+            add_updates(f.lora, model, path, f.train.seed)
         return model
 
     weights = jax.tree.leaves(nnx.state(nnx.eval_shape(make), nnx.Not(nnx.RngState)))
@@ -313,17 +312,10 @@ def load(f: FineTune, path: pathlib.Path) -> Decoder:
         paths = interop.load_adapter(model, f.lora.adapter, like=path)
         print(f"low-rank updates of {', '.join(paths)}, from {f.lora.adapter}")
     elif f.lora.rank:
-        print(f"low-rank updates of {', '.join(add_updates(f, model, path))}")
+        print(f"low-rank updates of {', '.join(add_updates(f.lora, model, path, f.train.seed))}")
     elif f.freeze_embedding:
         freeze(model, "^(embedding|positions|head)$")
     return model
-
-
-def add_updates(f: FineTune, model: Decoder, path: pathlib.Path) -> list[str]:
-    """Adds low-rank updates; the paths of their layers."""
-    rank, alpha, rngs = f.lora.rank, f.lora.alpha, nnx.Rngs(f.train.seed)
-    targets = interop.lora_targets(model, f.lora.targets, like=path)
-    return add_lora(model, rank, alpha, targets, dora=f.lora.dora, rngs=rngs)
 
 
 def save_adapter(model: Decoder, folder: pathlib.Path, like: pathlib.Path) -> None:

@@ -19,12 +19,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from typing import Literal
+from typing import Any, Literal
 
+import jax
 import numpy as np
 from chosen_gamma import chosen_step
 from flax import nnx
-from low_rank import LowRank
+from low_rank import LowRank, add_updates
 
 from bdia_jax import interop
 from bdia_jax.data import (
@@ -34,7 +35,13 @@ from bdia_jax.data import (
     load_image_folder,
     load_images,
 )
-from bdia_jax.nn import VisionTower, add_lora, merge_lora, set_step, unfreeze
+from bdia_jax.nn import (
+    VisionTower,
+    VisionTowerConfig,
+    merge_lora,
+    set_step,
+    unfreeze,
+)
 from bdia_jax.nn.settings import Method
 from bdia_jax.steps import Signs
 from bdia_jax.train import (
@@ -49,6 +56,7 @@ from bdia_jax.train import (
     restore_best,
     train,
 )
+from bdia_jax.train.run_folder import check_disk
 from bdia_jax.train.wording import per_step
 
 SOME = TrainSettings(
@@ -136,6 +144,7 @@ def main(f: FineTuneVision) -> dict[str, float]:
     f = dataclasses.replace(f, out=check_run_folder(f.out, f.resume))
     path = interop.resolve(f.pretrained)
     pretrained = interop.read_vision_config(path)
+    check_before(f, path, pretrained)
     mean, std = interop.load_normalization(path)
     size = f.image_size or pretrained.image_size
     data, names = images(f, path, size, pretrained.channels)
@@ -208,30 +217,48 @@ def images(
     return data, class_names(f.data, f.data_dir)
 
 
+def check_before(f: FineTuneVision, path: pathlib.Path, config: VisionTowerConfig) -> None:
+    """Refuses what can be refused before images and network are read.
+
+    Raises:
+      ValueError: for settings that do not fit the network, and a disk without room for it.
+    """
+    size = f.image_size or config.image_size
+    config = dataclasses.replace(config, image_size=size, **settings_of(f))
+
+    def make() -> VisionTower:
+        model = VisionTower(config, rngs=nnx.Rngs(0))
+        if f.lora.rank:
+            add_updates(f.lora, model, path, f.train.seed)
+        return model
+
+    weights = jax.tree.leaves(nnx.state(nnx.eval_shape(make), nnx.Not(nnx.RngState)))
+    check_disk(f.out, sum(a.size * a.dtype.itemsize for a in weights), "the fine-tuned network")
+
+
+def settings_of(f: FineTuneVision) -> dict[str, Any]:
+    """Those of the network that do not come from its folder."""
+    return {
+        "method": f.method,
+        "gamma": 0.5 if f.gamma == "auto" else f.gamma,
+        "signs": f.signs or "sample",
+        "frac_bits": f.frac_bits,
+        "tolerance_bits": f.tolerance_bits,
+        "parts_as_steps": f.parts_as_steps,
+        "dtype": f.dtype,
+        "dropout": f.dropout,
+    }
+
+
 def load(f: FineTuneVision, path: pathlib.Path, num_classes: int, size: int) -> VisionTower:
     """The network with a new head, and with what is trained of it."""
-    model = interop.load_vision(
-        path,
-        num_classes=num_classes,
-        image_size=size,
-        method=f.method,
-        gamma=0.5 if f.gamma == "auto" else f.gamma,
-        signs=f.signs or "sample",
-        frac_bits=f.frac_bits,
-        tolerance_bits=f.tolerance_bits,
-        parts_as_steps=f.parts_as_steps,
-        dtype=f.dtype,
-        dropout=f.dropout,
-    )
+    model = interop.load_vision(path, num_classes=num_classes, image_size=size, **settings_of(f))
     if f.lora.adapter is not None:
         paths = interop.load_adapter(model, f.lora.adapter, like=path)
         unfreeze(model.head)
         print(f"low-rank updates of {', '.join(paths)}, from {f.lora.adapter}")
     elif f.lora.rank:
-        rngs = nnx.Rngs(f.train.seed)
-        targets = interop.lora_targets(model, f.lora.targets, like=path)
-        rank, alpha = f.lora.rank, f.lora.alpha
-        paths = add_lora(model, rank, alpha, targets, dora=f.lora.dora, rngs=rngs)
+        paths = add_updates(f.lora, model, path, f.train.seed)
         # It is new, and knows nothing yet.
         unfreeze(model.head)
         print(f"low-rank updates of {', '.join(paths)}, and a head")

@@ -5,6 +5,11 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 
+from flax import nnx
+
+from bdia_jax import interop
+from bdia_jax.nn import Decoder, VisionTower, add_lora
+
 
 @dataclasses.dataclass(frozen=True)
 class LowRank:
@@ -42,3 +47,12 @@ class LowRank:
     def __bool__(self) -> bool:
         """Whether low-rank updates are trained."""
         return bool(self.rank) or self.adapter is not None
+
+
+def add_updates(
+    lora: LowRank, model: Decoder | VisionTower, path: pathlib.Path, seed: int
+) -> list[str]:
+    """Adds low-rank updates to a model from a folder; the paths of their layers."""
+    targets = interop.lora_targets(model, lora.targets, like=path)
+    rngs = nnx.Rngs(seed)
+    return add_lora(model, lora.rank, lora.alpha, targets, dora=lora.dora, rngs=rngs)
