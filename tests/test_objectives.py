@@ -1,6 +1,10 @@
 """Preferences and distillation: their losses by the equations, and networks that are trained so."""
 
+import ast
 import dataclasses
+import importlib.util
+import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -186,6 +190,69 @@ def test_gradients_of_distillation_and_no_logits_twice(monkeypatch):
 
 def _sizes(product):
     return [size for v in (*product.invars, *product.outvars) for size in v.aval.shape]
+
+
+def of_trl(file, name, **names):
+    """A function of TRL's, from its source: importing all of TRL takes what it depends on."""
+    if (spec := importlib.util.find_spec("trl")) is None:
+        pytest.skip("comparing with TRL needs trl")
+    torch = pytest.importorskip("torch", reason="comparing with TRL needs torch")
+    (folder,) = spec.submodule_search_locations
+    tree = ast.parse((pathlib.Path(folder) / "trainer" / file).read_text())
+    found = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == name]
+    if not found:
+        pytest.skip(f"this version of trl has no {name} (0.19 has)")
+    (node,) = found
+    node.decorator_list = []
+    given = {"torch": torch, "F": torch.nn.functional, **names}
+    exec(compile(ast.Module([node], []), file, "exec"), given)
+    return torch, given[name]
+
+
+def test_preferences_are_those_of_trl():
+    torch, theirs = of_trl(
+        "dpo_trainer.py",
+        "dpo_loss",
+        FDivergenceType=types.SimpleNamespace(
+            ALPHA_DIVERGENCE=types.SimpleNamespace(value="alpha"),
+            JS_DIVERGENCE=types.SimpleNamespace(value="js"),
+        ),
+    )
+    before, model = (Decoder(CAPPED, rngs=nnx.Rngs(seed)) for seed in (0, 1))
+    pairs = answers(4)
+    task = Preferences("pairs", pairs, pairs, 12, before, beta=0.3)
+    rivals = jax.tree.map(jnp.asarray, task.train)
+    ours = log_probabilities(model, rivals, None)
+    trainer = types.SimpleNamespace(
+        accelerator=types.SimpleNamespace(device="cpu"),
+        reference_free=False,
+        f_divergence_type="reverse_kl",
+        loss_type="sigmoid",
+        beta=0.3,
+        label_smoothing=0.0,
+    )
+    given = [torch.tensor(np.asarray(a)) for a in (*ours.T, *task.train.reference.T)]
+    losses, chosen, rejected = theirs(trainer, *given)
+    means = task.loss(model, rivals, None).means()
+    assert means["loss"] == pytest.approx(float(losses.mean()), rel=1e-5)
+    # Their rewards are times beta.
+    assert means["margin"] == pytest.approx(float((chosen - rejected).mean()) / 0.3, rel=1e-4)
+    assert means["accuracy"] == pytest.approx(float((chosen > rejected).double().mean()))
+
+
+def test_distillation_is_that_of_trl():
+    """Of the divergence alone; without the square of the temperature, which TRL leaves out."""
+    torch, theirs = of_trl("gkd_trainer.py", "generalized_jsd_loss")
+    student, teacher = Decoder(CAPPED, rngs=nnx.Rngs(0)), Decoder(TINY, rngs=nnx.Rngs(1))
+    packed = pack([drawn(2, 9), drawn(1, 5), drawn(1, 12)], 12)
+    task = Distillation("texts", packed, packed, alpha=1.0, temperature=2.0)
+    batch = jax.tree.map(jnp.asarray, task.arrays()["train"])
+    where = {"segments": batch.segments, "positions": batch.positions}
+    logits = (torch.tensor(np.asarray(net(batch.tokens, **where))) for net in (student, teacher))
+    labels = torch.tensor(np.where(packed.weights > 0, packed.targets, -100))
+    expected = theirs(*logits, labels=labels, beta=0, temperature=2.0)
+    found = task.loss(Distilled(student, teacher), batch, None).means()["loss"]
+    assert found == pytest.approx(4 * float(expected), rel=1e-4)
 
 
 @pytest.mark.slow
