@@ -906,7 +906,7 @@ FAULTS = [
         "train/mesh",
         "return lax.with_sharding_constraint(x, batch_sharding(self.mesh))",
         "return x",
-        SHARDED,
+        ("test_sharding::test_an_evaluation_is_split_over_the_devices",),
     ),
     Fault(
         "weights are not gathered",

@@ -593,6 +593,21 @@ def test_a_training_step_sends_weights_and_their_gradients(mesh, changes, record
     record_property("collectives", str(collectives(compiled)))
 
 
+@pytest.mark.buffers
+def test_an_evaluation_is_split_over_the_devices():
+    """Nobody asks for a batch's sharding there: by itself every device would compute all of it."""
+    config = DecoderConfig(vocab_size=48, max_length=16, width=32, depth=2, heads=4, hidden=256)
+    text = np.arange(400, dtype=np.int32) % 48
+    task = LanguageModelling(TextData("numbers", text, text, 48), 16)
+    needed = {}
+    for mesh in (None, "data=8"):
+        settings = TrainSettings(batch_size=24, mesh=mesh)
+        programs = Programs(Decoder(config, rngs=nnx.Rngs(0)), task, settings)
+        compiled = programs.compiled_evaluation()
+        needed[mesh] = compiled.memory_analysis().temp_size_in_bytes
+    assert needed["data=8"] < needed[None] / 3, needed
+
+
 # ---------------------------------------------------------------------------------------------
 # Memory
 # ---------------------------------------------------------------------------------------------
