@@ -2,8 +2,8 @@
 
 Taking back a step is exact only if the backward pass recomputes the block's update to the last
 bit, and a compiler does not promise that: it fuses, and rounds, the same block differently when
-it is compiled alone and when it is compiled with its derivative. In bfloat16 most recomputed
-integers differ then, and the error doubles with every block on the way down.
+it is compiled alone and when it is compiled with its derivative. In bfloat16 half of the
+recomputed integers, or more, may differ then, and errors grow with every block on the way down.
 
 Therefore both passes run the same sub-program, :func:`pinned_vjp`: the block together with the
 residuals of its derivative, fenced on both sides (:func:`fence`), so that nothing is fused into it
