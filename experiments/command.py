@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import pathlib
 import shlex
@@ -43,6 +44,8 @@ def run(main: Callable[[Any], Any], settings: type, description: str, *, told: i
     logging.getLogger("bdia_jax").setLevel(logging.INFO)
     try:
         given = read(settings, sys.argv[1:], description)
+        if isinstance(out := getattr(given, "out", None), pathlib.Path):
+            given = dataclasses.replace(given, out=out.expanduser())
         _check_wandb(given)
         with _kept(given):
             main(given)

@@ -32,10 +32,9 @@ from typing import Any, Literal
 
 import command
 import finetune_data
-import jax
 from chosen_gamma import chosen_step
 from flax import nnx
-from low_rank import LowRank, add_updates
+from low_rank import LowRank, add_updates, check_fits
 
 from bdia_jax import interop
 from bdia_jax.data import Example, Tokenizer, load_tokenizer
@@ -65,7 +64,7 @@ from bdia_jax.train import (
     restore_best,
     train,
 )
-from bdia_jax.train.run_folder import check_disk, check_same_settings
+from bdia_jax.train.run_folder import check_same_settings
 from bdia_jax.train.wording import per_step
 
 log = logging.getLogger("bdia_jax")
@@ -243,10 +242,12 @@ def main(f: FineTune) -> dict[str, float]:
 
 def beginning(out: pathlib.Path) -> str:
     """When the run in a folder began; now, if there is none."""
+    now = datetime.datetime.now().isoformat(timespec="seconds")
     described = out / "settings.json"
-    if described.exists():
-        return json.loads(described.read_text())["fine-tuning"]["began"]
-    return datetime.datetime.now().isoformat(timespec="seconds")
+    if not described.exists():
+        return now
+    # Of another command's run, which is refused in a moment.
+    return json.loads(described.read_text()).get("fine-tuning", {}).get("began", now)
 
 
 def check_before(f: FineTune, path: pathlib.Path, config: DecoderConfig) -> None:
@@ -256,19 +257,11 @@ def check_before(f: FineTune, path: pathlib.Path, config: DecoderConfig) -> None
       FileNotFoundError: for data that are not there.
       ValueError: for settings that do not fit the model, and a disk without room for it.
     """
-    given = [*finetune_data.paths_of(f), *([] if f.eval_data is None else [f.eval_data])]
-    if missing := [str(each) for each in given if not each.expanduser().exists()]:
-        raise FileNotFoundError(f"the data must exist; there is no {', '.join(missing)}")
+    given = [*finetune_data.paths_of(f), f.eval_data, f.lora.adapter]
+    if missing := [str(p) for p in given if p is not None and not p.expanduser().exists()]:
+        raise FileNotFoundError(f"what is given must exist; there is no {', '.join(missing)}")
     config = dataclasses.replace(config, **settings_of(f, path))
-
-    def make() -> Decoder:
-        model = Decoder(config, rngs=nnx.Rngs(0))
-        if f.lora.rank:
-            add_updates(f.lora, model, path, f.train.seed)
-        return model
-
-    weights = jax.tree.leaves(nnx.state(nnx.eval_shape(make), nnx.Not(nnx.RngState)))
-    check_disk(f.out, sum(a.size * a.dtype.itemsize for a in weights), "the fine-tuned model")
+    check_fits(lambda: Decoder(config, rngs=nnx.Rngs(0)), f.lora, path, f.out)
 
 
 def check_vocabulary(tokenizer: Tokenizer, size: int) -> None:

@@ -21,11 +21,10 @@ import json
 import pathlib
 from typing import Any, Literal
 
-import jax
 import numpy as np
 from chosen_gamma import chosen_step
 from flax import nnx
-from low_rank import LowRank, add_updates
+from low_rank import LowRank, add_updates, check_fits
 
 from bdia_jax import interop
 from bdia_jax.data import (
@@ -56,7 +55,7 @@ from bdia_jax.train import (
     restore_best,
     train,
 )
-from bdia_jax.train.run_folder import check_disk
+from bdia_jax.train.run_folder import check_same_settings
 from bdia_jax.train.wording import per_step
 
 SOME = TrainSettings(
@@ -144,6 +143,9 @@ def main(f: FineTuneVision) -> dict[str, float]:
     f = dataclasses.replace(f, out=check_run_folder(f.out, f.resume))
     path = interop.resolve(f.pretrained)
     pretrained = interop.read_vision_config(path)
+    about = json.loads(json.dumps(dataclasses.asdict(f), default=str))
+    about = {name: about[name] for name in about if name not in ("train", "resume", "out")}
+    check_same_settings(f.out, f.train, {"fine-tuning": about})
     check_before(f, path, pretrained)
     mean, std = interop.load_normalization(path)
     size = f.image_size or pretrained.image_size
@@ -178,8 +180,6 @@ def main(f: FineTuneVision) -> dict[str, float]:
         )
         set_step(model, step)
     before = evaluate(model, task, eval_batch_size=eval_batch_size(task, f.train))
-    about = json.loads(json.dumps(dataclasses.asdict(f), default=str))
-    about = {name: about[name] for name in about if name not in ("train", "resume", "out")}
     about["step"] = dataclasses.asdict(model.blocks.step)
     result = train(
         model, task, f.train.or_steps(STEPS), f.out, resume=f.resume, about={"fine-tuning": about}
@@ -225,15 +225,7 @@ def check_before(f: FineTuneVision, path: pathlib.Path, config: VisionTowerConfi
     """
     size = f.image_size or config.image_size
     config = dataclasses.replace(config, image_size=size, **settings_of(f))
-
-    def make() -> VisionTower:
-        model = VisionTower(config, rngs=nnx.Rngs(0))
-        if f.lora.rank:
-            add_updates(f.lora, model, path, f.train.seed)
-        return model
-
-    weights = jax.tree.leaves(nnx.state(nnx.eval_shape(make), nnx.Not(nnx.RngState)))
-    check_disk(f.out, sum(a.size * a.dtype.itemsize for a in weights), "the fine-tuned network")
+    check_fits(lambda: VisionTower(config, rngs=nnx.Rngs(0)), f.lora, path, f.out)
 
 
 def settings_of(f: FineTuneVision) -> dict[str, Any]:

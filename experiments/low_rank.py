@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Callable
 
+import jax
 from flax import nnx
 
 from bdia_jax import interop
 from bdia_jax.nn import Decoder, VisionTower, add_lora
+from bdia_jax.train.run_folder import check_disk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,3 +59,30 @@ def add_updates(
     targets = interop.lora_targets(model, lora.targets, like=path)
     rngs = nnx.Rngs(seed)
     return add_lora(model, lora.rank, lora.alpha, targets, dora=lora.dora, rngs=rngs)
+
+
+def check_fits(
+    make: Callable[[], Decoder | VisionTower],
+    lora: LowRank,
+    path: pathlib.Path,
+    out: pathlib.Path,
+) -> None:
+    """Refuses, before data and model are read, what the shapes of the model tell.
+
+    Args:
+      make: makes a model of the settings; it is only traced.
+      lora, path: as of :func:`add_updates`.
+      out: folder of the run.
+
+    Raises:
+      ValueError: for updates that do not fit the model, and a disk without room for it.
+    """
+
+    def updated() -> Decoder | VisionTower:
+        model = make()
+        if lora.rank:
+            add_updates(lora, model, path, seed=0)
+        return model
+
+    weights = jax.tree.leaves(nnx.state(nnx.eval_shape(updated), nnx.Not(nnx.RngState)))
+    check_disk(out, sum(a.size * a.dtype.itemsize for a in weights), "the fine-tuned model")

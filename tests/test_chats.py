@@ -195,7 +195,7 @@ def test_an_answer_that_is_written_otherwise_later_has_a_text_of_its_own(inner):
         ("{{ 1 / 0 }}", CHATS[0], "refuses the messages: division"),
         (LLAMA_2, chat("a", "b")[::-1], "refuses the messages: Roles must alternate"),
         ("{{ messages | length }}", CHATS[0], "does not begin an answer as it asks for one"),
-        (CHATML, chat("a", "b")[::-1], "the first message is an answer, to which nothing leads"),
+        (CHATML, chat("a", "b")[::-1], "the first message is an answer, which the chat template"),
         (CHATML, [], r"must be a list such as \[.*got \[\]"),
         (CHATML, "hello", r"must be a list such as .*got 'hello'"),
         (CHATML, [{"role": "user"}], "message 1 must have content, a text"),
@@ -364,17 +364,18 @@ def test_what_would_be_left_out_of_instructions_is_refused(name, inner, tmp_path
         # Empty, it says nothing.
         written(path, [record | {"system": ""}, record])
     elif name == "a.csv":
-        path.write_text("instruction,output,system\nthe,cat,be kind\n")
+        path.write_text("instruction,output,system\nthe,cat,\nthe,cat,be kind\n")
     else:
         parquet = pytest.importorskip("pyarrow.parquet")
         import pyarrow
 
-        parquet.write_table(pyarrow.Table.from_pylist([record]), path)
+        rows = [record | {"system": None}, record]
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     for read in (
         lambda: data.read_examples(path, tokenizer, 500),
         lambda: data.TextsOnDisk([path], tokenizer, 500),
     ):
-        with pytest.raises(ValueError, match="system of an instruction would be left out: write"):
+        with pytest.raises(ValueError, match=r"(line|record) [23]: system of an .* left out"):
             read()
 
 
@@ -444,6 +445,14 @@ def test_tools_are_given_to_the_template(inner, tmp_path):
     written(paths[0], [{"messages": CALLS, "tools": {"add": 1}}])
     with pytest.raises(ValueError, match="line 1: tools must be a list; got"):
         data.read_examples(paths[0], tokenizer, 500, template=template)
+
+
+def test_an_answer_that_nothing_leads_to(inner):
+    """It is learned where the template asks for it as it begins it."""
+    tokenizer = data.Tokenizer(inner, inner.token_to_id("</s>"))
+    (example,) = conversation(tokenizer, ChatTemplate(WITH_TOOLS), chat("a", "the cat")[1:])
+    found = [token for token, yes in zip(*example) if yes]
+    assert inner.decode(found, skip_special_tokens=False) == "the cat<|im_end|>"
 
 
 def test_the_day_of_a_template_may_be_given():

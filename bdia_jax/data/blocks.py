@@ -16,12 +16,12 @@ from bdia_jax.data.records import (
     MESSAGES,
     SEPARATORS,
     TEXT,
+    UNREAD,
     bare,
     json_object,
     kind_of,
     messages_of,
     refuse_conversations,
-    refuse_unread,
     table,
     texts_of,
     tidied,
@@ -213,7 +213,6 @@ class RowGroups:
         self.path, self.name = path, str(path)
         self.columns = self._file().schema_arrow.names
         self.fields = kind_of(self.columns)
-        refuse_unread(self.name, self.fields, self.columns)
 
     def cut(self, sha) -> Iterator[Block]:
         with open(self.path, "rb") as file:
@@ -243,7 +242,8 @@ class RowGroups:
     def _rows(self, file, group: int, number: int) -> Iterator[Values]:
         import pyarrow
 
-        columns = [field for field in self.fields if field in self.columns]
+        # Those that are refused where something stands in them, too.
+        columns = [field for field in (*self.fields, *UNREAD) if field in self.columns]
         try:
             for batch in file.iter_batches(1024, row_groups=[group], columns=columns):
                 for row in batch.to_pylist():

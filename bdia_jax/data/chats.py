@@ -90,13 +90,13 @@ class ChatTemplate:
         for i, message in enumerate(messages):
             if message["role"] != GENERATED:
                 continue
-            if not i:
-                raise ValueError(
-                    "the first message is an answer, to which nothing leads: put one of the user, "
-                    "or of the system, before it, or use a template with {% generation %}"
-                )
             before = self.text(messages[:i], prompt=True, tools=tools)
             until = self.text(messages[: i + 1], tools=tools)
+            if not until.startswith(before) and not i:
+                raise ValueError(
+                    "the first message is an answer, which the chat template asks for otherwise "
+                    "than it begins it: put a message of the user, or of the system, before it"
+                )
             if not until.startswith(before):
                 raise ValueError(
                     "the chat template does not begin an answer as it asks for one, so it is not "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import itertools
 import json
 import os
 import pathlib
@@ -302,7 +303,6 @@ def table(
                             f"{name}: the first line must name the columns, separated by "
                             f"{separator!r}, {' and '.join(needed)} once among them; got {columns}"
                         )
-                    refuse_unread(name, fields, columns)
                     where = [columns.index(f) if f in needed else None for f in fields]
                 elif len(row) != len(columns):
                     raise ValueError(
@@ -311,8 +311,9 @@ def table(
                         f"be quoted; got {repr(row)[:80]}"
                     )
                 else:
-                    values = ("" if i is None else row[i] for i in where)
-                    yield Record(f"line {rows.line_num}", tuple(values))
+                    at = f"line {rows.line_num}"
+                    refuse_unread(f"{name}, {at}", fields, itertools.compress(columns, row))
+                    yield Record(at, tuple("" if i is None else row[i] for i in where))
         except csv.Error as error:
             raise ValueError(
                 f'{name}, line {rows.line_num}: {error}; a text with " in it must be quoted, each '

@@ -72,7 +72,7 @@ SHARDED = (
 STAGES: dict[Name, Stage] = {
     "exactness": Stage(
         "integers compared and mismatched, in a covering set of cases",
-        "half an hour",
+        "an hour and a half",
         ("exactness.py",),
     ),
     "reliability": Stage(
