@@ -12,10 +12,12 @@ import optax
 import pytest
 from flax import nnx
 
+from bdia_jax import BackwardReport
 from bdia_jax.data import Example, pack, pack_pairs
 from bdia_jax.nn import Decoder, DecoderConfig, EncoderDecoder, EncoderDecoderConfig
 from bdia_jax.train import PackedTexts, Sums, TrainSettings, Translation
 from bdia_jax.train.programs import Programs
+from bdia_jax.train.step import of_all
 
 TINY = {"method": "standard", "dropout": 0.0, "width": 16, "heads": 2}
 SETTINGS = TrainSettings(steps=1, batch_size=2)
@@ -188,3 +190,11 @@ def test_every_micro_batch_of_every_step_has_a_key_of_its_own():
         assert found["square"] - found["mean"] ** 2 > 1e-3, "all micro-batches drew the same"
         means.append(float(found["mean"]))
     assert len(set(means)) == 3, "all steps drew the same"
+
+
+def test_a_report_of_micro_batches_has_the_largest_deviation():
+    reports = BackwardReport(*(jnp.array([[1.0, 0.0], [2.0, 5.0]]) for _ in range(3)))
+    found = of_all(reports)
+    np.testing.assert_array_equal(found.mismatched, [3, 5])
+    np.testing.assert_array_equal(found.corrected, [3, 5])
+    np.testing.assert_array_equal(found.deviation, [2, 5])

@@ -128,6 +128,23 @@ def test_log_likelihoods_in_chunks_in_float64():
             np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-14)
 
 
+def test_the_gradient_of_a_bfloat16_matrix_is_summed_in_float32():
+    keys = jax.random.split(jax.random.key(0), 3)
+    x = jax.random.normal(keys[0], (2, 512, 8)).astype(jnp.bfloat16)
+    matrix = jax.random.normal(keys[1], (11, 8)).astype(jnp.bfloat16)
+    targets = jax.random.randint(keys[2], (2, 512), 0, 11)
+
+    def gradient(chunk):
+        def loss(matrix):
+            return jnp.sum(log_likelihoods(x, matrix, targets, chunk=chunk) * jnp.array([1, -2]))
+
+        return jax.grad(loss)(matrix).astype(jnp.float32)
+
+    found, expected = gradient(8), gradient(1024)
+    # Both are rounded to bfloat16 once.
+    assert jnp.linalg.norm(found - expected) < 2**-8 * jnp.linalg.norm(expected)
+
+
 def test_both_answers_of_a_pair_have_one_sign():
     """With one sign per sample, γ moves the margin of two equal answers by nothing."""
     config = dataclasses.replace(TINY, method="bdia", signs="sample", gamma=1 / 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -131,15 +132,36 @@ def log_likelihoods(
     Arguments are those of :func:`cross_entropy`.
     """
     chunks, _ = _in_chunks(features, matrix, targets, weights, chunk)
-    matrix, *chunks = alike(matrix, *chunks)
+    return _log_likelihoods(cap, *alike(matrix, *chunks))
 
-    @jax.checkpoint
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _log_likelihoods(cap, matrix, features, targets, weights):
     def of_chunk(chunk):
         features, targets, weights = chunk
         each = soft_cap(logits(features, matrix), cap)
         return -jnp.sum(weights * _entropies(each, targets, weights), axis=1)
 
-    return jnp.sum(lax.map(of_chunk, chunks), axis=0)
+    return jnp.sum(lax.map(of_chunk, (features, targets, weights)), axis=0)
+
+
+def _log_likelihoods_forward(cap, *arguments):
+    return _log_likelihoods(cap, *arguments), arguments
+
+
+def _log_likelihoods_backward(cap, arguments, d):
+    """The gradient of a cross-entropy, whose weights are times the cotangents of the sequences."""
+    matrix, features, targets, weights = arguments
+
+    def total(matrix, features, weights):
+        chunks = features, targets, -d[:, None] * weights
+        return sum_of_chunks(_CrossEntropy(0.0, cap), matrix, chunks)[0]
+
+    d_matrix, d_features, d_weights = jax.grad(total, (0, 1, 2))(matrix, features, weights)
+    return d_matrix, d_features, None, d_weights
+
+
+_log_likelihoods.defvjp(_log_likelihoods_forward, _log_likelihoods_backward)
 
 
 def _in_chunks(features, matrix, targets, weights, chunk):

@@ -130,16 +130,21 @@ def gradient(recipe: Recipe, params: nnx.State, rest, batch, keys):
         lambda p: jnp.zeros(p.shape, jnp.promote_types(p.dtype, jnp.float32)), params
     )
     total, of_parts = jax.lax.scan(add, zeros, (micro_batches(recipe, batch), keys))
-    sums, probes = jax.tree.map(lambda a: a.sum(axis=0), of_parts)
-    probes = jax.tree.map(
-        lambda total, parts: total._replace(deviation=parts.deviation.max(axis=0)),
-        probes,
-        of_parts[1],
-        is_leaf=lambda leaf: isinstance(leaf, BackwardReport),
-    )
+    sums = jax.tree.map(lambda a: a.sum(axis=0), of_parts[0])
+    probes = jax.tree.map(of_all, of_parts[1], is_leaf=_is_report)
     weight = sums.weight + (sums.weight == 0)
     grads = jax.tree.map(lambda t, p: (t / weight.astype(t.dtype)).astype(p.dtype), total, params)
     return grads, sums, probes
+
+
+def of_all(reports: BackwardReport) -> BackwardReport:
+    """One report of those of all micro-batches: what is counted is added up."""
+    counts = BackwardReport(*(count.sum(axis=0) for count in reports))
+    return counts._replace(deviation=reports.deviation.max(axis=0))
+
+
+def _is_report(leaf: Any) -> bool:
+    return isinstance(leaf, BackwardReport)
 
 
 def judge(
