@@ -818,6 +818,9 @@ def test_a_weight_in_two_places_stays_one():
         assert model.embed is model.head
         assert type(model.embed) is kind
         assert model.embed.tag == "both"
+    freeze(model, "^embed$")
+    assert model.embed is model.head
+    assert type(model.head) is Frozen
 
 
 def test_another_network_generates_nothing_and_is_not_written(tmp_path):

@@ -204,14 +204,21 @@ def unfreeze(model: nnx.Module) -> None:
 
 
 def _retype(model, old: type, new: type, chosen: Callable[[str], bool]) -> None:
-    # A weight that is in two places stays one.
-    made: dict[int, nnx.Variable] = {}
-    for where, module in list(nnx.iter_modules(model)):
-        for name, value in list(vars(module).items()):
-            if isinstance(value, old) and chosen(".".join(map(str, (*where, name)))):
-                if id(value) not in made:
-                    made[id(value)] = new.from_metadata(value.get_value(), value.get_metadata())
-                setattr(module, name, made[id(value)])
+    found = [
+        (module, name, value, ".".join(map(str, (*where, name))))
+        for where, module in nnx.iter_modules(model)
+        for name, value in vars(module).items()
+        if isinstance(value, old)
+    ]
+    # A weight that is in two places is one, and stays one, whichever of them was meant.
+    made = {
+        id(value): new.from_metadata(value.get_value(), value.get_metadata())
+        for _, _, value, path in found
+        if chosen(path)
+    }
+    for module, name, value, _ in found:
+        if id(value) in made:
+            setattr(module, name, made[id(value)])
 
 
 def _linears(model: nnx.Module) -> Iterator[tuple[nnx.Module, str, str]]:
