@@ -111,8 +111,9 @@ def prepare(
     compute_dtype: Any = None,
 ) -> tuple[Scan, Inputs]:
     """Checks all arguments of a scan; every error names what was given and what is allowed."""
-    functions = block if isinstance(block, tuple) else (block,)
-    if not functions or not all(map(callable, functions)):
+    # A tuple that can be called, such as a NamedTuple with the method, is one block.
+    functions = (block,) if callable(block) else block
+    if not isinstance(functions, tuple) or not functions or not all(map(callable, functions)):
         raise TypeError(
             "block must be a function (params_k, x, key_k, *consts) -> h, or a tuple of such "
             f"functions; got {block!r}"

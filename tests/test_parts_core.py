@@ -1,6 +1,7 @@
 """Blocks of several parts: each an update and a step of its own, in one loop body."""
 
 import functools
+from typing import NamedTuple
 
 import chex
 import jax
@@ -75,6 +76,24 @@ def test_one_part_is_a_block():
             for given in (block, (block,))
         ]
         assert programs[0] == programs[1]
+
+
+class Scaled(NamedTuple):
+    """A block that is a tuple, and can be called."""
+
+    factor: float
+
+    def __call__(self, w, x, key):
+        return self.factor * jnp.tanh(x @ w)
+
+
+def test_a_tuple_that_can_be_called_is_one_block():
+    w, x = 0.1 * jax.random.normal(KEY, (DEPTH, 4, 4)), jnp.ones((2, 4))
+    settings = {"key": KEY, "step": BDIA(0.25)}
+    found = reversible_scan(Scaled(0.5), w, x, **settings)
+    np.testing.assert_array_equal(
+        found, reversible_scan(lambda w, x, key: 0.5 * jnp.tanh(x @ w), w, x, **settings)
+    )
 
 
 @jax.tree_util.register_pytree_node_class

@@ -151,8 +151,9 @@ def weighted(
     logits *= jnp.asarray(scale, wide)
     logits = soft_cap(logits, cap)
     if mask is not None:
-        # Finite: for infinities, the softmax of a row without any key would be NaN.
-        logits = jnp.where(mask, logits, jnp.finfo(wide).min)
+        # Finite: for infinities, the softmax of a row without any key would be NaN. Added rather
+        # than selected, which is the same here, because no derivative then needs the mask.
+        logits += jnp.where(mask, jnp.zeros((), wide), jnp.finfo(wide).min)
     weights = drop(jax.nn.softmax(logits).astype(v.dtype))
     return jnp.einsum("bhqk,bhkd->bhqd", weights, v)
 
