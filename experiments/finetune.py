@@ -60,6 +60,8 @@ from bdia_jax.train import (
     eval_batch_size,
     evaluate,
     in_steps,
+    place_on_mesh,
+    placed,
     plot_curves,
     restore_best,
     train,
@@ -261,7 +263,7 @@ def check_before(f: FineTune, path: pathlib.Path, config: DecoderConfig) -> None
     if missing := [str(p) for p in given if p is not None and not p.expanduser().exists()]:
         raise FileNotFoundError(f"what is given must exist; there is no {', '.join(missing)}")
     config = dataclasses.replace(config, **settings_of(f, path))
-    check_fits(lambda: Decoder(config, rngs=nnx.Rngs(0)), f.lora, path, f.out)
+    check_fits(lambda: Decoder(config, rngs=nnx.Rngs(0)), f.lora, path, f.out, f.train)
 
 
 def check_vocabulary(tokenizer: Tokenizer, size: int) -> None:
@@ -299,8 +301,9 @@ def settings_of(f: FineTune, path: pathlib.Path) -> dict[str, Any]:
 
 
 def load(f: FineTune, path: pathlib.Path) -> Decoder:
-    """The model, with what is trained of it."""
-    model = interop.load(path, quantize=f.quantize, **settings_of(f, path))
+    """The model, with what is trained of it; on the devices that it is trained on."""
+    place = placed(f.train.mesh)
+    model = interop.load(path, quantize=f.quantize, place=place, **settings_of(f, path))
     if f.lora.adapter is not None:
         paths = interop.load_adapter(model, f.lora.adapter, like=path)
         print(f"low-rank updates of {', '.join(paths)}, from {f.lora.adapter}")
@@ -308,6 +311,7 @@ def load(f: FineTune, path: pathlib.Path) -> Decoder:
         print(f"low-rank updates of {', '.join(add_updates(f.lora, model, path, f.train.seed))}")
     elif f.freeze_embedding:
         freeze(model, "^(embedding|positions|head)$")
+    place_on_mesh(model, f.train.mesh)
     return model
 
 

@@ -51,6 +51,7 @@ from bdia_jax.train import (
     eval_batch_size,
     evaluate,
     fit_head,
+    place_on_mesh,
     plot_curves,
     restore_best,
     train,
@@ -225,7 +226,7 @@ def check_before(f: FineTuneVision, path: pathlib.Path, config: VisionTowerConfi
     """
     size = f.image_size or config.image_size
     config = dataclasses.replace(config, image_size=size, **settings_of(f))
-    check_fits(lambda: VisionTower(config, rngs=nnx.Rngs(0)), f.lora, path, f.out)
+    check_fits(lambda: VisionTower(config, rngs=nnx.Rngs(0)), f.lora, path, f.out, f.train)
 
 
 def settings_of(f: FineTuneVision) -> dict[str, Any]:
@@ -243,7 +244,7 @@ def settings_of(f: FineTuneVision) -> dict[str, Any]:
 
 
 def load(f: FineTuneVision, path: pathlib.Path, num_classes: int, size: int) -> VisionTower:
-    """The network with a new head, and with what is trained of it."""
+    """The network with a new head, and with what is trained of it; where it is trained."""
     model = interop.load_vision(path, num_classes=num_classes, image_size=size, **settings_of(f))
     if f.lora.adapter is not None:
         paths = interop.load_adapter(model, f.lora.adapter, like=path)
@@ -254,4 +255,5 @@ def load(f: FineTuneVision, path: pathlib.Path, num_classes: int, size: int) -> 
         # It is new, and knows nothing yet.
         unfreeze(model.head)
         print(f"low-rank updates of {', '.join(paths)}, and a head")
+    place_on_mesh(model, f.train.mesh)
     return model

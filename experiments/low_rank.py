@@ -11,6 +11,8 @@ from flax import nnx
 
 from bdia_jax import interop
 from bdia_jax.nn import Decoder, VisionTower, add_lora
+from bdia_jax.train import TrainSettings
+from bdia_jax.train.placing import check_mesh
 from bdia_jax.train.run_folder import check_disk
 
 
@@ -66,17 +68,21 @@ def check_fits(
     lora: LowRank,
     path: pathlib.Path,
     out: pathlib.Path,
+    settings: TrainSettings,
 ) -> None:
-    """Refuses, before data and model are read, what the shapes of the model tell.
+    """Refuses, before data and model are read, what shapes and devices tell.
 
     Args:
       make: makes a model of the settings; it is only traced.
       lora, path: as of :func:`add_updates`.
       out: folder of the run.
+      settings: how it is trained.
 
     Raises:
-      ValueError: for updates that do not fit the model, and a disk without room for it.
+      ValueError: for updates that do not fit the model, a mesh that does not fit the devices, and a
+        disk without room for the model.
     """
+    check_mesh(settings)
 
     def updated() -> Decoder | VisionTower:
         model = make()

@@ -38,6 +38,8 @@ def text_with(fault: Fault) -> str:
             f"{fault.name!r}: the text to be replaced must be in one place of {fault.file}.py; "
             f"got {places}: {fault.before!r}"
         )
+    if fault.before == fault.after:
+        raise ValueError(f"{fault.name!r} is no fault: it replaces a text by itself")
     return text.replace(fault.before, fault.after)
 
 

@@ -13,32 +13,45 @@ from bdia_jax.interop.checkpoint import Checkpoint, FolderError
 from bdia_jax.interop.families import Source
 from bdia_jax.nn.quantized import Codes, Kind, encode
 
+Place = Callable[[np.ndarray | jax.Array], jax.Array]
+"""Puts an array on its devices."""
+
 
 def parameter(
-    name: str, shape: tuple[int, ...], dtype: Any, source: Source, tensors: Checkpoint
+    name: str,
+    shape: tuple[int, ...],
+    dtype: Any,
+    source: Source,
+    tensors: Checkpoint,
+    place: Place = jnp.asarray,
 ) -> jax.Array:
-    """A parameter of ours, on the device; of stacked blocks, if the source has a number in it.
+    """A parameter of ours, on its devices; of stacked blocks, if the source has a number in it.
 
     Raises:
       FolderError: for a tensor that is missing, or has another shape.
     """
     if "{}" not in source.name:
-        return jnp.asarray(_one(name, source.name, shape, source, tensors), dtype)
+        return place(_one(name, source.name, shape, source, tensors).astype(dtype, copy=False))
     stacked = np.empty(shape, dtype)
     for i, tensor in enumerate(_of_blocks(name, shape, source, tensors)):
         stacked[i] = tensor
-    return jnp.asarray(stacked)
+    return place(stacked)
 
 
 def quantized(
-    name: str, shape: tuple[int, ...], source: Source, tensors: Checkpoint, kind: Kind
+    name: str,
+    shape: tuple[int, ...],
+    source: Source,
+    tensors: Checkpoint,
+    kind: Kind,
+    place: Place = jnp.asarray,
 ) -> Codes:
     """The same of a kernel of stacked blocks, quantized: one block's at a time in memory."""
     encoded = jax.jit(encode, static_argnums=1)
     found = [
         encoded(jnp.asarray(tensor), kind) for tensor in _of_blocks(name, shape, source, tensors)
     ]
-    return jax.tree.map(lambda *blocks: jnp.stack(blocks), *found)
+    return jax.tree.map(lambda *blocks: place(jnp.stack(blocks)), *found)
 
 
 def _of_blocks(

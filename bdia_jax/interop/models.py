@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -41,7 +42,13 @@ def read_config(path: str | os.PathLike) -> DecoderConfig:
         return _configuration(checkpoint)
 
 
-def load(path: str | os.PathLike, *, quantize: Kind | None = None, **settings: Any) -> Decoder:
+def load(
+    path: str | os.PathLike,
+    *,
+    quantize: Kind | None = None,
+    place: arrays.Place = jnp.asarray,
+    **settings: Any,
+) -> Decoder:
     """A decoder with the weights of a folder of ``transformers``, or of a GGUF file.
 
     Memory holds one copy of the weights, and the largest stacked array a second time.
@@ -52,6 +59,8 @@ def load(path: str | os.PathLike, *, quantize: Kind | None = None, **settings: A
         downloaded (to the cache of ``huggingface_hub``).
       quantize: nf4, int4 or int8 for kernels of linear layers in so few bits, as of
         :func:`bdia_jax.nn.quantize_base`; one block's kernel is in memory unquantized at a time.
+      place: puts an array on its devices; by default, on the default one.
+        :func:`bdia_jax.train.placed` splits it over those of a mesh.
       **settings: of :class:`bdia_jax.nn.DecoderConfig`, in place of those that are read:
         ``method``, ``dtype``, ``param_dtype``, ``dropout``, …
 
@@ -78,11 +87,13 @@ def load(path: str | os.PathLike, *, quantize: Kind | None = None, **settings: A
         for keys, leaf in flat.items():
             name = ".".join(map(str, keys))
             if quantize is None or not isinstance(leaf, Quantized):
-                value = arrays.parameter(name, leaf.shape, leaf.dtype, layout[name], checkpoint)
+                given = name, leaf.shape, leaf.dtype, layout[name], checkpoint
+                value = arrays.parameter(*given, place)
                 state[keys] = leaf.replace(value)
             elif keys[-1] == "codes":
                 name = name.removesuffix("codes") + "kernel"
-                found = arrays.quantized(name, leaf.shape, layout[name], checkpoint, quantize)
+                given = name, leaf.shape, layout[name], checkpoint
+                found = arrays.quantized(*given, quantize, place)
                 for which, value in found._asdict().items():
                     state[*keys[:-1], which] = flat[*keys[:-1], which].replace(value)
         unused = [name for name in checkpoint.unused() if not name.startswith(family.others)]

@@ -8,6 +8,7 @@ schedules            learning rates, by name
 blockwise            an optimizer of one block at a time
 step                 one training step, as a pure function
 in_backward          the same, with blocks updated in the backward pass
+placing              models on a mesh outside of a run
 programs             both compiled, and where their arrays live
 loop                 the run: steps, evaluations, checkpoints
 result               what came of it, and which evaluation is the best
@@ -46,6 +47,7 @@ from bdia_jax.train.memory import StepMemory, evaluation_memory, step_memory
 from bdia_jax.train.metrics import read_metrics
 from bdia_jax.train.optimizers import make_optimizer
 from bdia_jax.train.pieces import evaluate, training_step
+from bdia_jax.train.placing import place_on_mesh, placed
 from bdia_jax.train.programs import eval_batch_size
 from bdia_jax.train.result import Result
 from bdia_jax.train.run_folder import check_run_folder
@@ -99,6 +101,8 @@ __all__ = [
     "fit_head",
     "in_steps",
     "make_optimizer",
+    "place_on_mesh",
+    "placed",
     "plot_curves",
     "read_metrics",
     "read_settings",

@@ -10,6 +10,7 @@ from flax import nnx
 from bdia_jax.gamma import GammaChoice
 from bdia_jax.nn import gamma
 from bdia_jax.train.feed import first_batches
+from bdia_jax.train.placing import merged, mesh_of, split
 from bdia_jax.train.tasks import Task
 
 
@@ -25,7 +26,7 @@ def choose_gamma(
     """:func:`bdia_jax.choose_gamma` by the first batches of a task.
 
     Args:
-      model: whose stacks train by :class:`bdia_jax.BDIA`; it is left as it is.
+      model: whose stacks train by :class:`bdia_jax.BDIA`; it is left as, and where, it is.
       task: data and loss.
       batch_size: samples per batch, all in one forward pass.
       batches: how many to average over.
@@ -34,8 +35,11 @@ def choose_gamma(
     """
     data_key, model_key = jax.random.split(jax.random.key(seed))
 
+    mesh = mesh_of(model)
+
     def loss(model, batch, key):
-        return task.loss(model, batch, key).means()["loss"]
+        model = merged(mesh, *nnx.split(model))
+        return task.loss(model, split(mesh, batch), key).means()["loss"]
 
     made = first_batches(task, data_key, batch_size, batches)
     arguments = ((batch, jax.random.fold_in(model_key, i)) for i, batch in enumerate(made))

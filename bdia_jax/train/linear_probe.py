@@ -9,6 +9,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from bdia_jax.nn.vision import VisionTower
+from bdia_jax.train.placing import merged, mesh_of, split
 from bdia_jax.train.tasks.resized_images import ResizedImages
 
 INVERSE_PENALTY = 0.01
@@ -59,9 +60,12 @@ def fit_head(
     graph, state = nnx.split(model)
     model.train()
 
+    mesh = mesh_of(model)
+
     @jax.jit
     def pooled(state, statistics, images):
-        return nnx.merge(graph, state).pooled(task.middles(statistics, images))
+        network = merged(mesh, graph, state)
+        return network.pooled(task.middles(statistics, split(mesh, images)))
 
     statistics = {"mean": task.mean, "std": task.std}
     size = min(task.eval_batch_size, len(rows))

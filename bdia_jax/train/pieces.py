@@ -9,6 +9,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from bdia_jax.train.placing import merged, mesh_of
 from bdia_jax.train.programs import Programs, means
 from bdia_jax.train.settings import TrainSettings
 from bdia_jax.train.step import State, StepReport
@@ -18,7 +19,7 @@ from bdia_jax.train.tasks import Task
 def evaluate(
     model: nnx.Module, task: Task, *, eval_batch_size: int | None = None
 ) -> dict[str, float]:
-    """Means of the metrics over the evaluation split, in evaluation mode; on one device.
+    """Means of the metrics over the evaluation split, in evaluation mode; where the model is.
 
     Args:
       model: its parameters may be of any dtype; it comes back in training mode.
@@ -29,10 +30,11 @@ def evaluate(
     graph, state = nnx.split(model)
     model.train()
     size = min(eval_batch_size or task.eval_batch_size, task.eval_samples)
+    mesh = mesh_of(model)
 
     @jax.jit
     def step(state, arrays, i):
-        return task.evaluate(nnx.merge(graph, state), task.eval_batch(arrays, i, size))
+        return task.evaluate(merged(mesh, graph, state), task.eval_batch(arrays, i, size))
 
     arrays = jax.device_put(task.arrays())
     return means(step(state, arrays, np.int32(i)) for i in range(-(-task.eval_samples // size)))

@@ -111,7 +111,15 @@ class Programs:
         """The state before the first step, made of the model's own arrays."""
         # A dtype of its own rather than a weak one, or the second step would be compiled anew.
         params = jax.tree.map(lambda p: jnp.asarray(p, p.dtype), nnx.state(model, nnx.Param))
-        return _unshared(self._place(self._new_state(params), self._shardings))
+        if self._shardings is None:
+            return _unshared(self._place(self._new_state(params)))
+        # Each device makes its own part of the optimizer's state: no device may have room for all.
+        params = self._place(params, self._shardings.params)
+        made = jax.jit(
+            lambda params: self._new_state(params)._replace(params=()),
+            out_shardings=self._shardings._replace(params=()),
+        )(params)
+        return _unshared(made._replace(params=params))
 
     def share_arrays(self, model: nnx.Module, state: State) -> None:
         """Has the model hold the arrays of the programs and of a state, so that none exists twice.
