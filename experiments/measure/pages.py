@@ -127,6 +127,7 @@ VIEWS: dict[str, View] = {
             "quantization",
         )
     },
+    "exactness-by-block": View("exactness", table=lambda rows: exactness_by_block(rows)),
     "chats-answers": View("chats", table=chat_tables.answers_table),
     "vision-capacity": View("vision-reduced-cifar10", {"table": ("capacity",)}),
     "small-text-drawn": View("small-text-tinyshakespeare-0.05", draw=curves.draw),
@@ -202,6 +203,17 @@ def cosines_by_gamma(rows: Rows) -> str:
     """Of every draw."""
     lines = [[f"{row['gamma']:g}", ", ".join(f"{c:.5f}" for c in row["cosines"])] for row in rows]
     return records.markdown(["γ", "cosines"], lines)
+
+
+def exactness_by_block(rows: Rows) -> str:
+    """Sums over the cases of a block or a model, and over all."""
+    names = [*dict.fromkeys(row["case"]["block"] for row in rows)]
+    groups = {name: [row for row in rows if row["case"]["block"] == name] for name in names}
+    lines = [
+        [name, str(len(some)), *(f"{total:,}" for total in exactness.totals(some).values())]
+        for name, some in (groups | {"**all**": rows}).items()
+    ]
+    return records.markdown(["block", "cases", *exactness.COUNTS], lines)
 
 
 def means(rows: Rows, by: str) -> str:

@@ -1,7 +1,7 @@
 """Shows that changed code gives the same numbers as the code that a result was made with.
 
-    python experiments/measure/still.py small-text-tinyshakespeare-cpu    # some
-    python experiments/measure/still.py                                   # all that need it
+    python experiments/measure/still.py --names small-text-tinyshakespeare-cpu  # some
+    python experiments/measure/still.py                                         # all that need it
 
 A result of hours need not be made again because a file that it depends on has a new option. Its
 command is run twice, with the code of its commit and with the code that is here, on this machine:
