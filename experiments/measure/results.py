@@ -91,7 +91,7 @@ STAGES: dict[Name, Stage] = {
     ),
     "totals": Stage(
         "peak of whole training steps over the depth",
-        "a quarter of an hour",
+        "three quarters of an hour",
         (f"{COSTS} totals --networks vit gpt2 --values 12 24 48",),
     ),
     "gradients": Stage(
