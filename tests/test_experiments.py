@@ -143,6 +143,12 @@ def test_columns_of_a_table():
     assert pages.columns_of(table, ("c",)) == records.markdown(["a", "c"], [["1", "3"]])
 
 
+def test_a_bar_in_a_cell_is_no_end_of_it():
+    table = records.markdown(["a", "b"], [["|γ| = 1", r"known \| already"]])
+    assert table.splitlines()[2] == r"| \|γ\| = 1 | known \| already |"
+    assert pages.columns_of(table, ("b",)) == table
+
+
 def test_every_stage_has_a_command_with_its_options():
     for name, stage in results.STAGES.items():
         assert stage.gives, name

@@ -238,7 +238,8 @@ def columns_of(table: str, columns: tuple[str, ...]) -> str:
     """Some columns of a Markdown table, its first one included."""
     if not columns:
         return table
-    lines = [[c.strip() for c in line.strip("|").split("|")] for line in table.splitlines()]
+    cells = (re.split(r"(?<!\\)\|", line)[1:-1] for line in table.splitlines())
+    lines = [[c.strip() for c in line] for line in cells]
     kept = [0, *(lines[0].index(name) for name in columns)]
     header, _, *rest = [[line[i] for i in kept] for line in lines]
     return records.markdown(header, rest)

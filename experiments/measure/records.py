@@ -127,7 +127,8 @@ def described(settings: Any) -> dict[str, Any]:
 
 
 def markdown(header: list[str], lines: list[list[str]]) -> str:
-    """A Markdown table, its columns aligned."""
+    """A Markdown table, its columns aligned; a bar in a cell, as of |γ|, is no end of it."""
+    header, *lines = ([re.sub(r"(?<!\\)\|", r"\\|", c) for c in line] for line in [header, *lines])
     widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
 
     def row(cells):
