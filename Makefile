@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Tests of the core, and of what goes into a model.
 QUICK := grid maps steps side_bits proofs pinning bad_input settings_file tokenizers text_files \
-	chats mix data text_families docs
+	chats mix data
 
 .PHONY: demo finetune-demo check test test-all lint types docs results clean
 

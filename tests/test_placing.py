@@ -96,7 +96,7 @@ def test_it_is_measured_and_evaluated_there(folder):
 @pytest.mark.parametrize("what", ["evaluation", "choice"])
 def test_samples_are_split_there(folder, what, monkeypatch):
     """By itself, every device would compute the whole batch."""
-    wide = dataclasses.replace(CONFIG, hidden=1024, vocab_size=48)
+    wide = dataclasses.replace(CONFIG, hidden=1024)
     needed = {}
     jit = jax.jit
 

@@ -8,6 +8,7 @@ import shutil
 import sys
 import zipfile
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -154,6 +155,34 @@ def test_finetune(folder, tmp_path, rank, capsys):
     assert tokenizer.chat_template == (CHAT if rank else None)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run/model")
     assert model.config.n_embd == 16
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(jax.device_count() != 8, reason="there must be 8 devices")
+@pytest.mark.parametrize("rank", [0, 2])
+def test_finetune_on_a_mesh(folder, tmp_path, rank):
+    """Reads, measures, trains, evaluates, continues a text and saves there, as on one device."""
+    texts = tmp_path / "texts.jsonl"
+    lines = [{"prompt": f"{i} + 1 =", "completion": f" {i + 1}"} for i in range(400)]
+    texts.write_text("\n".join(map(json.dumps, lines)))
+    found = {}
+    for mesh in (None, "data=2,fsdp=4"):
+        given = finetune.FineTune(
+            model=str(folder),
+            data=texts,
+            out=tmp_path / f"run-{mesh}",
+            length=32,
+            # A rounding that comes out otherwise moves nothing by more than float32 does.
+            dtype="float32",
+            frac_bits=18,
+            train=dataclasses.replace(FEW, batch_size=8, mesh=mesh),
+            lora=finetune.LowRank(rank=rank),
+        )
+        told = finetune.main(given)
+        chosen = json.loads((given.out / "settings.json").read_text())["fine-tuning"]["step"]
+        found[mesh] = [told["loss before"], told["loss"], chosen["gamma"]]
+        assert interop.load(given.out / "model").config.max_length == 128
+    np.testing.assert_allclose(found["data=2,fsdp=4"], found[None], rtol=1e-5)
 
 
 @pytest.mark.slow
