@@ -101,7 +101,7 @@ def pre_rounding(
 def sample_signs(key: Key[Array, ""], batch: int) -> Int32[Array, "batch"]:
     """Independent, fair signs σ ∈ {-1, +1}, one per training sample.
 
-    E[σ] = 0: on average over σ the BDIA network is the standard one.
+    E[σ] = 0: on average over σ, a step is the Euler step from the same two states.
     """
     return 2 * jax.random.bernoulli(key, 0.5, (batch,)).astype(jnp.int32) - 1
 

@@ -1,38 +1,38 @@
 """One training loop for every experiment.
 
-===================  ===========================================================================
-settings             how to train
-tasks                what: batches, a loss, an evaluation, by kind of data
-optimizers           optimizers, by name
-schedules            learning rates, by name
-blockwise            an optimizer of one block at a time
-step                 one training step, as a pure function
-in_backward          the same, with blocks updated in the backward pass
-placing              models on a mesh outside of a run
-programs             both compiled, and where their arrays live
-loop                 the run: steps, evaluations, checkpoints
-result               what came of it, and which evaluation is the best
-pieces               an evaluation and a step, outside of a run
-gamma                γ chosen for a model and its data
-linear_probe         a head for new classes, fitted before training
-gap                  what γ costs: the loss without it, beside that of training
-epochs               epochs as steps
-feed                 batches that the host feeds
-errors               steps that went wrong
-weights              what the model holds before and after
-run_folder           the folder of a run, and whose it is
-settings_file        all settings of a command, as YAML
-checkpoints          saving and restoring
-metrics              numbers for programs
-tensorboard          the same for TensorBoard
-weights_and_biases   the same for Weights & Biases
-pace                 how fast a run is, and how long it takes
-wording              the same numbers for people
-report               the page at the end
-figures              curves
-signals              Ctrl-C and SIGTERM
-memory               what a step will need, and what it did
-===================  ===========================================================================
+| module | |
+|---|---|
+| `settings` | how to train |
+| `tasks` | what: batches, a loss, an evaluation, by kind of data |
+| `optimizers` | optimizers, by name |
+| `schedules` | learning rates, by name |
+| `blockwise` | an optimizer of one block at a time |
+| `step` | one training step, as a pure function |
+| `in_backward` | the same, with blocks updated in the backward pass |
+| `placing` | models on a mesh outside of a run |
+| `programs` | both compiled, and where their arrays live |
+| `loop` | the run: steps, evaluations, checkpoints |
+| `result` | what came of it, and which evaluation is the best |
+| `pieces` | an evaluation and a step, outside of a run |
+| `gamma` | γ chosen for a model and its data |
+| `linear_probe` | a head for new classes, fitted before training |
+| `gap` | what γ costs: the loss without it, beside that of training |
+| `epochs` | epochs as steps |
+| `feed` | batches that the host feeds |
+| `errors` | steps that went wrong |
+| `weights` | what the model holds before and after |
+| `run_folder` | the folder of a run, and whose it is |
+| `settings_file` | all settings of a command, as YAML |
+| `checkpoints` | saving and restoring |
+| `metrics` | numbers for programs |
+| `tensorboard` | the same for TensorBoard |
+| `weights_and_biases` | the same for Weights & Biases |
+| `pace` | how fast a run is, and how long it takes |
+| `wording` | the same numbers for people |
+| `report` | the page at the end |
+| `figures` | curves |
+| `signals` | Ctrl-C and SIGTERM |
+| `memory` | what a step will need, and what it did |
 """
 
 from bdia_jax.nn.losses import Sums

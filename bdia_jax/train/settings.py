@@ -40,7 +40,8 @@ class TrainSettings:
     """How to train."""
 
     steps: int | None = None
-    """Optimizer steps in all; by default 1000, or what epochs come to."""
+    """Optimizer steps in all. None for what epochs come to, or else for the command's own default
+    (in Python: 1000)."""
     epochs: float | None = None
     """Passes over the training data, in place of steps; a fraction may be given. The run tells how
     many steps they are."""

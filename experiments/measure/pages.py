@@ -40,7 +40,7 @@ from measure import (
 
 Rows = list[dict[str, Any]]
 MARKED = re.compile(r"(<!-- results: ([\w.-]+) -->\n)(.*?)(<!-- end results -->)", re.DOTALL)
-MISSING = "*`make results` fills in this table.*"
+MISSING = "*Not measured yet.*"
 
 TABLES: dict[str, Callable[[Rows], str]] = cost_tables.TABLES | {
     "exactness": exactness.table,
@@ -93,7 +93,7 @@ VIEWS: dict[str, View] = {
     "readme-finetuning": View(
         "gamma-finetuning",
         {"way": ("standard", "BDIA, γ chosen", "BDIA, γ = 1/2, block")},
-        ("loss", "BLEU", "METEOR"),
+        ("loss", "BLEU"),
     ),
     "gamma-finetuning": View("gamma-finetuning", columns=("loss", "accuracy", "training loss")),
     "few-bits-base": View("few-bits-base", columns=("loss", "accuracy")),
