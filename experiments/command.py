@@ -14,6 +14,7 @@ from typing import Any
 import tyro
 from tqdm import tqdm
 
+from bdia_jax import command_line
 from bdia_jax.train import TrainSettings, settings_file, weights_and_biases
 
 CONFIG = "--config"
@@ -63,7 +64,7 @@ def read(settings: type, arguments: Sequence[str], description: str = "") -> Any
     if path is not None:
         default["default"] = settings_file.read_defaults(path, settings, tyro.MISSING)
     about = f"{description.rstrip()}\n\n{ABOUT_CONFIG}"
-    return tyro.cli(settings, args=rest, description=about, **default)
+    return command_line.parse(settings, rest, about, **default)
 
 
 def config_of(arguments: Sequence[str]) -> tuple[str | None, list[str]]:

@@ -28,13 +28,12 @@ import json
 import logging
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import command
 import finetune_data
-from chosen_gamma import chosen_step
+from finetuning import COMMON, STEPS, FineTuning, add_updates, check_fits, described
 from flax import nnx
-from low_rank import LowRank, add_updates, check_fits
 
 from bdia_jax import interop
 from bdia_jax.data import Example, Tokenizer, load_tokenizer
@@ -47,11 +46,8 @@ from bdia_jax.nn import (
     freeze,
     generate,
     merge_lora,
-    set_step,
 )
 from bdia_jax.nn.quantized import Kind
-from bdia_jax.nn.settings import Method
-from bdia_jax.steps import Signs
 from bdia_jax.train import (
     PackedTexts,
     TrainSettings,
@@ -71,25 +67,12 @@ from bdia_jax.train.wording import per_step
 
 log = logging.getLogger("bdia_jax")
 
-NOT_COMPARED = ("train", "resume", "out", "samples")
-"""Settings that do not decide what comes out, but for those of training, which compares its own."""
-STEPS = 500
-"""If neither steps nor epochs are given."""
-SOME = TrainSettings(
-    batch_size=8,
-    learning_rate=5e-5,
-    warmup_steps=20,
-    weight_decay=0.01,
-    log_every=10,
-    eval_every=100,
-    checkpoint_every=100,
-    keep_last=1,
-)
+SOME = dataclasses.replace(COMMON, batch_size=8, warmup_steps=20)
 
 
 @dataclasses.dataclass(frozen=True)
-class FineTune:
-    """Fine-tunes a pretrained decoder reversibly, on a text of yours."""
+class Given:
+    """What must be given; first in --help."""
 
     model: str
     """A Hugging Face folder, a GGUF file, or a name on the hub; smollm2 is the model in the package
@@ -100,6 +83,12 @@ class FineTune:
     one set, unless there are weights."""
     out: pathlib.Path
     """Folder of the run; the fine-tuned model will be its folder "model"."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FineTune(FineTuning, Given):
+    """Fine-tunes a pretrained decoder reversibly, on a text of yours."""
+
     eval_data: pathlib.Path | None = None
     """The same for evaluation; by default every tenth text of the data."""
     weights: tuple[float, ...] | None = None
@@ -114,23 +103,6 @@ class FineTune:
     """Tokens per sequence."""
     too_long: TooLong = "truncate"
     """What to do with a record that is longer: truncate, split, drop, or error."""
-    method: Method = "bdia"
-    """bdia is taken back, and keeps bits; standard-checkpoint keeps the inputs of blocks."""
-    gamma: float | Literal["auto"] = "auto"
-    """Magnitude of γ, 2^-m for m bits per activation and block; auto measures which one the model
-    tolerates (with the method bdia only)."""
-    signs: Signs | None = None
-    """Of γ: block, sample, minus or plus; None for what is measured to be best (with a γ of your
-    own: sample)."""
-    gamma_tolerance: float = 0.01
-    """For auto: the share by which γ may raise the loss in training mode."""
-    frac_bits: int = 9
-    """Fractional bits of the grid."""
-    tolerance_bits: int = 0
-    """Bits for hardware that is not deterministic."""
-    parts_as_steps: bool = False
-    """Attention and feed-forward network as steps of their own: less memory for a block's
-    derivative, twice the bits."""
     ffn_chunk: int | None = None
     """Compute a block's hidden layer for this many positions at a time (128, say): less memory, and
     more time, since it is computed once more. None for all."""
@@ -142,8 +114,6 @@ class FineTune:
     attention: str = "auto"
     """chunked, xla or cudnn; auto is cudnn on a GPU that has it, without dropout, and chunked
     elsewhere."""
-    dtype: str = "bfloat16"
-    """What the blocks compute in: bfloat16, float32 or float16."""
     param_dtype: str | None = None
     """What the weights are kept in: float32, or bfloat16. By default float32; but frozen ones, of
     which there are low-rank updates, stay in bfloat16 if they are so in the folder. The folder
@@ -153,17 +123,11 @@ class FineTune:
     """nf4, int4 or int8: keep the frozen kernels of linear layers in so few bits (QLoRA), with
     low-rank updates. The folder that is saved has the network that was trained: the kernels that
     the codes stand for, and the updates."""
-    dropout: float = 0.0
-    """On the embedding, the attention weights and both updates of a block."""
     freeze_embedding: bool = False
     """Leave embedding, positions and head as they are: no gradient, no optimizer state."""
-    lora: LowRank = LowRank()  # noqa: RUF009  (frozen)
-    """Low-rank updates."""
     samples: int = 1
     """At every evaluation, log how the network continues this many prompts, those of the first
     texts for evaluation; 0 for none."""
-    resume: bool = False
-    """Continue the run in the folder, if there is one."""
     train: TrainSettings = SOME
     """How to train: batches are of sequences, which hold many texts. 500 steps, unless steps or
     epochs are given."""
@@ -183,9 +147,7 @@ def main(f: FineTune) -> dict[str, float]:
     f = dataclasses.replace(f, out=check_run_folder(f.out, f.resume))
     path = interop.packaged_model() if f.model == "smollm2" else interop.resolve(f.model)
     config = interop.read_config(path)
-    about = json.loads(json.dumps(dataclasses.asdict(f), default=str))
-    about = {name: about[name] for name in about if name not in NOT_COMPARED}
-    about["began"] = beginning(f.out)
+    about = described(f, "samples") | {"began": beginning(f.out)}
     check_same_settings(f.out, f.train, {"fine-tuning": about})
     check_before(f, path, config)
     length = min(f.length, config.max_length)
@@ -207,9 +169,7 @@ def main(f: FineTune) -> dict[str, float]:
     f = dataclasses.replace(f, train=in_steps(f.train.or_steps(STEPS), task))
     finetune_data.tell(task, f.train, eval_texts)
     model = load(f, path)
-    if f.method == "bdia" and f.gamma == "auto":
-        step = chosen_step(model, task, f.train, f.out, signs=f.signs, tolerance=f.gamma_tolerance)
-        set_step(model, step)
+    f.set_gamma(model, task, f.train, f.out)
     before = evaluate(model, task, eval_batch_size=eval_batch_size(task, f.train))
     print(f"before: validation loss {before['loss']:.4f}")
     about["step"] = dataclasses.asdict(model.blocks.step)
@@ -283,21 +243,9 @@ def settings_of(f: FineTune, path: pathlib.Path) -> dict[str, Any]:
         written = json.loads((path / "config.json").read_text(encoding="utf-8-sig"))
         stored = written.get("dtype", written.get("torch_dtype"))
         frozen = "bfloat16" if stored == "bfloat16" else frozen
-    return {
-        "method": f.method,
-        "gamma": 0.5 if f.gamma == "auto" else f.gamma,
-        "signs": f.signs or "sample",
-        "frac_bits": f.frac_bits,
-        "tolerance_bits": f.tolerance_bits,
-        "parts_as_steps": f.parts_as_steps,
-        "ffn_chunk": f.ffn_chunk,
-        "keep_in": f.keep_in,
-        "narrow_cotangents": f.narrow_cotangents,
-        "attention": f.attention,
-        "dtype": f.dtype,
-        "param_dtype": f.param_dtype or frozen,
-        "dropout": f.dropout,
-    }
+    names = ("ffn_chunk", "keep_in", "narrow_cotangents", "attention")
+    own = {name: getattr(f, name) for name in names}
+    return f.of_network | own | {"param_dtype": f.param_dtype or frozen}
 
 
 def load(f: FineTune, path: pathlib.Path) -> Decoder:

@@ -17,14 +17,11 @@ the γ that it tolerates is measured by a few forward passes (``--gamma auto``).
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
-from typing import Any, Literal
 
 import numpy as np
-from chosen_gamma import chosen_step
+from finetuning import COMMON, STEPS, FineTuning, add_updates, check_fits, described
 from flax import nnx
-from low_rank import LowRank, add_updates, check_fits
 
 from bdia_jax import interop
 from bdia_jax.data import (
@@ -38,11 +35,8 @@ from bdia_jax.nn import (
     VisionTower,
     VisionTowerConfig,
     merge_lora,
-    set_step,
     unfreeze,
 )
-from bdia_jax.nn.settings import Method
-from bdia_jax.steps import Signs
 from bdia_jax.train import (
     ResizedImages,
     TrainSettings,
@@ -59,18 +53,7 @@ from bdia_jax.train import (
 from bdia_jax.train.run_folder import check_same_settings
 from bdia_jax.train.wording import per_step
 
-SOME = TrainSettings(
-    batch_size=32,
-    learning_rate=5e-5,
-    warmup_steps=50,
-    weight_decay=0.01,
-    log_every=10,
-    eval_every=100,
-    checkpoint_every=100,
-    keep_last=1,
-)
-STEPS = 500
-"""If neither steps nor epochs are given."""
+SOME = dataclasses.replace(COMMON, batch_size=32, warmup_steps=50)
 BATCHES = 8
 """By which γ is chosen: an image has one loss, where a text has one for each token."""
 LARGER = 9 / 8
@@ -79,8 +62,8 @@ LARGER = 9 / 8
 
 
 @dataclasses.dataclass(frozen=True)
-class FineTuneVision:
-    """Fine-tunes a pretrained vision transformer reversibly, on images."""
+class Given:
+    """What must be given; first in --help."""
 
     pretrained: str
     """A Hugging Face folder, or a name on the hub: ViT, DINOv2, CLIP or SigLIP."""
@@ -89,6 +72,12 @@ class FineTuneVision:
     classification set of TensorFlow Datasets."""
     out: pathlib.Path
     """Folder of the run; the fine-tuned model will be its folder "model"."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FineTuneVision(FineTuning, Given):
+    """Fine-tunes a pretrained vision transformer reversibly, on images."""
+
     data_dir: pathlib.Path | None = None
     """Where prepared TFDS sets lie; by default TFDS's own folder."""
     download: bool = False
@@ -103,31 +92,6 @@ class FineTuneVision:
     head_images: int = 1000
     """The new head is first fitted to at most this many training images. 0 for a head of zeros, by
     whose loss γ cannot be chosen."""
-    method: Method = "bdia"
-    """bdia is taken back, and keeps bits; standard-checkpoint keeps the inputs of blocks."""
-    gamma: float | Literal["auto"] = "auto"
-    """Magnitude of γ, 2^-m for m bits per activation and block; auto measures which one the network
-    tolerates (with the method bdia only)."""
-    signs: Signs | None = None
-    """Of γ: block, sample, minus or plus; None for what is measured to be best (with a γ of your
-    own: sample)."""
-    gamma_tolerance: float = 0.01
-    """For auto: the share by which γ may raise the loss in training mode."""
-    frac_bits: int = 9
-    """Fractional bits of the grid."""
-    tolerance_bits: int = 0
-    """Bits for hardware that is not deterministic."""
-    parts_as_steps: bool = False
-    """Attention and feed-forward network as steps of their own: less memory for a block's
-    derivative, twice the bits."""
-    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
-    """What the blocks compute in."""
-    dropout: float = 0.0
-    """On the embedding, the attention weights and both updates of a block."""
-    lora: LowRank = LowRank()  # noqa: RUF009  (frozen)
-    """Low-rank updates."""
-    resume: bool = False
-    """Continue the run in the folder, if there is one."""
     train: TrainSettings = SOME
     """How to train; 500 steps, unless steps or epochs are given."""
 
@@ -144,8 +108,7 @@ def main(f: FineTuneVision) -> dict[str, float]:
     f = dataclasses.replace(f, out=check_run_folder(f.out, f.resume))
     path = interop.resolve(f.pretrained)
     pretrained = interop.read_vision_config(path)
-    about = json.loads(json.dumps(dataclasses.asdict(f), default=str))
-    about = {name: about[name] for name in about if name not in ("train", "resume", "out")}
+    about = described(f)
     check_same_settings(f.out, f.train, {"fine-tuning": about})
     check_before(f, path, pretrained)
     mean, std = interop.load_normalization(path)
@@ -169,17 +132,7 @@ def main(f: FineTuneVision) -> dict[str, float]:
     if f.head_images and not np.any(model.head.kernel[...]):
         right = fit_head(model, task, f.head_images, seed=f.train.seed)
         print(f"new head: {right:.2%} of the images that it was fitted to are classified rightly")
-    if f.method == "bdia" and f.gamma == "auto":
-        step = chosen_step(
-            model,
-            task,
-            f.train,
-            f.out,
-            signs=f.signs,
-            tolerance=f.gamma_tolerance,
-            batches=BATCHES,
-        )
-        set_step(model, step)
+    f.set_gamma(model, task, f.train, f.out, BATCHES)
     before = evaluate(model, task, eval_batch_size=eval_batch_size(task, f.train))
     about["step"] = dataclasses.asdict(model.blocks.step)
     result = train(
@@ -225,27 +178,13 @@ def check_before(f: FineTuneVision, path: pathlib.Path, config: VisionTowerConfi
       ValueError: for settings that do not fit the network, and a disk without room for it.
     """
     size = f.image_size or config.image_size
-    config = dataclasses.replace(config, image_size=size, **settings_of(f))
+    config = dataclasses.replace(config, image_size=size, **f.of_network)
     check_fits(lambda: VisionTower(config, rngs=nnx.Rngs(0)), f.lora, path, f.out, f.train)
-
-
-def settings_of(f: FineTuneVision) -> dict[str, Any]:
-    """Those of the network that do not come from its folder."""
-    return {
-        "method": f.method,
-        "gamma": 0.5 if f.gamma == "auto" else f.gamma,
-        "signs": f.signs or "sample",
-        "frac_bits": f.frac_bits,
-        "tolerance_bits": f.tolerance_bits,
-        "parts_as_steps": f.parts_as_steps,
-        "dtype": f.dtype,
-        "dropout": f.dropout,
-    }
 
 
 def load(f: FineTuneVision, path: pathlib.Path, num_classes: int, size: int) -> VisionTower:
     """The network with a new head, and with what is trained of it; where it is trained."""
-    model = interop.load_vision(path, num_classes=num_classes, image_size=size, **settings_of(f))
+    model = interop.load_vision(path, num_classes=num_classes, image_size=size, **f.of_network)
     if f.lora.adapter is not None:
         paths = interop.load_adapter(model, f.lora.adapter, like=path)
         unfreeze(model.head)

@@ -18,7 +18,7 @@ from scipy import stats
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "experiments"))
 
 import finetune_vision
-from low_rank import LowRank
+from finetuning import LowRank
 
 from bdia_jax import interop
 from bdia_jax.data import (

@@ -17,6 +17,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "experiment
 
 import finetune
 from _rows import fast
+from finetuning import LowRank
 
 from bdia_jax import data, interop
 from bdia_jax.nn import Decoder, add_lora, expand_base, llama, merge_lora, quantize_base
@@ -206,7 +207,7 @@ def test_finetune(folder, tmp_path, capsys):
         quantize="nf4",
         dtype="float32",
         param_dtype="float32",
-        lora=finetune.LowRank(rank=2, targets=("q", "down")),
+        lora=LowRank(rank=2, targets=("q", "down")),
         train=TrainSettings(
             steps=6, batch_size=2, learning_rate=1e-2, eval_every=3, checkpoint_every=3
         ),
@@ -221,7 +222,7 @@ def test_finetune(folder, tmp_path, capsys):
     up = lambda model: model.blocks.stacked.ffn.up.kernel[...]  # noqa: E731
     assert np.array_equal(up(ours), up(original))
 
-    lora = finetune.LowRank(adapter=tmp_path / "run/adapter")
+    lora = LowRank(adapter=tmp_path / "run/adapter")
     again = finetune.main(dataclasses.replace(given, out=tmp_path / "again", lora=lora))
     assert again["loss before"] == pytest.approx(found["loss"], rel=1e-5)
     assert "low-rank updates of attention.q, ffn.down" in capsys.readouterr().out

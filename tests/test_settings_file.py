@@ -15,6 +15,7 @@ import command
 import finetune
 import translate
 import vit
+from finetuning import LowRank
 from measure import gpt2_small_data
 
 from bdia_jax.nn import DecoderConfig, LinearScaling, LongScaling, RotaryScaling, YarnScaling
@@ -28,7 +29,7 @@ MINE = finetune.FineTune(
     signs="minus",
     gamma=0.25,
     quantize="nf4",
-    lora=finetune.LowRank(rank=4, alpha=8.0, targets=("q", "up")),
+    lora=LowRank(rank=4, alpha=8.0, targets=("q", "up")),
     train=TrainSettings(learning_rate=1e-5, clip_norm=None, patience=3, mesh="data=2", wandb="w"),
 )
 
@@ -196,7 +197,7 @@ def test_a_command_line_goes_on_from_a_file(tmp_path):
         resume=True,
         gamma="auto",
         out=pathlib.Path("other"),
-        lora=finetune.LowRank(rank=4, targets=("k", "v")),
+        lora=LowRank(rank=4, targets=("k", "v")),
         train=dataclasses.replace(MINE.train, steps=7),
     )
     assert command.read(finetune.FineTune, [*more.split(), "--config", str(path)]) == given
@@ -214,7 +215,7 @@ def test_a_file_need_not_have_all(tmp_path, capsys):
         data=pathlib.Path("d"),
         out=pathlib.Path("o"),
         quantize="nf4",
-        lora=finetune.LowRank(rank=2),
+        lora=LowRank(rank=2),
         train=dataclasses.replace(finetune.SOME, steps=3),
     )
     with pytest.raises(SystemExit):

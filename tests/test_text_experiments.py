@@ -19,6 +19,7 @@ import finetune
 import finetune_data
 import translate
 from _rows import fast
+from finetuning import LowRank
 from measure import (
     chat_tables,
     chats,
@@ -119,7 +120,7 @@ def test_finetune(folder, tmp_path, rank, capsys):
         out=tmp_path / "run",
         length=32,
         train=FEW,
-        lora=finetune.LowRank(rank=rank),
+        lora=LowRank(rank=rank),
         freeze_embedding=rank == 0,
     )
     found = finetune.main(given)
@@ -176,7 +177,7 @@ def test_finetune_on_a_mesh(folder, tmp_path, rank):
             dtype="float32",
             frac_bits=18,
             train=dataclasses.replace(FEW, batch_size=8, mesh=mesh),
-            lora=finetune.LowRank(rank=rank),
+            lora=LowRank(rank=rank),
         )
         told = finetune.main(given)
         chosen = json.loads((given.out / "settings.json").read_text())["fine-tuning"]["step"]
@@ -199,10 +200,10 @@ def test_finetune_goes_on_from_an_adapter(tmp_path, capsys):
         length=32,
         gamma=1 / 8,
         train=FEW,
-        lora=finetune.LowRank(rank=2, alpha=6.0, targets=("q", "down")),
+        lora=LowRank(rank=2, alpha=6.0, targets=("q", "down")),
     )
     first = finetune.main(given)
-    lora = finetune.LowRank(adapter=tmp_path / "first/adapter")
+    lora = LowRank(adapter=tmp_path / "first/adapter")
     second = finetune.main(dataclasses.replace(given, out=tmp_path / "second", lora=lora))
     assert second["loss before"] == pytest.approx(first["loss"], rel=1e-5)
     assert second["loss"] < second["loss before"]
@@ -323,7 +324,7 @@ def test_finetune_with_what_does_not_fit(folder, tmp_path):
         ({"gamma": 0.1}, ValueError, r"2\*\*-m.*got 0.1"),
         ({"dtype": "fp16"}, ValueError, "dtype must be .*got 'fp16'"),
         (
-            {"lora": finetune.LowRank(2, targets=("q_projj",))},
+            {"lora": LowRank(2, targets=("q_projj",))},
             ValueError,
             "targets must name linear layers.*got q_projj",
         ),
@@ -354,7 +355,7 @@ def test_a_disk_without_room_for_the_model(folder, tmp_path, monkeypatch):
 )
 def test_low_rank_settings_that_would_be_ignored(given, message):
     with pytest.raises(ValueError, match=message):
-        finetune.LowRank(**given)
+        LowRank(**given)
 
 
 def test_answers_of_a_conversation_are_not_on_both_sides(tmp_path):

@@ -6,12 +6,12 @@
     python -m bdia_jax.plan --model llama-1b --device rtx-4090           # on a machine without one
     python -m bdia_jax.plan --model llama-1b --device v5e:2x2 --mesh fsdp=4
 
-Every way to train (:mod:`.ways`) is compiled, for the shapes only: no weights are made, and
-nothing is run. What the compiler then says is what the step will need on the device it is compiled
-for: the one that is there, or one that is not (:mod:`.targets`: GPUs with ``jax[cuda]``, TPUs with
-``libtpu``, on any machine). Compiled on a CPU, it is an estimate for an accelerator, rather too
-high in bfloat16, because matrix products give float32 there. (Two things that only a CPU's
-compiler does are left out; ``--here`` counts them, for training on that CPU.)
+Every way to train is compiled, for the shapes only: no weights are made, and nothing is run. What
+the compiler then says is what the step will need on the device it is compiled for: the one that is
+there, or one that is not (GPUs with jax[cuda], TPUs with libtpu, on any machine). Compiled on a
+CPU, it is an estimate for an accelerator, rather too high in bfloat16, because matrix products give
+float32 there. (Two things that only a CPU's compiler does are left out; --here counts them, for
+training on that CPU.)
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from typing import Literal
 
 import jax
 import numpy as np
-import tyro
 from tqdm import tqdm
 
+from bdia_jax import command_line
 from bdia_jax.nn import DecoderConfig
 from bdia_jax.nn.quantized import Kind
 from bdia_jax.planning import targets
@@ -112,9 +112,10 @@ class Plan:
     """What the blocks compute in."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """What the weights are kept in."""
-    gamma: float = 0.5
-    """Of BDIA: 2^-m, at m bits of side information per activation and step."""
-    signs: Signs = "block"
+    gamma: float = 1 / 16
+    """Of BDIA: 2^-m, at m bits of side information per activation and step. Pretrained networks
+    tolerate 1/16 or 1/32; the paper trains from scratch with 1/2."""
+    signs: Signs = "sample"
     """Of γ: block, sample, minus or plus."""
     tolerance_bits: int = 0
     """More bits of side information, for hardware that is not deterministic."""
@@ -202,6 +203,6 @@ def main(p: Plan) -> list[Need]:
 def command() -> None:
     """Runs :func:`main` from the command line; what the user can mend is told in a line."""
     try:
-        main(tyro.cli(Plan, description=__doc__))
+        main(command_line.parse(Plan, None, __doc__))
     except (ValueError, OSError, ImportError, jax.errors.JaxRuntimeError) as error:
         sys.exit(f"{type(error).__name__}: {error}")

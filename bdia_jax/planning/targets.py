@@ -81,7 +81,7 @@ def _gpus(gpu: Gpu, count: int) -> Sequence[jax.Device]:
     if not any(map(importlib.util.find_spec, ("jax_cuda13_plugin", "jax_cuda12_plugin"))):
         raise ImportError(
             "to compile for a GPU needs JAX's CUDA packages (and no GPU): "
-            'pip install "bdia_jax[cuda]"'
+            'pip install "bdia_jax[cuda]" (from a clone: pip install -e ".[cuda]")'
         )
     # A description in XLA's own terms (GpuTargetConfigProto), as text.
     major, minor = gpu.capability

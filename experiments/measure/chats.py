@@ -28,6 +28,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import command
 import finetune
+from finetuning import LowRank
 
 from bdia_jax import BDIA, interop
 from bdia_jax.data import Example, Tokenizer, pack, read_examples
@@ -159,7 +160,7 @@ def settings_of(
         length=c.length,
         dtype="float32",
         method=method,
-        lora=finetune.LowRank(rank=rank, targets=LINEAR),
+        lora=LowRank(rank=rank, targets=LINEAR),
         resume=True,
         train=TrainSettings(
             steps=c.steps,

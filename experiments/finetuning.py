@@ -1,0 +1,197 @@
+"""What the commands that fine-tune pretrained networks have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+from flax import nnx
+from tqdm import tqdm
+
+from bdia_jax import interop
+from bdia_jax.gamma import FAIR
+from bdia_jax.nn import Decoder, VisionTower, add_lora, set_step
+from bdia_jax.nn.settings import Method
+from bdia_jax.steps import BDIA, Signs
+from bdia_jax.train import Task, TrainSettings, choose_gamma
+from bdia_jax.train.placing import check_mesh
+from bdia_jax.train.run_folder import check_disk
+
+STEPS = 500
+"""If neither steps nor epochs are given."""
+COMMON = TrainSettings(
+    learning_rate=5e-5,
+    weight_decay=0.01,
+    log_every=10,
+    eval_every=100,
+    checkpoint_every=100,
+    keep_last=1,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank:
+    """Of low-rank updates (LoRA)."""
+
+    rank: int = 0
+    """Train low-rank updates only, of this rank (and a new head, if there is one); 0 trains all
+    weights."""
+    alpha: float | None = None
+    """Updates are scaled by alpha / rank; None for alpha = rank."""
+    targets: tuple[str, ...] = ("q", "v")
+    """Linear layers of a block that get one: q, k, v, out, up, down, gate; or names in the folder,
+    as for peft: q_proj, all-linear."""
+    dora: bool = False
+    """Train magnitudes of the columns of these layers apart from their directions (DoRA)."""
+    adapter: pathlib.Path | None = None
+    """Go on from the updates in this folder, in peft's format, of its rank, alpha and targets; and
+    from its head, if it has one."""
+
+    def __post_init__(self):
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        given = [
+            name
+            for name in ("rank", "alpha", "targets", "dora")
+            if getattr(self, name) != defaults[name]
+        ]
+        names = ", ".join(f"lora.{name}" for name in given)
+        if self.rank < 0:
+            raise ValueError(f"lora.rank must be 0 or more; got {self.rank}")
+        if self.adapter is not None and given:
+            raise ValueError(f"lora.adapter has its own rank, alpha and targets; got {names}, too")
+        if self.adapter is None and given and not self.rank:
+            raise ValueError(f"{names} is for low-rank updates: give lora.rank, too")
+
+    def __bool__(self) -> bool:
+        """Whether low-rank updates are trained."""
+        return bool(self.rank) or self.adapter is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class FineTuning:
+    """How a pretrained network of any kind is trained."""
+
+    method: Method = "bdia"
+    """bdia is taken back, and keeps bits; standard-checkpoint keeps the inputs of blocks."""
+    gamma: float | Literal["auto"] = "auto"
+    """Magnitude of γ, 2^-m for m bits per activation and block; auto measures which one the network
+    tolerates (with the method bdia only)."""
+    signs: Signs | None = None
+    """Of γ: block, sample, minus or plus; None for what is measured to be best (with a γ of your
+    own: sample)."""
+    gamma_tolerance: float = 0.01
+    """For auto: the share by which γ may raise the loss in training mode."""
+    frac_bits: int = 9
+    """Fractional bits of the grid."""
+    tolerance_bits: int = 0
+    """Bits for hardware that is not deterministic."""
+    parts_as_steps: bool = False
+    """Attention and feed-forward network as steps of their own: less memory for a block's
+    derivative, twice the bits."""
+    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    """What the blocks compute in."""
+    dropout: float = 0.0
+    """On the embedding, the attention weights and both updates of a block."""
+    lora: LowRank = LowRank()
+    """Low-rank updates."""
+    resume: bool = False
+    """Continue the run in the folder, if there is one."""
+
+    @property
+    def of_network(self) -> dict[str, Any]:
+        """Settings of the network that do not come from its folder."""
+        names = ("method", "frac_bits", "tolerance_bits", "parts_as_steps", "dtype", "dropout")
+        return {name: getattr(self, name) for name in names} | {
+            "gamma": 0.5 if self.gamma == "auto" else self.gamma,
+            "signs": self.signs or "sample",
+        }
+
+    def set_gamma(
+        self,
+        model: nnx.Module,
+        task: Task,
+        settings: TrainSettings,
+        out: pathlib.Path,
+        batches: int = 2,
+    ) -> None:
+        """With ``--gamma auto``, has the blocks take steps with the γ that they tolerate.
+
+        It is measured, and a table is shown; or it is that of the run, if that is resumed.
+
+        Args:
+          model, task: what is trained.
+          settings: how; of one micro-batch, its size.
+          out: folder of the run.
+          batches: how many to average over.
+        """
+        if self.method != "bdia" or self.gamma != "auto":
+            return
+        described = out / "settings.json"
+        if described.exists():
+            step = json.loads(described.read_text())["fine-tuning"]["step"]
+            return set_step(model, BDIA(**step))
+        print("measuring which γ the model tolerates (--gamma auto)")
+        with tqdm(unit="trial", leave=False) as bar:
+            choice = choose_gamma(
+                model,
+                task,
+                settings.batch_size // settings.accumulate,
+                batches=batches,
+                seed=settings.seed,
+                tolerance=self.gamma_tolerance,
+                signs=FAIR if self.signs is None else (self.signs,),
+                exhaustive=False,
+                progress=lambda trial: bar.update(),
+            )
+        print(f"{choice}\n\n{choice.table()}\n")
+        set_step(model, choice.step)
+
+
+def described(f: Any, *without: str) -> dict[str, Any]:
+    """What decides what comes out of a run, but for how it is trained, as JSON has it."""
+    told = json.loads(json.dumps(dataclasses.asdict(f), default=str))
+    return {n: told[n] for n in told if n not in {"train", "resume", "out", *without}}
+
+
+def add_updates(
+    lora: LowRank, model: Decoder | VisionTower, path: pathlib.Path, seed: int
+) -> list[str]:
+    """Adds low-rank updates to a model from a folder; the paths of their layers."""
+    targets = interop.lora_targets(model, lora.targets, like=path)
+    rngs = nnx.Rngs(seed)
+    return add_lora(model, lora.rank, lora.alpha, targets, dora=lora.dora, rngs=rngs)
+
+
+def check_fits(
+    make: Callable[[], Decoder | VisionTower],
+    lora: LowRank,
+    path: pathlib.Path,
+    out: pathlib.Path,
+    settings: TrainSettings,
+) -> None:
+    """Refuses, before data and model are read, what shapes and devices tell.
+
+    Args:
+      make: makes a model of the settings; it is only traced.
+      lora, path: as of :func:`add_updates`.
+      out: folder of the run.
+      settings: how it is trained.
+
+    Raises:
+      ValueError: for updates that do not fit the model, a mesh that does not fit the devices, and a
+        disk without room for the model.
+    """
+    check_mesh(settings)
+
+    def updated() -> Decoder | VisionTower:
+        model = make()
+        if lora.rank:
+            add_updates(lora, model, path, seed=0)
+        return model
+
+    weights = jax.tree.leaves(nnx.state(nnx.eval_shape(updated), nnx.Not(nnx.RngState)))
+    check_disk(out, sum(a.size * a.dtype.itemsize for a in weights), "the fine-tuned model")
