@@ -58,7 +58,8 @@ class Update(NamedTuple):
     an optimizer's step, for instance."""
     params: PyTree[Float[Array, "blocks ..."]]
     """The parameters that are trained: ``stacked_params``, with None for leaves that are not. The
-    blocks take these leaves from here, so that no gradient by ``stacked_params`` itself arises."""
+    blocks take these leaves from here, and there is no gradient by them in ``stacked_params``. The
+    other leaves have theirs as usual, stacked."""
     state: PyTree[Float[Array, "blocks ..."]]
     """Floating-point arrays with a leading block axis, such as an optimizer's moments."""
 
@@ -128,7 +129,8 @@ class Checkpoint:
 class Direct:
     """Plain automatic differentiation of the same forward pass, straight through the rounding.
 
-    For any step. Forward mode, second derivatives; the reference for tests.
+    For any step. Has the forward mode and second derivatives, as far as the block has them; the
+    reference for tests.
     """
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, ArrayLike, Float, Key, PyTree
 
+from bdia_jax import maps
 from bdia_jax.adjoints import Online
 from bdia_jax.arguments import Block, prepare
 from bdia_jax.online import down, up
@@ -31,8 +32,8 @@ class Reversibility:
     """The largest difference of a recomputed pre-rounding value, in grid steps."""
     finite: bool
     """Whether all states were finite and in range."""
-    tolerance_bits: int
-    """The setting that this run suggests."""
+    tolerance_bits: int | None
+    """The setting that this run suggests; None if no number of bits will do."""
 
     @property
     def exact(self) -> bool:
@@ -42,10 +43,12 @@ class Reversibility:
     def __str__(self) -> str:
         """One line for a log."""
         verdict = "exact" if self.exact else "NOT EXACT" if self.finite else "NOT FINITE"
+        needed = self.tolerance_bits
+        advice = "no tolerance bits will do" if needed is None else f"use tolerance_bits={needed}"
         return (
             f"{verdict}: {self.mismatched:,} of {self.compared:,} integers mismatched, "
             f"{self.corrected:,} roundings corrected, recomputed values differ by at most "
-            f"{self.deviation:.3g} grid steps; use tolerance_bits={self.tolerance_bits}"
+            f"{self.deviation:.3g} grid steps; {advice}"
         )
 
 
@@ -71,9 +74,12 @@ def check_reversible(
       Counts, the largest deviation, and the tolerance bits to use.
 
     Raises:
-      ValueError: also for a block that is not a function of its arguments: one that gives
-        another program each time it is traced, because it draws from a global generator.
+      TypeError: within jit, grad or vmap, where there are no numbers to count.
+      ValueError: also for a block that is not a function of its arguments: one that holds other
+        arrays each time it is traced, because it draws them from a global generator.
     """
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((stacked_params, x, key, consts))):
+        raise TypeError("check_reversible counts integers: call it outside of jit, grad and vmap")
     (scan, inputs), (_, again) = (
         prepare(block, stacked_params, (x, x), 0, key, consts, step, Online()) for _ in range(2)
     )
@@ -101,15 +107,21 @@ def check_reversible(
         corrected=int(report.corrected.astype(np.int64).sum()),
         deviation=deviation,
         finite=bool(finite),
-        tolerance_bits=_needed(deviation),
+        tolerance_bits=_needed(deviation, step.m) if finite else None,
     )
 
 
-def _needed(deviation: float) -> int:
-    """The least r with ``deviation < 2^(r-1) - 1/2`` (r = 1: < 1/2; r = 0: none at all)."""
-    if deviation == 0 or not math.isfinite(deviation):
-        return 0
-    return 1 if deviation < 0.5 else math.floor(math.log2(deviation + 0.5)) + 2
+def _needed(deviation: float, m: int) -> int | None:
+    """The least r with ``deviation < 2^(r-1) - 1/2`` (r = 1: < 1/2; r = 0: none at all).
+
+    None if ``m + r`` bits would be more than there are.
+    """
+    if not math.isfinite(deviation):
+        return None
+    if deviation < 0.5:
+        return int(deviation > 0)
+    r = math.floor(math.log2(deviation + 0.5)) + 2
+    return r if m + r <= maps.MAX_SIDE_BITS else None
 
 
 def _same(a: list[Array], b: list[Array]) -> bool:

@@ -69,7 +69,7 @@ def up(scan: Scan, inputs: Inputs, wanted: Inputs | None):
 
     def block(c: direct.Carry, numbers):
         k, key = numbers
-        params, kept = read(split.params | split.fixed_params, k), []
+        params, kept = read(split.params | split.updated | split.fixed_params, k), []
         for p, part in enumerate(scan.parts):
             sign, part_key = scan.draw(inputs.key, key, k, p)
             x = c.x.astype(scan.dtype)

@@ -63,10 +63,11 @@ def check_update(update: Update, params, blocks: int) -> None:
         jax.tree_util.tree_leaves_with_path(update.params, is_leaf=is_none),
         jax.tree.leaves(params, is_leaf=is_none),
     ):
-        if new is not None and new.shape != old.shape:
+        if new is not None and (new.shape, new.dtype) != (old.shape, old.dtype):
             raise ValueError(
-                f"update.params{jax.tree_util.keystr(path)} must have the shape of its leaf in "
-                f"stacked_params, {old.shape}; got {new.shape}"
+                f"update.params{jax.tree_util.keystr(path)} must have the shape and dtype of its "
+                f"leaf in stacked_params, {old.dtype}{list(old.shape)}; got "
+                f"{new.dtype}{list(new.shape)}"
             )
 
 

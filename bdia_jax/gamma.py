@@ -130,6 +130,8 @@ def choose_gamma(
         raise ValueError("gammas must hold one power of two at least; got none")
     for gamma in gammas:
         maps.gamma_shift(gamma)
+        # Refused now, if it could not be chosen.
+        BDIA(gamma, "block", frac_bits, tolerance_bits)
     if unknown := {*signs} - {*SIGNS}:
         raise ValueError(f"signs must be of {', '.join(SIGNS)}; got {', '.join(sorted(unknown))}")
     if not {*signs} & {*FAIR}:

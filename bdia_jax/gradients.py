@@ -47,6 +47,8 @@ class Accumulate(NamedTuple):
 class UpdateInPlace(NamedTuple):
     """New parameters, by an :class:`bdia_jax.Update`, in the place of the old ones.
 
+    Leaves that are not updated get their gradient as without an update.
+
     What is written is what the block above left behind, and only then the next block is read.
     Written at once, it would be fused with what reads the old values of all blocks, and XLA would
     copy those.
@@ -56,25 +58,30 @@ class UpdateInPlace(NamedTuple):
     params: Leaves
     state: PyTree[Array]
     blocks: int
+    others: Accumulate
 
-    def start(self) -> tuple[PyTree, PyTree]:
-        """All parameters and states; and what of them is still to be written."""
+    def start(self) -> tuple[PyTree, PyTree, PyTree]:
+        """All parameters and states; what of them is still to be written; other gradients."""
         stacked = self.params, self.state
-        return stacked, read(stacked, self.blocks - 1)
+        return stacked, read(stacked, self.blocks - 1), self.others.start()
 
-    def read(self, carried: tuple[PyTree, PyTree], k) -> tuple[tuple[PyTree, PyTree], PyTree]:
-        stacked, pending = carried
+    def read(self, carried: tuple[PyTree, PyTree, PyTree], k) -> tuple[PyTree, PyTree]:
+        stacked, pending, others = carried
         stacked = write(stacked, pending, jnp.minimum(k + 1, self.blocks - 1))
         old = read(stacked, k)
-        return (stacked, old), old[0]
+        others, fixed = self.others.read(others, k)
+        return (stacked, old, others), old[0] | fixed
 
-    def write(self, carried: tuple[PyTree, PyTree], k, d_params: Leaves):
-        stacked, (params, state) = carried
-        return stacked, self.function(params, d_params, state)
+    def write(self, carried: tuple[PyTree, PyTree, PyTree], k, d_params: Leaves):
+        stacked, (params, state), others = carried
+        d_updated, d_others = split(d_params, params)
+        new = self.function(params, d_updated, state)
+        return stacked, new, self.others.write(others, k, d_others)
 
-    def finish(self, carried: tuple[PyTree, PyTree]) -> tuple[PyTree, PyTree, PyTree]:
-        stacked, pending = carried
-        return None, *write(stacked, pending, 0)
+    def finish(self, carried: tuple[PyTree, PyTree, PyTree]) -> tuple[PyTree, PyTree, PyTree]:
+        stacked, pending, others = carried
+        d_others, *_ = self.others.finish(others)
+        return d_others, *write(stacked, pending, 0)
 
 
 def read(stacked: PyTree[Array], k) -> PyTree[Array]:
@@ -146,6 +153,8 @@ class Wanted(NamedTuple):
     """Parameters and constants, split into those that a gradient is asked for and the others."""
 
     params: Leaves
+    updated: Leaves
+    """Parameters that an update trains."""
     fixed_params: Leaves
     consts: Leaves
     fixed_consts: Leaves
@@ -155,10 +164,8 @@ class Wanted(NamedTuple):
         """``wanted`` as :func:`with_derivative` gives it; None for no gradient at all."""
         params, consts = ({}, {}) if wanted is None else (wanted.params, wanted.consts)
         params, consts = ({i for i, yes in some.items() if yes} for some in (params, consts))
-        consts = split(inputs.consts, consts)
-        if inputs.update_params is not None:
-            return cls(inputs.update_params, inputs.params, *consts)
-        return cls(*split(inputs.params, params), *consts)
+        params, fixed = split(inputs.params, params)
+        return cls(params, inputs.update_params or {}, fixed, *split(inputs.consts, consts))
 
     def read_by(self, part, params, k):
         """What a part of block k reads, of ``params`` (those of the block) and of all others."""
@@ -181,9 +188,10 @@ class Cotangents(NamedTuple):
 
 def gradient_of(scan: Scan, wanted: Wanted, update_state) -> Accumulate | UpdateInPlace:
     """What becomes of the blocks' gradients."""
+    stacked = Accumulate(wanted.params)
     if scan.update is None:
-        return Accumulate(wanted.params)
-    return UpdateInPlace(scan.update, wanted.params, update_state, scan.blocks)
+        return stacked
+    return UpdateInPlace(scan.update, wanted.updated, update_state, scan.blocks, stacked)
 
 
 def split(leaves: Leaves, some: Collection[int]) -> tuple[Leaves, Leaves]:
@@ -229,9 +237,9 @@ def cotangents_of_inputs(gradient, wanted: Wanted, c: Cotangents, report: Backwa
     )
 
 
-def _with_none(cotangents: Leaves | None, fixed: Leaves) -> Any:
-    """With None for the leaves that no gradient is asked for; None itself for no gradient."""
-    return None if cotangents is None else dict.fromkeys(fixed) | cotangents
+def _with_none(cotangents: Leaves, fixed: Leaves) -> Any:
+    """With None for the leaves that no gradient is asked for."""
+    return dict.fromkeys(fixed) | cotangents
 
 
 def perturbed(primals: PyTree[CustomVJPPrimal]) -> tuple[PyTree[Array], PyTree[bool]]:

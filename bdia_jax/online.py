@@ -86,6 +86,8 @@ class Saved(NamedTuple):
     n: Int32[Array, "batch *shape"]
     checksums: tuple[UInt32[Array, "batch"], UInt32[Array, "batch"]]
     """Of these two, the last states."""
+    finite: Bool[Array, "batch"]
+    """Whether all states of a sample were finite, and in range."""
     kept: tuple[Kept, ...]
     """Per part, stacked over the blocks."""
     update_state: PyTree[Array]
@@ -98,7 +100,7 @@ def up(scan: Scan, inputs: Inputs, wanted: Inputs | None):
     def block(carry, numbers):
         n, d, finite = carry
         k, key = numbers
-        params, kept = read(split.params, k), []
+        params, kept = read(split.params | split.updated, k), []
         for p in range(len(scan.parts)):
             n_prev = n - d
             sign, part_key = scan.draw(inputs.key, key, k, p)
@@ -127,7 +129,7 @@ def up(scan: Scan, inputs: Inputs, wanted: Inputs | None):
     )
     checksums = checksum(n_prev), checksum(n)
     return output, Saved(
-        split, inputs.key, inputs.keys, n_prev, n, checksums, kept, inputs.update_state
+        split, inputs.key, inputs.keys, n_prev, n, checksums, finite, kept, inputs.update_state
     )
 
 
@@ -139,6 +141,9 @@ def down(scan: Scan, saved: Saved, cotangents) -> Inputs:
         jnp.zeros_like(n, c.aval.dtype) if is_zero(c) else c
         for n, c in zip((saved.n_prev, saved.n), cotangents)
     )
+    # Where the output is NaN, so is the gradient; but not of a sample that the loss leaves out.
+    left_out = everywhere((a == 0) & (a_next == 0))
+    a_next = nan_unless(saved.finite | left_out, a_next)
     for n, expected in zip((saved.n_prev, saved.n), saved.checksums):
         a_next = nan_unless(checksum(n) == expected, a_next)
     wide, waiting = a.dtype, scan.dtype if scan.narrow_cotangents else a.dtype

@@ -81,7 +81,8 @@ def reversible_scan_pair(
       state: ``(x_{k-1}, x_k)``, of equal shape and dtype. Differentiable in both.
       start: index of the first of these blocks in the whole stack. Block 0 is an Euler step and
         ignores ``x_{-1}``.
-      compute_dtype: what the blocks see; by default the dtype of the state.
+      compute_dtype: what the blocks see; by default the dtype of the state. Where blocks compute in
+        bfloat16 or float16, give it to all pieces: the first one returns a wider state.
       block, stacked_params, key, consts, step, adjoint: as in :func:`reversible_scan`.
 
     Returns:

@@ -456,3 +456,14 @@ def test_models_without_updates(saved, tmp_path):
     model.blocks.stacked.attention.q = DecomposedLinear(q.base, 4, 2.0, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"all updates must have magnitudes .*, or none; got both"):
         interop.save_adapter(model, tmp_path / "a", like=saved / "base")
+
+
+def test_columns_of_zeros_stay_so():
+    """Of pruned or padded kernels, whose magnitude is 0."""
+    base = nnx.Linear(5, 3, rngs=nnx.Rngs(0))
+    base.kernel[...] = base.kernel[...].at[:, 1].set(0)
+    layer = DecomposedLinear(base, 2, 2.0, rngs=nnx.Rngs(1))
+    x = jnp.ones((2, 5))
+    gradient = nnx.grad(lambda layer: jnp.sum(layer(x) ** 2))(layer)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((layer(x), gradient)))
+    np.testing.assert_array_equal(layer.updated()[:, 1], 0)

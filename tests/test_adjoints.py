@@ -324,7 +324,7 @@ def test_an_update_is_the_ordinary_gradient_and_then_the_function(way, parts):
     def ordinary(params, state, x, shift):
         gradients = jax.grad(loss, (0, 1, 2), allow_int=True)
         d_params, d_x, d_shift = gradients(params, x, shift, step, adjoint, parts)
-        return *momentum(params, d_params, state), d_x, d_shift
+        return *momentum(params, d_params, state), d_params["frozen"], d_x, d_shift
 
     @jax.jit
     def in_backward(trained, state, params, x, shift):
@@ -338,10 +338,12 @@ def test_an_update_is_the_ordinary_gradient_and_then_the_function(way, parts):
 
     expected = ordinary(params, state, x, shift)
     *found, report = in_backward(trained, state, params, x, shift)
-    # What is read is update.params: the gradient by the parameters themselves is 0.
-    by_params = found.pop(2)
+    # What is read is update.params: the gradient by these parameters themselves is 0.
+    by_params = found[2]
     assert by_params["mask"].dtype == jax.dtypes.float0
-    assert not any(np.any(by_params[name]) for name in (*TRAINED, "frozen"))
+    assert not any(np.any(by_params[name]) for name in TRAINED)
+    found[2] = by_params["frozen"]
+    assert np.any(found[2])
     chex.assert_trees_all_close(tuple(found), expected, rtol=1e-5, atol=1e-6)
     chex.assert_trees_all_equal(report, BackwardReport.zeros(BLOCKS))
     assert all(np.any(found[0][name] != params[name]) for name in TRAINED)
@@ -441,7 +443,16 @@ def test_no_gradient_of_all_blocks_and_no_copy_of_them(way):
             ValueError,
             r"update\.params needs.*3 blocks.*\(2, 4, 4\)",
         ),
-        ({"params": jnp.ones((3, 4, 5))}, ValueError, r"shape of its leaf.*\(3, 4, 4\); got"),
+        (
+            {"params": jnp.ones((3, 4, 5))},
+            ValueError,
+            r"dtype of its leaf.*float32\[3, 4, 4\]; got float32\[3, 4, 5\]",
+        ),
+        (
+            {"params": jnp.ones((3, 4, 4), jnp.bfloat16)},
+            ValueError,
+            r"dtype of its leaf.*float32\[3, 4, 4\]; got bfloat16",
+        ),
         ({"params": jnp.ones((3, 4, 4), jnp.int8)}, TypeError, r"update\.params must be.*int8"),
         ({"params": {"w": jnp.ones((3, 4, 4))}}, ValueError, r"structure of stacked_params"),
         (

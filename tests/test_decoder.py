@@ -535,9 +535,16 @@ def test_fused_attention_is_chosen_where_it_can_be_had(monkeypatch):
     model.train()
     model(tokens_of(config), key=jax.random.key(0))
     assert not asked, "neither for odd lengths, nor with dropout"
-    assert kernels.fusible(jnp.float16, 128)
-    for dtype, head_dim in ((jnp.float32, 8), (jnp.bfloat16, 6), (jnp.bfloat16, 136)):
-        assert not kernels.fusible(dtype, head_dim)
+    right = {"dtype": jnp.float16, "head_dim": 128, "lengths": (6, 8), "dropout": 0, "cap": None}
+    assert kernels.fusible(**right)
+    for name, values in {
+        "dtype": (jnp.float32,),
+        "head_dim": (6, 136),
+        "lengths": ((6, 7), (7, 8)),
+        "dropout": (0.1,),
+        "cap": (30.0,),
+    }.items():
+        assert not any(kernels.fusible(**right | {name: value}) for value in values)
 
 
 @pytest.mark.optimized
@@ -851,4 +858,6 @@ def test_freezing_a_part():
     assert len(jax.tree.leaves(nnx.state(model, Frozen))) == 2
     unfreeze(model)
     assert len(jax.tree.leaves(nnx.state(model, nnx.Param))) == count
+    with pytest.raises(ValueError, match=r"path of a parameter; got 'embeding', and there are emb"):
+        freeze(model, "embeding")
     assert list(itertools.islice(nnx.to_flat_state(nnx.state(model, Frozen)), 1)) == []

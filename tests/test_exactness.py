@@ -149,3 +149,18 @@ def test_the_audit_finds_what_is_not_reversible():
     assert found.mismatched > 0.9 * found.compared
     assert found.deviation > 1
     assert found.tolerance_bits > 1
+
+
+def test_the_audit_says_when_no_tolerance_will_do():
+    arguments = lambda p, x, key: p * x, jnp.ones(3), jnp.full((BATCH, 8), jnp.nan)
+    found = check_reversible(*arguments, key=jax.random.key(0))
+    assert not found.exact
+    assert found.tolerance_bits is None
+    assert "no tolerance bits will do" in str(found)
+
+
+def test_the_audit_is_asked_outside_of_a_trace():
+    with pytest.raises(TypeError, match="outside of jit"):
+        jax.jit(lambda x: check_reversible(lambda p, x, key: p * x, jnp.ones(3), x).compared)(
+            jnp.ones((BATCH, 8))
+        )

@@ -13,9 +13,9 @@ import time
 import _toy
 import numpy as np
 import pytest
+from _kills import kill_repeatedly
 
 from bdia_jax.train import EXIT_TERMINATED, CheckpointError, loop, read_metrics
-from bdia_jax.train.faults import kill_repeatedly
 from bdia_jax.train.metrics import MetricsWriter
 from bdia_jax.train.signals import Stop
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from _kills import kill_repeatedly
 
 from bdia_jax import data
 from bdia_jax.train import (
@@ -22,7 +23,6 @@ from bdia_jax.train import (
     TrainSettings,
     in_steps,
 )
-from bdia_jax.train.faults import kill_repeatedly
 from bdia_jax.train.feed import Feed, first_batches
 from bdia_jax.train.programs import Programs
 

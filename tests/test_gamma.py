@@ -200,6 +200,49 @@ def test_a_step_is_set_in_all_stacks_and_in_the_configuration():
     assert model.blocks.adjoint == bdia_jax.Checkpoint()
 
 
+@pytest.mark.parametrize(
+    ("step", "adjoint", "method"),
+    [
+        (BDIA(1 / 4, "plus", 7, 2), bdia_jax.Online(), "bdia"),
+        (BDIA(0.3), bdia_jax.Checkpoint(keep_in="host"), "bdia-checkpoint"),
+        (BDIA(1 / 2, frac_bits=None), Direct(), "bdia-direct"),
+        (bdia_jax.Midpoint(8, 1), bdia_jax.Online(narrow_cotangents=True), "midpoint"),
+        (Euler(), Direct(), "standard"),
+        (Euler(6), bdia_jax.Checkpoint(), "standard-checkpoint"),
+    ],
+)
+def test_the_configuration_makes_the_step_that_was_set(step, adjoint, method):
+    model = decoder(keep_in="host", tolerance_bits=1)
+    nn.set_step(model, step, adjoint)
+    assert model.config.method == method
+    assert (model.config.step(), model.config.adjoint()) == (step, adjoint)
+
+
+def test_a_step_that_does_not_fit_changes_nothing():
+    model = decoder()
+    step, adjoint, config = model.blocks.step, model.blocks.adjoint, model.config
+    with pytest.raises(ValueError, match="power of two"):
+        nn.set_step(model, BDIA(0.3))
+    assert (model.blocks.step, model.blocks.adjoint, model.config) == (step, adjoint, config)
+
+
+def test_stacks_on_several_grids_have_no_common_choice():
+    class Two(nnx.Module):
+        def __init__(self):
+            self.parts = nnx.List([decoder(frac_bits=7), decoder(frac_bits=9)])
+
+    with pytest.raises(ValueError, match=r"one grid.*\(7, 0\), \(9, 0\)"):
+        nn.choose_gamma(Two(), lambda model: jnp.float32(1), [()])
+
+
+def test_what_could_not_be_chosen_is_refused_before_it_is_measured():
+    def never(*arguments):
+        raise AssertionError("it was measured")
+
+    with pytest.raises(ValueError, match="tolerance_bits must lie in"):
+        choose_gamma(never, [()], gammas=(2.0**-16,), tolerance_bits=1)
+
+
 @pytest.mark.slow
 def test_two_stacks_of_a_model_are_measured_together():
     config = nn.EncoderDecoderConfig(

@@ -357,3 +357,8 @@ def test_dropout_is_drawn_where_the_elements_are(kind):
         y = run(jax.random.key(0), x)
     assert not [op for op in ("all-gather", "all-to-all", "permute", "reduce(") if op in compiled]
     np.testing.assert_array_equal(y, Dropout(0.5)(jnp.ones(x.shape), rngs=jax.random.key(0)))
+
+
+def test_dropout_has_no_broadcast_dims():
+    with pytest.raises(ValueError, match=r"broadcast_dims must be empty.*\(1,\)"):
+        Dropout(0.5, broadcast_dims=(1,))

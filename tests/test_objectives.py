@@ -14,8 +14,9 @@ from _programs import products_of
 from flax import nnx
 from scipy import special
 
+from bdia_jax import BDIA
 from bdia_jax.data import Example, pack
-from bdia_jax.nn import Decoder, DecoderConfig
+from bdia_jax.nn import Decoder, DecoderConfig, set_step
 from bdia_jax.nn.losses import log_likelihoods
 from bdia_jax.planning import memory
 from bdia_jax.train import TrainSettings, train
@@ -317,3 +318,12 @@ def test_bad_objectives():
     noisy = Decoder(dataclasses.replace(TINY, dropout=0.1), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match=r"dropout must be 0; got 0\.1"):
         Distilled(student, noisy)
+
+
+def test_no_step_is_set_in_a_teacher():
+    student, teacher = Decoder(TINY, rngs=nnx.Rngs(0)), Decoder(TINY, rngs=nnx.Rngs(1))
+    model = Distilled(student, teacher)
+    before = teacher.blocks.step
+    set_step(model, BDIA(1 / 4))
+    assert student.blocks.step == BDIA(1 / 4)
+    assert teacher.blocks.step == before == before.network

@@ -689,7 +689,7 @@ def test_block_zero_ignores_the_state_before_it(adjoint):
 
 @every_adjoint
 def test_what_is_not_finite_or_out_of_range_becomes_nan_for_that_sample(adjoint):
-    """And for no other: the rest of the batch is trained as if it were alone."""
+    """And for no other: the gradients by the rest of the batch are as if it were alone."""
     block, params, x, _ = simple(3)
 
     def loss(x, spoilt):
@@ -708,3 +708,30 @@ def test_what_is_not_finite_or_out_of_range_becomes_nan_for_that_sample(adjoint)
             assert np.isnan(y[1]).all()
             np.testing.assert_array_equal(y[::2], clean[::2])
             np.testing.assert_array_equal(gradient[::2], clean_gradient[::2])
+
+
+@every_adjoint
+def test_where_the_output_is_nan_so_is_the_gradient(adjoint):
+    """Also where the derivative of the loss does not depend on the output."""
+    block, params, x, _ = simple(3)
+
+    def loss(params, x):
+        return jnp.sum(reversible_scan(block, params, x, key=KEY, adjoint=adjoint))
+
+    compiled = jax.jit(jax.grad(loss, (0, 1)))
+    for bad in (jnp.nan, jnp.inf, 1e9):
+        d_params, d_x = compiled(params, x.at[1, 2].set(bad))
+        assert np.isnan(d_params).any()
+        assert np.isnan(d_x[1]).any()
+        assert np.isfinite(d_x[::2]).all()
+
+
+def test_a_sample_that_the_loss_leaves_out_spoils_nothing():
+    block, params, x, _ = simple(3)
+
+    def loss(params, x):
+        return jnp.sum(reversible_scan(block, params, x, key=KEY)[::2] ** 2)
+
+    compiled = jax.jit(jax.grad(loss))
+    clean = compiled(params, x.at[1].set(0))
+    np.testing.assert_allclose(compiled(params, x.at[1, 2].set(jnp.nan)), clean, rtol=1e-5)

@@ -11,7 +11,17 @@ from _models import CONFIGS, build, inputs, loss_of
 from flax import nnx
 
 from bdia_jax import BDIA, Checkpoint, Direct, Euler, Midpoint, Online, Update
-from bdia_jax.nn import METHODS, CoupledStack, ReversibleSettings, ReversibleStack
+from bdia_jax.nn import (
+    METHODS,
+    CoupledStack,
+    Decoder,
+    DecoderConfig,
+    ResNet,
+    ResNetConfig,
+    ReversibleSettings,
+    ReversibleStack,
+    ViTConfig,
+)
 from bdia_jax.nn.settings import COUPLED, MEANINGS, CoupledMethod
 
 KEY = jax.random.key(0)
@@ -41,7 +51,8 @@ def test_a_method_is_a_step_and_an_adjoint():
         assert found == {"depth": 3, "step": step, "adjoint": adjoint, "parts": None}
     found = ReversibleSettings("standard", quantize_standard=True, parts_as_steps=True)
     assert found.of_stack(3, ("a", "b"))["parts"] == ("a", "b")
-    assert found.of_stack(3)["parts"] is None
+    with pytest.raises(ValueError, match="no parts"):
+        found.of_stack(3)
     assert found.step() == Euler(9)
 
 
@@ -277,3 +288,21 @@ def test_calls_that_would_sum_new_values_are_refused(call, message):
 def test_updates_need_an_adjoint_that_finishes_blocks():
     with pytest.raises(ValueError, match=r"Online\(\) or Checkpoint\(\); got Direct"):
         updated(*split_stack(Direct()))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ResNet(ResNetConfig(parts_as_steps=True), rngs=nnx.Rngs(0)), "no parts"),
+        (
+            lambda: Decoder(
+                DecoderConfig(vocab_size=9, parallel=True, parts_as_steps=True), rngs=nnx.Rngs(0)
+            ),
+            "no parts",
+        ),
+        (lambda: ViTConfig(method="coupled", parts_as_steps=True), "two streams"),
+    ],
+)
+def test_parts_that_there_are_not_are_no_steps(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

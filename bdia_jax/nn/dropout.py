@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -17,8 +19,21 @@ class Dropout(nnx.Dropout):
     recomputes the block they are a good part of its time, and of the memory at its peak. The
     rate is rounded to a multiple of 2^-16, and what is kept is scaled accordingly.
 
-    Without ``rngs`` a key is given in the call.
+    Without ``rngs`` a key is given in the call. There are no ``broadcast_dims``.
     """
+
+    def __init__(self, *args: Any, **options: Any):
+        """Arguments are those of ``flax.nnx.Dropout``.
+
+        Raises:
+          ValueError: for ``broadcast_dims``.
+        """
+        super().__init__(*args, **options)
+        if self.broadcast_dims:
+            raise ValueError(
+                "broadcast_dims must be empty: every element has a random number of its own; got "
+                f"{self.broadcast_dims}"
+            )
 
     def __call__(
         self, x: Float[Array, "*shape"], *, rngs: Key[Array, ""] | nnx.RngStream | None = None

@@ -12,28 +12,41 @@ from jaxtyping import Array, Float
 from bdia_jax import gamma
 from bdia_jax.adjoints import Adjoint, Direct
 from bdia_jax.checks import check_combination
-from bdia_jax.nn.settings import ReversibleSettings
+from bdia_jax.nn.settings import ReversibleSettings, fields_of
 from bdia_jax.nn.stack import ReversibleStack
 from bdia_jax.steps import BDIA, Step
 
 
 def reversible_stacks(model: nnx.Module) -> Iterator[ReversibleStack]:
-    """The stacks of a model."""
-    return (m for _, m in nnx.iter_modules(model) if isinstance(m, ReversibleStack))
+    """The stacks of a model whose steps may be set."""
+    stacks = (m for _, m in nnx.iter_modules(model) if isinstance(m, ReversibleStack))
+    return (stack for stack in stacks if not stack.fixed)
 
 
 def set_step(model: nnx.Module, step: Step, adjoint: Adjoint | None = None) -> None:
     """Gives all stacks of a model this step, in place; and this adjoint, if one is given.
 
-    A model's configuration, if it has one, gets γ, signs and bits of the grid, too.
+    The configuration of the model, if it has one, says the same afterwards.
+
+    Args:
+      model: any with stacks.
+      step: what they do from block to block.
+      adjoint: how that is differentiated; None for what each stack has.
+
+    Raises:
+      TypeError, ValueError: for a step and an adjoint that do not fit each other. The model is then
+        as it was.
     """
-    for stack in reversible_stacks(model):
+    stacks = [*reversible_stacks(model)]
+    for stack in stacks:
         check_combination(step, adjoint or stack.adjoint)
-        stack.step, stack.adjoint = step, adjoint or stack.adjoint
     config = getattr(model, "config", None)
-    if isinstance(step, BDIA) and isinstance(config, ReversibleSettings):
-        values = {name: getattr(step, name) for name in ("gamma", "signs", "frac_bits")}
-        setattr(model, "config", dataclasses.replace(config, **values))  # noqa: B010
+    if stacks and isinstance(config, ReversibleSettings):
+        fields = fields_of(step, adjoint or stacks[0].adjoint)
+        config = dataclasses.replace(config, **fields)
+        setattr(model, "config", config)  # noqa: B010
+    for stack in stacks:
+        stack.step, stack.adjoint = step, adjoint or stack.adjoint
 
 
 def choose_gamma(
@@ -53,12 +66,18 @@ def choose_gamma(
       **options: of :func:`bdia_jax.choose_gamma`; by default, the grid is that of the stacks.
 
     Raises:
-      ValueError: for a model without such stacks.
+      ValueError: for a model without such stacks, or with stacks on several grids.
     """
-    steps = {stack.step for stack in reversible_stacks(model)}
-    steps = [step for step in steps if isinstance(step, BDIA)]
+    steps = [s.step for s in reversible_stacks(model) if isinstance(s.step, BDIA)]
     if not steps:
         raise ValueError("the model has no stack that trains by BDIA, of which γ could be chosen")
+    grids = dict.fromkeys((step.frac_bits, step.tolerance_bits) for step in steps)
+    if len(grids) > 1:
+        raise ValueError(
+            "the stacks that train by BDIA must have one grid; their (frac_bits, tolerance_bits) "
+            f"are {', '.join(map(str, grids))}"
+        )
+    frac_bits, tolerance_bits = next(iter(grids))
     graph, state = nnx.split(model)
 
     def loss_of_step(step, state, *args):
@@ -67,7 +86,7 @@ def choose_gamma(
             stack.step, stack.adjoint = step, Direct()
         return loss(model, *args)
 
-    grid = {"frac_bits": steps[0].frac_bits, "tolerance_bits": steps[0].tolerance_bits}
+    grid = {"frac_bits": frac_bits, "tolerance_bits": tolerance_bits}
     return gamma.choose_gamma(
         loss_of_step, ((state, *args) for args in arguments), **(grid | options)
     )

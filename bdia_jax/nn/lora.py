@@ -74,14 +74,14 @@ class DecomposedLinear(LowRankLinear):
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
         """In the dtype that the base computes in."""
         y = super().__call__(x)
-        lengths = jax.lax.stop_gradient(norms(super().updated()))
+        lengths = jax.lax.stop_gradient(_divisors(super().updated()))
         y = y * (self.magnitude[...] / lengths).astype(y.dtype)
         return y if self.bias is None else y + self.bias[...].astype(y.dtype)
 
     def updated(self) -> Float[Array, "*blocks inputs outputs"]:
         """``(W + u) * magnitude / |W + u|``, in float32."""
         whole = super().updated()
-        return whole * (self.magnitude[...] / norms(whole))[..., None, :]
+        return whole * (self.magnitude[...] / _divisors(whole))[..., None, :]
 
     def merged(self) -> nnx.Linear:
         """As that of low-rank updates; the bias is the base's again."""
@@ -102,6 +102,12 @@ def weights(layer: nnx.Linear) -> Float[Array, "*blocks inputs outputs"]:
 def norms(kernel: Float[Array, "*blocks inputs outputs"]) -> Float[Array, "*blocks outputs"]:
     """Of the columns."""
     return jnp.linalg.norm(kernel, axis=-2)
+
+
+def _divisors(kernel):
+    """The norms of the columns, to divide by them: 1 for a column of zeros, which stays so."""
+    found = norms(kernel)
+    return jnp.where(found == 0, 1, found)
 
 
 class LowRankKind(NamedTuple):
@@ -194,8 +200,16 @@ def freeze(model: nnx.Module, select: str = "") -> None:
       model: any.
       select: a regular expression that is searched for in a parameter's path, such as
         ``"^embedding$"``; "" for all.
+
+    Raises:
+      ValueError: if no parameter has such a path.
     """
-    _retype(model, nnx.Param, Frozen, lambda path: re.search(select, path) is not None)
+    paths = _retype(model, nnx.Param, Frozen, lambda path: re.search(select, path) is not None)
+    if select and not any(re.search(select, path) for path in paths):
+        raise ValueError(
+            f"select must be found in the path of a parameter; got {select!r}, and there are "
+            f"{', '.join(paths) or 'none'}"
+        )
 
 
 def unfreeze(model: nnx.Module) -> None:
@@ -203,7 +217,8 @@ def unfreeze(model: nnx.Module) -> None:
     _retype(model, Frozen, nnx.Param, lambda path: True)
 
 
-def _retype(model, old: type, new: type, chosen: Callable[[str], bool]) -> None:
+def _retype(model, old: type, new: type, chosen: Callable[[str], bool]) -> list[str]:
+    """Makes variables of another type of those chosen; the paths of all that there were."""
     found = [
         (module, name, value, ".".join(map(str, (*where, name))))
         for where, module in nnx.iter_modules(model)
@@ -219,6 +234,7 @@ def _retype(model, old: type, new: type, chosen: Callable[[str], bool]) -> None:
     for module, name, value, _ in found:
         if id(value) in made:
             setattr(module, name, made[id(value)])
+    return [path for *_, path in found]
 
 
 def _linears(model: nnx.Module) -> Iterator[tuple[nnx.Module, str, str]]:

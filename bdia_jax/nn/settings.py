@@ -117,6 +117,11 @@ class ReversibleSettings:
                 f"keep_in={self.keep_in!r} is for methods that keep something per step and compute "
                 f"it again; got method={self.method!r}"
             )
+        if self.parts_as_steps and self.method in COUPLED:
+            raise ValueError(
+                "parts_as_steps must be False: of two streams, each part has its own step anyhow; "
+                f"got method={self.method!r}"
+            )
         if self.narrow_cotangents and not isinstance(adjoint, Online):
             raise ValueError(
                 "narrow_cotangents is for methods that take steps back (bdia, midpoint); got "
@@ -145,13 +150,49 @@ class ReversibleSettings:
         Args:
           depth: number of blocks.
           parts: those of a block, if it has any; used if they are to be steps.
+
+        Raises:
+          ValueError: if they are to be steps, and there are none.
         """
+        if self.parts_as_steps and parts is None:
+            raise ValueError(
+                "parts_as_steps must be False: a block of this network has no parts that follow "
+                "one another"
+            )
         return {
             "depth": depth,
             "step": self.step(),
             "adjoint": self.adjoint(),
             "parts": parts if self.parts_as_steps else None,
         }
+
+
+def fields_of(step: Step, adjoint: Adjoint) -> dict[str, Any]:
+    """The fields of :class:`ReversibleSettings` that make this step and this adjoint.
+
+    They are none for a step or an adjoint of another kind than a method's name stands for. What a
+    field cannot say, such as the bits of rounded checkpoints, is left out.
+    """
+    plain = ReversibleSettings()
+    fitting = (
+        method
+        for method, meaning in MEANINGS.items()
+        if isinstance(step, type(meaning.step(plain))) and type(adjoint) is type(meaning.adjoint)
+    )
+    if (method := next(fitting, None)) is None:
+        return {}
+    names = ("gamma", "signs", "frac_bits", "tolerance_bits")
+    found = {name: getattr(step, name) for name in names if hasattr(step, name)}
+    if isinstance(step, Euler):
+        found = {"quantize_standard": step.frac_bits is not None}
+        found |= {} if step.frac_bits is None else {"frac_bits": step.frac_bits}
+    elif isinstance(step, Midpoint):
+        found = {name: found[name] for name in ("frac_bits", "tolerance_bits")}
+    return found | {
+        "method": method,
+        "keep_in": getattr(adjoint, "keep_in", plain.keep_in),
+        "narrow_cotangents": getattr(adjoint, "narrow_cotangents", plain.narrow_cotangents),
+    }
 
 
 def check_names(config: Any) -> None:

@@ -120,6 +120,9 @@ class ReversibleStack(StackedBlocks):
           residual: whether a block (a part) returns ``x + h(x)`` rather than ``h(x)``.
           rngs: for the initialization; each block draws its own.
 
+        ``fixed`` says that :func:`bdia_jax.nn.set_step` and :func:`bdia_jax.nn.choose_gamma` leave
+        the step alone, as of a teacher.
+
         Raises:
           TypeError, ValueError: for a step and an adjoint, or parts, that do not fit.
         """
@@ -141,6 +144,7 @@ class ReversibleStack(StackedBlocks):
         self.adjoint = adjoint
         self.parts = parts
         self.residual = residual
+        self.fixed = False
         self.probe = Probe(BackwardReport.zeros(depth))
 
     def updates(self, update: Update) -> None:

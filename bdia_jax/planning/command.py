@@ -166,7 +166,7 @@ def main(p: Plan) -> list[Need]:
         (rank, name)
         for rank in p.lora
         if rank or p.quantize is None
-        for name in fitting(p.ways or CUSTOMARY, rank)
+        for name in fitting(p.ways or CUSTOMARY, rank, config)
     ]
     for rank, way in (bar := tqdm(asked, unit="way", disable=None, leave=False)):
         options = {

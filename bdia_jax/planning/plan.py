@@ -59,9 +59,18 @@ CUSTOMARY = (
 """The ways that are planned if none are named."""
 
 
-def fitting(ways: Iterable[str], lora: int) -> tuple[str, ...]:
-    """Some ways, but for low-rank updates without those that only spare gradients of weights."""
-    return tuple(name for name in ways if not lora or not WAYS[name].update_in_backward)
+def fitting(ways: Iterable[str], lora: int, config: DecoderConfig) -> tuple[str, ...]:
+    """Some ways, without those that a network has no use for.
+
+    With low-rank updates, they are those that only spare gradients of weights; where attention and
+    feed-forward network are side by side, those that take parts as steps.
+    """
+    return tuple(
+        name
+        for name in ways
+        if not (lora and WAYS[name].update_in_backward)
+        and not (config.parallel and WAYS[name].settings.get("parts_as_steps"))
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +141,7 @@ def plan(
             f"quantized weights are not trained: lora, the rank of updates, must be at least 1 "
             f"with quantize={quantize!r}; got {lora}"
         )
-    names = fitting(CUSTOMARY, lora) if ways is None else tuple(ways)
+    names = fitting(CUSTOMARY, lora, config) if ways is None else tuple(ways)
     check_ways(names)
     if not 1 <= length <= config.max_length or batch < 1:
         raise ValueError(
@@ -142,13 +151,9 @@ def plan(
     settings = TrainSettings(
         batch_size=batch, eval_batch_size=eval_batch or batch, optimizer=optimizer, mesh=mesh
     )
-    fused = (
-        config.attention == "auto"
-        and not config.dropout
-        and config.attention_cap is None
-        and fusible(DTYPES[config.dtype], config.size_of_head)
-    )
-    if targets.is_gpu(device) and fused:
+    dtype, head, cap = DTYPES[config.dtype], config.size_of_head, config.attention_cap
+    fused = fusible(dtype, head, (length,), config.dropout, cap)
+    if targets.is_gpu(device) and config.attention == "auto" and fused:
         # What it would choose there.
         config = dataclasses.replace(config, attention="cudnn")
     options = {} if here or device is not None else LIKE_AN_ACCELERATOR

@@ -81,10 +81,18 @@ class Checkpoints:
     A checkpoint appears under its name when it is complete.
     """
 
-    def __init__(self, folder: pathlib.Path, keep_last: int, best: str):
-        """``best``: the metric to choose by, highest first; lowest first after a leading "-"."""
-        self.folder = folder.resolve()
-        self._remove_half_deleted()
+    def __init__(self, folder: pathlib.Path, keep_last: int, best: str, *, read_only: bool = False):
+        """Opens the folder.
+
+        Args:
+          folder: that of the checkpoints; made if it is not there, unless ``read_only``.
+          keep_last: how many of the newest are kept.
+          best: the metric to choose by, highest first; lowest first after a leading "-".
+          read_only: changes nothing there: the run that writes may be going on.
+        """
+        self.folder, self.read_only = folder.resolve(), read_only
+        if not read_only:
+            self._remove_half_deleted()
         policy = checkpoint_managers.preservation_policy
 
         def rank(metrics: dict[str, float]) -> float:
@@ -102,8 +110,11 @@ class Checkpoints:
             # and a resumed run would not know its best.
             best_fn=rank,
             step_prefix=None,
-            cleanup_tmp_directories=True,
-            todelete_subdir=DELETING,
+            create=not read_only,
+            # What seems to be left over may be what a run is writing.
+            cleanup_tmp_directories=not read_only,
+            todelete_subdir=None if read_only else DELETING,
+            read_only=read_only,
         )
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 
@@ -164,7 +175,7 @@ class Checkpoints:
 
     def sweep(self) -> None:
         """Deletes the checkpoints that are no longer kept."""
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and not self.read_only:
             for path in (self.folder / DELETING).glob("*"):
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -311,6 +322,7 @@ def restore_best(folder: str | pathlib.Path, model: nnx.Module) -> int:
 
     The best is that of the steps that were evaluated, by the metric of the task: :func:`train`
     saves each that is the best so far. Only weights are read. They go where those of ``model`` are.
+    The run may still be going on.
 
     Args:
       folder: of the run.
@@ -325,9 +337,8 @@ def restore_best(folder: str | pathlib.Path, model: nnx.Module) -> int:
     settings = folder / "settings.json"
     if not settings.exists():
         raise FileNotFoundError(f"there is no run in {folder}")
-    checkpoints = Checkpoints(
-        folder / "checkpoints", 1, json.loads(settings.read_text())["data"]["best"]
-    )
+    best = json.loads(settings.read_text())["data"]["best"]
+    checkpoints = Checkpoints(folder / "checkpoints", 1, best, read_only=True)
     try:
         step = checkpoints.best_step()
         if step is None:

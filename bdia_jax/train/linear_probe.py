@@ -56,6 +56,8 @@ def fit_head(
         )
     rows = np.random.default_rng(seed).permutation(task.samples)[:count]
     images, labels = task.data.train_images[rows], task.data.train_labels[rows]
+    if len(np.unique(labels)) < 2:
+        raise ValueError(f"count must be large enough to see two classes; got {count}")
     model.eval()
     graph, state = nnx.split(model)
     model.train()
@@ -77,8 +79,6 @@ def fit_head(
         some = np.resize(images[start : start + size], (size, *images.shape[1:]))
         found.append(np.asarray(pooled(state, statistics, some)))
     features = np.concatenate(found)[: len(rows)]
-    if len(np.unique(labels)) < 2:
-        raise ValueError(f"count must be large enough to see two classes; got {count}")
     scaler, regression = StandardScaler(), LogisticRegression(C=INVERSE_PENALTY, max_iter=1000)
     fitted = make_pipeline(scaler, regression).fit(features, labels)
     weights, bias = np.asarray(regression.coef_), np.asarray(regression.intercept_)

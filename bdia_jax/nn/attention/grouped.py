@@ -202,7 +202,8 @@ class GroupedQueryAttention(nnx.Module):
         q = self.queries(x)
         k, v = (y.astype(q.dtype) for y in keys_values)
         segments = jnp.ones(x.shape[:2], jnp.int32), present
-        return self._out(chunked_attention(q, k, v, segments=segments))
+        attended = chunked_attention(q, k, v, segments=segments, scale=self.scale, cap=self.cap)
+        return self._out(attended)
 
     def _of_block(self, angles):
         """Those of this block's kind."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import jax
@@ -158,9 +158,21 @@ def weighted(
     return jnp.einsum("bhqk,bhkd->bhqd", weights, v)
 
 
-def fusible(dtype: jnp.dtype, head_dim: int) -> bool:
-    """Whether cuDNN's fused attention can do this, without dropout."""
-    return dtype in (jnp.bfloat16, jnp.float16) and head_dim % 8 == 0 and head_dim <= 128
+def fusible(
+    dtype: jnp.dtype, head_dim: int, lengths: Sequence[int], dropout: float, cap: float | None
+) -> bool:
+    """Whether cuDNN's fused attention can do this.
+
+    Args:
+      dtype: of queries, keys and values.
+      head_dim: features of a head.
+      lengths: numbers of queries and of keys. With odd ones, cuDNN takes no mask.
+      dropout: of the weights.
+      cap: soft cap of the logits.
+    """
+    plain = not dropout and cap is None and not any(length % 2 for length in lengths)
+    half = dtype in (jnp.bfloat16, jnp.float16)
+    return plain and half and head_dim % 8 == 0 and head_dim <= 128
 
 
 def has_fused_attention() -> bool:
@@ -173,11 +185,8 @@ def has_fused_attention() -> bool:
 
 
 def _best(q, k, dropout: float, cap: float | None) -> KernelName:
-    # Of odd lengths, cuDNN does not take a mask.
-    even = q.shape[1] % 2 == k.shape[1] % 2 == 0
-    fused = even and not dropout and cap is None and fusible(q.dtype, q.shape[-1])
-    fused = fused and has_fused_attention()
-    return "cudnn" if fused else "chunked"
+    fused = fusible(q.dtype, q.shape[-1], (q.shape[1], k.shape[1]), dropout, cap)
+    return "cudnn" if fused and has_fused_attention() else "chunked"
 
 
 def _same_segment(of_queries, of_keys) -> Bool[Array, "batch 1 query key"]:

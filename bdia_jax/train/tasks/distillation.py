@@ -42,7 +42,7 @@ class Distilled(nnx.Module):
             raise ValueError(f"the teacher's dropout must be 0; got {teacher.config.dropout}")
         freeze(teacher)
         for stack in reversible_stacks(teacher):
-            stack.step, stack.adjoint = stack.step.network, Direct()
+            stack.step, stack.adjoint, stack.fixed = stack.step.network, Direct(), True
         self.student, self.teacher = student, teacher
 
 

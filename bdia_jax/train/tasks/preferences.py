@@ -16,6 +16,7 @@ from bdia_jax.data.examples import Example
 from bdia_jax.data.packing import pack
 from bdia_jax.nn.decoder import Decoder
 from bdia_jax.nn.losses import Sums, log_likelihoods
+from bdia_jax.train.placing import merged, mesh_of, split
 from bdia_jax.train.tasks.task import eval_rows
 
 Preference = tuple[Example, Example]
@@ -68,10 +69,12 @@ class Preferences:
           eval_batch_size: pairs per evaluation batch.
 
         Raises:
-          ValueError: for no pairs, texts that are longer, a beta that is not positive.
+          ValueError: for no pairs, texts that are longer, a beta or a batch that is not positive.
         """
         if not beta > 0:
             raise ValueError(f"beta must be positive; got {beta}")
+        if eval_batch_size < 1:
+            raise ValueError(f"eval_batch_size must be at least 1; got {eval_batch_size}")
         if not train or not evaluation:
             raise ValueError(
                 f"both splits need pairs; got {len(train)} for training and {len(evaluation)} for "
@@ -144,7 +147,12 @@ def _rivals(pairs: Sequence[Preference], length: int, reference: Decoder, size: 
     reference.eval()
     graph, state = nnx.split(reference)
     reference.train()
-    said = jax.jit(lambda state, some: log_probabilities(nnx.merge(graph, state), some, None))
+    mesh = mesh_of(reference)
+
+    @jax.jit
+    def said(state, some):
+        return log_probabilities(merged(mesh, graph, state), split(mesh, some), None)
+
     # Batches of one shape, or there would be two programs.
     batches = np.arange(-(-len(pairs) // size) * size).reshape(-1, size) % len(pairs)
     parts = [said(state, jax.tree.map(lambda a: a[rows], found)) for rows in batches]  # noqa: B023
