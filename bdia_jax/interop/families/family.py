@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -176,6 +177,27 @@ def expect(c: Config, name: str, allowed: tuple, default: Any) -> None:
         raise FolderError(
             f"config.json: {name} must be {' or '.join(map(str, allowed))}; got {c[name]!r}"
         )
+
+
+@contextlib.contextmanager
+def reading(family: str) -> Iterator[None]:
+    """Turns what goes wrong while a config.json is read into a :class:`FolderError`.
+
+    Args:
+      family: the name of the family of networks, for messages.
+
+    Raises:
+      FolderError: in place of a ``KeyError``, for a setting that is missing; in place of a
+        ``TypeError``, ``ValueError`` or ``ArithmeticError``, for settings that make no network.
+    """
+    try:
+        yield
+    except FolderError:
+        raise
+    except KeyError as error:
+        raise FolderError(f"config.json of a {family} model lacks {error}") from None
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise FolderError(f"config.json of a {family} model: {error}") from error
 
 
 def agree(places: Mapping[str, Any]) -> Any:
