@@ -378,14 +378,14 @@ FAULTS = [
     ),
     Fault(
         "lines end at U+2028",
-        "data/records",
+        "data/json_text",
         'lines = text.split("\\n")',
         "lines = text.splitlines()",
         FILES,
     ),
     Fault(
         "a byte-order mark in the middle",
-        "data/records",
+        "data/json_text",
         '.removeprefix("\\ufeff")',
         "",
         FILES,
@@ -524,7 +524,7 @@ FAULTS = [
     ),
     Fault(
         "inputs are those of the first record",
-        "data/records",
+        "data/record_kinds",
         '(value.get(field) or "") if field in OPTIONAL',
         '"" if field in OPTIONAL',
         CHATS,

@@ -14,15 +14,8 @@ from bdia_jax.data.chats import ChatTemplate, conversed
 from bdia_jax.data.examples import Example, completed, cut_up
 from bdia_jax.data.fitting import Fitting, Found, TooLong
 from bdia_jax.data.reading import holds_records, read_text
-from bdia_jax.data.records import (
-    MESSAGES,
-    PAIR,
-    TEXT,
-    fields_of_first,
-    kind_of,
-    read_conversations,
-    read_records,
-)
+from bdia_jax.data.record_kinds import MESSAGES, PAIR, TEXT, kind_of
+from bdia_jax.data.records import fields_of_first, read_conversations, read_records
 from bdia_jax.data.tokenizers import Tokenizer
 
 LOGGER = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from bdia_jax.data.examples import Example, cut_up
 from bdia_jax.data.fingerprints import fingerprint
 from bdia_jax.data.fitting import Fitting, Found, TooLong
 from bdia_jax.data.index import Index
-from bdia_jax.data.records import MESSAGES
+from bdia_jax.data.record_kinds import MESSAGES
 from bdia_jax.data.tokenizers import Tokenizer
 
 BYTES_PER_TOKEN = 4
