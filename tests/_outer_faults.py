@@ -624,6 +624,27 @@ FAULTS = [
     ),
     Fault("names lead out", "interop/folder", '{"/", "\\\\", "\\0"}', '{"\\0"}', FOLDERS),
     Fault(
+        "a package that is missing",
+        "interop/gguf",
+        "        contents = read_gguf(path)\n",
+        "        import gguf\n\n        contents = read_gguf(path)\n",
+        ("test_model_folders::test_a_gguf_file_without_the_package",),
+    ),
+    Fault(
+        "text as the locale has it",
+        "data/index",
+        'read_text(encoding="utf-8")',
+        "read_text()",
+        ("test_encoding",),
+    ),
+    Fault(
+        "a number too large in a config.json",
+        "interop/families/family",
+        "(TypeError, ValueError, ArithmeticError) as error",
+        "(TypeError, ValueError) as error",
+        ("test_vision::test_a_hidden_layer_without_end_is_refused",),
+    ),
+    Fault(
         "an index before the whole file",
         "interop/folder",
         "        if (whole := file_in(self.path, WHOLE)).exists():\n            return [whole]\n",

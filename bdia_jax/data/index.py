@@ -125,6 +125,6 @@ def _is_whole(entries: pathlib.Path, about: dict[str, Any]) -> bool:
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}

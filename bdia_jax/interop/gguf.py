@@ -85,10 +85,11 @@ class GGUF(Checkpoint):
     """
 
     def __init__(self, path: pathlib.Path):
+        contents = read_gguf(path)
+        # Only now: without the package, the error above says what to install.
         import gguf
 
         self.path, self.where = path, str(path)
-        contents = read_gguf(path)
         self.metadata, self._tensors = contents.metadata, contents.tensors
         self._used: set[str] = set()
         if (count := self.metadata.get("split.count", 1)) > 1:

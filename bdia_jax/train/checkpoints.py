@@ -325,9 +325,8 @@ def restore_best(folder: str | pathlib.Path, model: nnx.Module) -> int:
     settings = folder / "settings.json"
     if not settings.exists():
         raise FileNotFoundError(f"there is no run in {folder}")
-    checkpoints = Checkpoints(
-        folder / "checkpoints", 1, json.loads(settings.read_text())["data"]["best"]
-    )
+    described = json.loads(settings.read_text(encoding="utf-8"))
+    checkpoints = Checkpoints(folder / "checkpoints", 1, described["data"]["best"])
     try:
         step = checkpoints.best_step()
         if step is None:
