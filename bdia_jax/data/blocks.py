@@ -49,7 +49,7 @@ class Blocks(Protocol):
 
     path: pathlib.Path
     fields: tuple[str, ...]
-    """Of its records; those of a plain text are its passages."""
+    """The fields of its records; those of a plain text are its passages."""
     is_text: bool
     """Whether it is plain text."""
 

@@ -86,9 +86,13 @@ def read_by_record(
     too_long: TooLong = "truncate",
     template: ChatTemplate | None = None,
 ) -> list[list[Example]]:
-    """As :func:`read_examples`; the examples of each record, or each piece of a plain text, apart.
+    """Texts to fine-tune on, by record; a plain text by the pieces in which it is learned.
 
-    A record has several where its text is split, or where a template has a text per answer.
+    A record has several examples where its text is split, or where a template has a text per
+    answer. Arguments and errors are those of :func:`read_examples`.
+
+    Returns:
+      For each record, or each piece, its examples.
     """
     path = pathlib.Path(path).expanduser()
     fitting = Fitting(str(path), tokenizer, length, too_long)

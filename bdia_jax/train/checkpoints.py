@@ -325,8 +325,8 @@ def restore_best(folder: str | pathlib.Path, model: nnx.Module) -> int:
     settings = folder / "settings.json"
     if not settings.exists():
         raise FileNotFoundError(f"there is no run in {folder}")
-    described = json.loads(settings.read_text(encoding="utf-8"))
-    checkpoints = Checkpoints(folder / "checkpoints", 1, described["data"]["best"])
+    best = json.loads(settings.read_text(encoding="utf-8"))["data"]["best"]
+    checkpoints = Checkpoints(folder / "checkpoints", 1, best)
     try:
         step = checkpoints.best_step()
         if step is None:

@@ -114,7 +114,11 @@ def read(c: Config) -> DecoderConfig:
 
 
 def write(config: DecoderConfig) -> dict[str, Any]:
-    """The inverse of :func:`read`."""
+    """The contents of a config.json, from a configuration: the inverse of :func:`read`.
+
+    Raises:
+      ValueError: if no family has such networks.
+    """
     return family_of(config).whole(config)
 
 

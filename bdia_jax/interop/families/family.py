@@ -33,7 +33,7 @@ class Source(NamedTuple):
     """Where a parameter of ours is found."""
 
     name: str
-    """Of the tensor; with ``{}`` for the number of the block, and for that of an expert in it."""
+    """The name of the tensor; with ``{}`` for the number of the block, and of an expert in it."""
     transposed: bool = False
     """Whether it is stored as ``[outputs, inputs]``; ours are ``[inputs, outputs]``."""
     span: tuple[int, int] | None = None
@@ -112,7 +112,7 @@ class Family(abc.ABC):
         return all(getattr(back, name) == getattr(config, name) for name in KIND)
 
     def whole(self, config: DecoderConfig) -> dict[str, Any]:
-        """All that is in a config.json."""
+        """All that is in the config.json of a network."""
         return {
             "model_type": self.name,
             "architectures": [self.architecture],
@@ -126,7 +126,10 @@ class Family(abc.ABC):
 
     @abc.abstractmethod
     def write(self, config: DecoderConfig) -> dict[str, Any]:
-        """The inverse of :meth:`read`, but for what all families have in common."""
+        """Settings of a config.json, but for those that all families have.
+
+        The inverse of :meth:`read`.
+        """
 
     @abc.abstractmethod
     def layout(self, config: DecoderConfig, names: Names | None) -> dict[str, Source]:

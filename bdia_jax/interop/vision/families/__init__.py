@@ -47,7 +47,14 @@ def read(c: Config) -> VisionTowerConfig:
 def write(
     family: VisionFamily, config: VisionTowerConfig, given: Mapping[str, Any], labels: list[str]
 ) -> dict[str, Any]:
-    """The inverse of :func:`read`; what else was given is kept."""
+    """The contents of the config.json of an image classifier: the inverse of :func:`read`.
+
+    Args:
+      family: of the tower.
+      config: of the tower.
+      given: contents of another config.json, which are kept where they do not contradict.
+      labels: names of the classes.
+    """
     return {
         **family.written(config, given),
         "architectures": [family.architecture],

@@ -27,11 +27,11 @@ class VisionFamily(abc.ABC):
     name: ClassVar[str]
     """``model_type`` in config.json, of a model that classifies."""
     also: ClassVar[tuple[str, ...]] = ()
-    """Other values of it, of models without a classifier."""
+    """Other values of ``model_type``, of models without a classifier."""
     architecture: ClassVar[str]
     """The class in ``transformers`` that classifies."""
     prefix: ClassVar[str]
-    """Of the names of its tensors, which a model without a classifier may lack."""
+    """How the names of its tensors begin; those of a model without a classifier may lack it."""
     outside: ClassVar[dict[str, str]]
     """Our parameters outside of blocks, and the names of the tensors; ours are the latter's axes
     the other way round for a matrix or a convolution."""
@@ -42,14 +42,15 @@ class VisionFamily(abc.ABC):
     block_of_modules: ClassVar[str | None] = None
     """The block in names of modules, where it is not that of tensors: since version 5."""
     modules: ClassVar[dict[str, str]] = {}
-    """Likewise modules of a block."""
+    """Modules of a block, and their names, where they have others than tensors: since version 5."""
     mean: ClassVar[tuple[float, ...]] = (0.5, 0.5, 0.5)
-    """Of images from 0 to 1, where preprocessor_config.json is missing."""
+    """Mean of each channel of images from 0 to 1, where preprocessor_config.json is missing."""
     std: ClassVar[tuple[float, ...]] = (0.5, 0.5, 0.5)
+    """Standard deviation of each channel of such images."""
 
     @abc.abstractmethod
     def details(self, c: Config) -> dict[str, Any]:
-        """Settings that differ from family to family.
+        """Settings of ours that differ from family to family.
 
         Raises:
           FolderError: for one that there is no equivalent of.
@@ -82,7 +83,7 @@ class VisionFamily(abc.ABC):
         )
 
     def write(self, config: VisionTowerConfig) -> dict[str, Any]:
-        """The inverse of :meth:`read`, but for the classes."""
+        """Settings of a config.json, but for the classes: the inverse of :meth:`read`."""
         return {
             "image_size": config.image_size,
             "patch_size": config.patch_size,
@@ -99,9 +100,11 @@ class VisionFamily(abc.ABC):
         return {**given, **self.write(config), "model_type": self.name}
 
     def layout(self, config: VisionTowerConfig, names: Names | None) -> dict[str, Source]:
-        """Where each parameter is found, the classifier aside; arguments as :meth:`Family.layout`.
+        """Where each parameter of ours is found, the classifier aside.
 
-        (:class:`bdia_jax.interop.families.Family`.)
+        Args:
+          config: of the network.
+          names: those of the tensors that are there, if it is read; None if it is written.
         """
         c, prefix = config, self.prefix
         if names is not None and f"{prefix}{self.outside['positions']}" not in names:
