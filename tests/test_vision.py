@@ -254,6 +254,11 @@ def test_a_gated_network_is_refused():
         families.read({"model_type": "dinov2", "use_swiglu_ffn": True, **SIZES})
 
 
+def test_a_hidden_layer_without_end_is_refused():
+    with pytest.raises(interop.FolderError, match=r"config\.json of a dinov2 model: .* infinity"):
+        families.read({"model_type": "dinov2", "mlp_ratio": float("inf"), **SIZES})
+
+
 def test_another_family_is_refused(folder, tmp_path):
     kind, _, place = folder
     other = VisionTower(

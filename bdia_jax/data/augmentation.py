@@ -34,7 +34,7 @@ class Augmentation:
     """How many operations of :func:`~bdia_jax.data.rand_augment.rand_augment` an image gets: 2 are
     usual, 0 for none."""
     magnitude: float = 9
-    """Of these operations, in [0, 30]."""
+    """The magnitude of these operations, in [0, 30]."""
 
     def __post_init__(self):
         if not 0 < self.smallest <= 1:
@@ -120,7 +120,14 @@ def augment_to(
     size: int,
     how: Augmentation,
 ) -> Float[Array, "batch size size channel"]:
-    """Crops, scales, mirrors, and does random operations."""
+    """Training images, varied: cropped and scaled, mirrored, changed by random operations.
+
+    Args:
+      key: chooses crops, mirrors and operations.
+      images: values from 0 to 255.
+      size: height and width of what comes out.
+      how: what is done.
+    """
     crop_key, flip_key, operations_key = jax.random.split(key, 3)
     if how.smallest < 1:
         images = random_resized_crop(crop_key, images, size, how.smallest, how.stretch)

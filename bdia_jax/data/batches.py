@@ -85,7 +85,7 @@ def random_flip(
 def augment(
     key: Key[Array, ""], images: Num[Array, "batch height width channel"], name: str
 ) -> Num[Array, "batch height width channel"]:
-    """As is customary, on raw images: moved by up to an eighth of their size, and mirrored.
+    """Raw images, varied as is customary: moved by up to an eighth of their size, and mirrored.
 
     That is a pixel for digits, 4 for CIFAR. Sets of characters (by ``name``) are not mirrored.
     """

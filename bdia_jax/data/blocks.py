@@ -11,21 +11,19 @@ from typing import Any, NamedTuple, Protocol
 
 from bdia_jax.data.chats import check_messages
 from bdia_jax.data.example_files import refuse_empty
+from bdia_jax.data.json_text import bare, json_object
 from bdia_jax.data.reading import decode_part, holds_records
-from bdia_jax.data.records import (
+from bdia_jax.data.record_kinds import (
     MESSAGES,
-    SEPARATORS,
     TEXT,
     UNREAD,
-    bare,
-    json_object,
     kind_of,
     messages_of,
-    refuse_conversations,
-    table,
     texts_of,
     tidied,
 )
+from bdia_jax.data.records import refuse_conversations
+from bdia_jax.data.tables import SEPARATORS, table
 
 PASSAGE = 2**16
 """Bytes of plain text that a block has at least, but the last of a file."""
@@ -51,7 +49,7 @@ class Blocks(Protocol):
 
     path: pathlib.Path
     fields: tuple[str, ...]
-    """Of its records; those of a plain text are its passages."""
+    """The fields of its records; those of a plain text are its passages."""
     is_text: bool
     """Whether it is plain text."""
 

@@ -209,9 +209,13 @@ def conversed(
     messages: Sequence[Message],
     tools: Sequence[Any] | None = None,
 ) -> list[tuple[Example, bool]]:
-    """As :func:`conversation`; and whether a token of the whole is across where an answer begins.
+    """A conversation as it is learned, and whether a token is across where an answer begins.
 
-    (Or ends: a template without special tokens around its messages may make one.)
+    (Or ends: a template without special tokens around its messages may make one.) Arguments and
+    errors are those of :func:`conversation`.
+
+    Returns:
+      For each example, whether the text as a whole has other tokens than its parts.
     """
     check_messages(messages)
     found = []

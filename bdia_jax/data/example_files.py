@@ -14,15 +14,8 @@ from bdia_jax.data.chats import ChatTemplate, conversed
 from bdia_jax.data.examples import Example, completed, cut_up
 from bdia_jax.data.fitting import Fitting, Found, TooLong
 from bdia_jax.data.reading import holds_records, read_text
-from bdia_jax.data.records import (
-    MESSAGES,
-    PAIR,
-    TEXT,
-    fields_of_first,
-    kind_of,
-    read_conversations,
-    read_records,
-)
+from bdia_jax.data.record_kinds import MESSAGES, PAIR, TEXT, kind_of
+from bdia_jax.data.records import fields_of_first, read_conversations, read_records
 from bdia_jax.data.tokenizers import Tokenizer
 
 LOGGER = logging.getLogger(__name__)
@@ -93,9 +86,13 @@ def read_by_record(
     too_long: TooLong = "truncate",
     template: ChatTemplate | None = None,
 ) -> list[list[Example]]:
-    """As :func:`read_examples`; the examples of each record, or each piece of a plain text, apart.
+    """Texts to fine-tune on, by record; a plain text by the pieces in which it is learned.
 
-    A record has several where its text is split, or where a template has a text per answer.
+    A record has several examples where its text is split, or where a template has a text per
+    answer. Arguments and errors are those of :func:`read_examples`.
+
+    Returns:
+      For each record, or each piece, its examples.
     """
     path = pathlib.Path(path).expanduser()
     fitting = Fitting(str(path), tokenizer, length, too_long)

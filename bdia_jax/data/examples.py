@@ -29,7 +29,10 @@ def completion(tokenizer: Tokenizer, prompt: str, text: str) -> Example:
 
 
 def completed(tokenizer: Tokenizer, prompt: str, text: str) -> tuple[Example, bool]:
-    """As :func:`completion`; and whether a token of the whole is across the boundary."""
+    """A prompt and what follows it, as by :func:`completion`, and whether a token is across both.
+
+    That is: whether prompt and text, tokenized together, have a token across the boundary.
+    """
     given, whole = tokenizer.prompt_tokens(prompt), tokenizer.prompt_tokens(prompt + text)
     known, tokens = len(given), whole
     if across := whole[:known] != given:

@@ -38,7 +38,7 @@ class Scaling(NamedTuple):
     """Whether height and width are scaled apart from each other; or both alike, and a square is cut
     out of the middle."""
     edge: float = 1.0
-    """Of what is not squashed: the shorter side over the square's, before it is cut out."""
+    """The shorter side over the square's, of what is not squashed, before it is cut out."""
     resample: int = Image.Resampling.BICUBIC
     """Pillow's number of the filter."""
 
@@ -224,7 +224,13 @@ def read_image(
     channels: int = 3,
     scaling: Scaling = Scaling(),  # noqa: B008  (a tuple)
 ) -> UInt8[np.ndarray, "size size channel"]:
-    """One image, as :func:`load_image_folder` reads it.
+    """One image as a square, rotated as its EXIF data say, on white where it is transparent.
+
+    Args:
+      path: of the file.
+      size: height and width in pixels.
+      channels: 3 for colours, 1 for shades of grey.
+      scaling: how it becomes a square.
 
     Raises:
       OSError: for a file that is no image, or damaged.

@@ -101,7 +101,7 @@ class ImageData:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Of all images and labels, and the number of classes."""
+        """SHA-256 of all images and labels, and the number of classes."""
         arrays = (self.train_images, self.train_labels, self.eval_images, self.eval_labels)
         return fingerprint((*arrays, np.asarray(self.num_classes)))
 

@@ -54,7 +54,7 @@ class Index:
             # Last, and at once: a process that is killed before leaves no index.
             write_json(folder / ABOUT, about)
         self.sha256: str = about["sha256"]
-        """Of the contents of all files, in their order."""
+        """SHA-256 of the contents of all files, in their order."""
         self.records: int = about["records"]
         self.blocks: int = about["blocks"]
         self.size = sum(size for size, *_ in self.stamps)
@@ -74,11 +74,11 @@ class Index:
         return bisect.bisect_right(numbers, record, key=lambda block: self.entry(block)[3]) - 1
 
     def counted(self, key: str) -> int | None:
-        """A number about these files that is kept beside the index, if it is."""
+        """A number about these files that is kept beside the index; None if there is none."""
         return _read(self.folder / COUNTED).get(key)
 
     def keep(self, key: str, count: int) -> None:
-        """Keeps such a number."""
+        """Keeps a number about these files beside the index."""
         write_json(self.folder / COUNTED, _read(self.folder / COUNTED) | {key: count})
 
     def check_unchanged(self, file: int) -> None:
@@ -125,6 +125,6 @@ def _is_whole(entries: pathlib.Path, about: dict[str, Any]) -> bool:
 
 def _read(path: pathlib.Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}

@@ -151,7 +151,7 @@ class Mix:
         return found
 
     def known_rows(self, source: int) -> int | None:
-        """The same, if they were counted, or all texts are in memory."""
+        """Rows of a source's first epoch, if they were counted, or all texts are in memory."""
         s = self.sources[source]
         if isinstance(s, TextsInMemory):
             return self.epoch_rows(source)

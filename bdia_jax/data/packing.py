@@ -24,11 +24,11 @@ class Packed(NamedTuple):
     segments: Int32[np.ndarray, "rows length"]
     """Numbers of the texts in a row, from 1; 0 where there is none."""
     positions: Int32[np.ndarray, "rows length"]
-    """Of a token in its text."""
+    """The place of a token in its text, from 0."""
 
     @property
     def fingerprint(self) -> str:
-        """Of all arrays; computed anew each time."""
+        """SHA-256 of all arrays; computed anew each time."""
         return fingerprint(self._asdict())
 
 
@@ -53,7 +53,7 @@ class PackedPairs(NamedTuple):
 
     @property
     def fingerprint(self) -> str:
-        """Of all arrays; computed anew each time."""
+        """SHA-256 of all arrays; computed anew each time."""
         return fingerprint(self._asdict())
 
 

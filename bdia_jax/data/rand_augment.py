@@ -66,7 +66,7 @@ def rand_augment(
 
 
 def operate(image: Image, drawn: Int[Array, ""], sign: Float[Array, ""], share: float) -> Image:
-    """One operation.
+    """An image after one operation.
 
     Args:
       image: with whole values.

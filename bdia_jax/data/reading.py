@@ -86,7 +86,16 @@ def decode(raw: bytes, name: str) -> str:
 
 
 def decode_part(raw: bytes, name: str, first: int = 1) -> str:
-    """As :func:`decode`, a part that may be empty; ``first`` is the number of its first line."""
+    """A part of a text in UTF-8, without a byte-order mark; it may be empty.
+
+    Args:
+      raw: some lines of a file.
+      name: of the file, for messages.
+      first: number of the first of these lines, for messages.
+
+    Raises:
+      ValueError: for no text, another encoding, or a pointer of Git LFS instead of the file.
+    """
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise ValueError(f"{name} is no text in UTF-8, but in UTF-16 or UTF-32: save it in UTF-8")
     raw = raw.removeprefix(codecs.BOM_UTF8)

@@ -19,7 +19,7 @@ from bdia_jax.data.examples import Example, cut_up
 from bdia_jax.data.fingerprints import fingerprint
 from bdia_jax.data.fitting import Fitting, Found, TooLong
 from bdia_jax.data.index import Index
-from bdia_jax.data.records import MESSAGES
+from bdia_jax.data.record_kinds import MESSAGES
 from bdia_jax.data.tokenizers import Tokenizer
 
 BYTES_PER_TOKEN = 4
@@ -35,7 +35,7 @@ class TextSource(Protocol):
     digest: str
     """SHA-256 of all that decides the examples."""
     texts: int
-    """For training."""
+    """How many are for training."""
     blocks: int
     size: int
     """Bytes of text, about."""
@@ -53,11 +53,11 @@ class TextSource(Protocol):
         ...
 
     def counted(self, key: str) -> int | None:
-        """What was counted of the texts, and kept under this key."""
+        """What was counted of the texts, and kept under this key; None if nothing is."""
         ...
 
     def keep(self, key: str, count: int) -> None:
-        """Keeps such a count."""
+        """Keeps a count of the texts under this key."""
         ...
 
 
@@ -88,10 +88,10 @@ class TextsInMemory:
         return [Example(self._tokens[at].tolist(), self._learned[at].tolist()) for at in places]
 
     def tell(self, among: str) -> None:
-        """What was cut or left out was told when they were read."""
+        """Does nothing: what was cut or left out was told when the texts were read."""
 
     def forget(self) -> None:
-        """Nothing is counted."""
+        """Does nothing: what was cut or left out is not counted here."""
 
     def counted(self, key: str) -> int | None:
         return self._counts.get(key)
@@ -123,7 +123,7 @@ class TextsOnDisk:
         Args:
           paths: files, and folders of files, of the kinds that
             :func:`bdia_jax.data.read_examples` reads, but for ``.json``.
-          tokenizer, length, too_long, template: as there.
+          tokenizer, length, too_long, template: as of :func:`bdia_jax.data.read_examples`.
           hold_out: whether to keep records for evaluation (:meth:`held_out`): every tenth, or
             fewer, evenly spaced, so that there are at most 1,000 of them, of some 4 MB.
           folder: keeps the index, so that a resumed run need not read all files; None to make it

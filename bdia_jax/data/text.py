@@ -25,7 +25,7 @@ class TextData:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Of both texts and the size of their vocabulary."""
+        """SHA-256 of both texts and the size of their vocabulary."""
         return fingerprint((self.train, self.eval, np.asarray(self.vocab_size)))
 
 

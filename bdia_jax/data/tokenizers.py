@@ -24,7 +24,7 @@ class Tokenizer:
     """Text to token numbers, and back."""
 
     inner: tokenizers.Tokenizer
-    """Of the ``tokenizers`` package."""
+    """A tokenizer of the ``tokenizers`` package."""
     end: int
     """The token that ends a text."""
 

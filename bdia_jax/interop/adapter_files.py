@@ -42,7 +42,7 @@ _AS_USUAL: dict[str, tuple[Any, ...]] = {
 
 
 class Place(NamedTuple):
-    """Of a layer."""
+    """Where in a model a layer is, in all blocks."""
 
     before: str
     """What is before the number of a block."""
@@ -51,7 +51,7 @@ class Place(NamedTuple):
 
 
 class LowRankUpdate(NamedTuple):
-    """Of a layer, in all blocks."""
+    """The low-rank update of a layer, in all blocks."""
 
     scale: float
     """What B A is multiplied with."""
@@ -61,12 +61,12 @@ class LowRankUpdate(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """That of A, which B should have, too."""
+        """The rank of A, which B should have, too."""
         return self.matrices["A"].shape[1]
 
 
 class Adapter(NamedTuple):
-    """What a folder holds."""
+    """What the folder of an adapter holds."""
 
     updates: dict[Place, LowRankUpdate]
     rows: dict[str, tuple[int, int]]
@@ -77,7 +77,7 @@ class Adapter(NamedTuple):
 
 
 def write(folder: pathlib.Path, adapter: Adapter, settings: Mapping[str, Any]) -> None:
-    """Writes a folder; an adapter that is in it is replaced.
+    """Writes the folder of an adapter; one that is in it is replaced.
 
     Args:
       folder: is made.
@@ -124,7 +124,7 @@ def read(
     module: str | None = None,
     ignored: re.Pattern[str] | None = None,
 ) -> Adapter:
-    """What is in a folder.
+    """The adapter in a folder.
 
     Args:
       folder: with both files.

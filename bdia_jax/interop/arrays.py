@@ -46,7 +46,11 @@ def quantized(
     kind: Kind,
     place: Place = jnp.asarray,
 ) -> Codes:
-    """The same of a kernel of stacked blocks, quantized: one block's at a time in memory."""
+    """A kernel of ours, of stacked blocks, quantized; one block's at a time is in memory whole.
+
+    Raises:
+      FolderError: for a tensor that is missing, or has another shape.
+    """
     encoded = jax.jit(encode, static_argnums=1)
     found = [
         encoded(jnp.asarray(tensor), kind) for tensor in _of_blocks(name, shape, source, tensors)
@@ -81,7 +85,7 @@ def _one(
 
 
 def cut(tensor: np.ndarray, source: Source) -> np.ndarray:
-    """Of their last axis, what is ours."""
+    """The part of a tensor of theirs, along its last axis, that is ours."""
     if source.span is None:
         return tensor
     groups = tensor.reshape(*tensor.shape[:-1], source.groups, -1)
@@ -89,7 +93,13 @@ def cut(tensor: np.ndarray, source: Source) -> np.ndarray:
 
 
 def among_zeros(array: np.ndarray, source: Source, size: int) -> np.ndarray:
-    """Their last axis, of some size, with zeros where it is not ours."""
+    """A tensor of theirs with an array of ours in it, and zeros where it is not ours.
+
+    Args:
+      array: of ours.
+      source: where in the tensor it is.
+      size: of the tensor's last axis.
+    """
     if source.span is None:
         return array
     tensor = np.zeros((*array.shape[:-1], source.groups, size // source.groups), array.dtype)
@@ -106,7 +116,10 @@ def rewritten(array: np.ndarray, source: Source) -> np.ndarray:
 
 
 def original(array: np.ndarray, source: Source) -> np.ndarray:
-    """The inverse; where the scale is no power of 2, but for the last bit of float32 (float64)."""
+    """An array of ours, in their order and scale: the inverse of :func:`rewritten`.
+
+    Where the scale is no power of 2, but for the last bit of float32 (float64).
+    """
     if source.heads is not None:
         halves = array.reshape(*array.shape[:-1], source.heads, 2, -1)
         array = halves.swapaxes(-1, -2).reshape(array.shape)
@@ -122,7 +135,13 @@ def _scaled(operation: np.ufunc, array: np.ndarray, scale: float) -> np.ndarray:
 def tensors(
     parameters: Mapping[str, jax.Array], layout: Mapping[str, Source], dtype: Any
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The inverse: every tensor by its name, one in memory at a time."""
+    """Tensors of theirs from parameters of ours, by name; one in memory at a time.
+
+    Args:
+      parameters: by our names.
+      layout: where each of them is found.
+      dtype: of the tensors.
+    """
     by_name: dict[str, list[tuple[Source, jax.Array]]] = {}
     for ours, source in layout.items():
         by_name.setdefault(source.name, []).append((source, parameters[ours]))

@@ -80,7 +80,12 @@ def file_in(folder: pathlib.Path, name: str) -> pathlib.Path:
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """The object that a file holds."""
+    """The object that a file in JSON holds.
+
+    Raises:
+      FileNotFoundError: if there is no such file.
+      FolderError: for no JSON, or JSON that is no object.
+    """
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -93,7 +98,11 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def indexed_files(folder: pathlib.Path) -> list[str]:
-    """The files that an index names; none without an index."""
+    """Names of the files that the index of a folder names; none without an index.
+
+    Raises:
+      FolderError: for an index that is damaged, or a symbolic link that leads out of the folder.
+    """
     path = file_in(folder, INDEX)
     if not path.exists():
         return []
@@ -108,7 +117,8 @@ class Folder(Checkpoint):
 
     Raises:
       FileNotFoundError: without config.json.
-      FolderError: as :func:`check_kind` and :func:`read_json`.
+      FolderError: for a folder with an adapter, or with quantized weights; for a config.json that
+        is damaged, or a symbolic link that leads out of the folder.
     """
 
     def __init__(self, path: pathlib.Path):

@@ -23,7 +23,7 @@ _ENDS = (".weight", ".bias")
 
 
 class Contents(NamedTuple):
-    """Of a GGUF file."""
+    """What a GGUF file holds."""
 
     metadata: dict[str, Any]
     """Numbers, texts and lists of them, by their names."""
@@ -85,10 +85,11 @@ class GGUF(Checkpoint):
     """
 
     def __init__(self, path: pathlib.Path):
+        contents = read_gguf(path)
+        # Only now: without the package, the error above says what to install.
         import gguf
 
         self.path, self.where = path, str(path)
-        contents = read_gguf(path)
         self.metadata, self._tensors = contents.metadata, contents.tensors
         self._used: set[str] = set()
         if (count := self.metadata.get("split.count", 1)) > 1:
@@ -170,7 +171,7 @@ class GGUF(Checkpoint):
         return {name: text.encode() for name, text in files.items()}
 
     def tokenizer(self) -> tuple[tokenizers.Tokenizer, int]:
-        """The tokenizer, and the number of the token that ends a text."""
+        """The tokenizer of the file, and the number of the token that ends a text."""
         try:
             return read_tokenizer(self.metadata)
         except FolderError as error:

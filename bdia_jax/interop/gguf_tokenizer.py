@@ -61,7 +61,7 @@ SPLITS = {
 
 
 def read_tokenizer(metadata: Metadata) -> tuple[tokenizers.Tokenizer, int]:
-    """The tokenizer, and the number of the token that ends a text.
+    """The tokenizer that metadata describe, and the number of the token that ends a text.
 
     Raises:
       FolderError: for metadata that are missing, or a kind of tokenizer that is not known.

@@ -74,9 +74,10 @@ def newest(folder: pathlib.Path, name: str) -> pathlib.Path:
 def _steps(folder: pathlib.Path) -> list[Step]:
     """Those of a replacement that has begun; none if all have been taken."""
     try:
-        steps = [Step(*step) for step in json.loads((folder / _READY / _STEPS).read_text())]
+        text = (folder / _READY / _STEPS).read_text(encoding="utf-8")
     except FileNotFoundError:
         return []
+    steps = [Step(*step) for step in json.loads(text)]
     if wrong := [step.name for step in steps if pathlib.PurePath(step.name).name != step.name]:
         raise ValueError(f"{folder / _READY / _STEPS} names {wrong[0]!r}, which is not in {folder}")
     return steps

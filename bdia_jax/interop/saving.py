@@ -10,12 +10,14 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from flax import nnx
 
 from bdia_jax.files import write_json
 from bdia_jax.interop import arrays, families
 from bdia_jax.interop.checkpoint import FolderError
+from bdia_jax.interop.families import Source
 from bdia_jax.interop.folder import (
     BESIDE,
     CONFIG,
@@ -78,25 +80,8 @@ def save(
     written = _config_json(model.config, config, dtype)
     family = families.named(written)
     layout = families.layout(family, model.config, None, written)
-    parameters = {
-        ".".join(map(str, path)): leaf.get_value()
-        for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Any(nnx.Param, Frozen)))
-    }
-    if set(layout) != set(parameters):
-        raise ValueError(
-            f"the model has other parameters than its configuration: "
-            f"{', '.join(sorted(set(layout) ^ set(parameters)))}; merge low-rank updates before "
-            "saving"
-        )
-    check_kind(folder)
-    with new_files(folder) as new:
-        before = weights_before(folder)
-        tensors = arrays.tensors(parameters, layout, DTYPES[dtype])
-        weights = write_weights(tensors, new, avoid=before)
-        write_json(new / CONFIG, written)
-        for name, content in (beside or {}).items():
-            (new / name).write_bytes(content)
-        put_in_place(folder, steps_of(folder, new, weights, before, beside))
+    tensors = arrays.tensors(parameters_of(model, layout), layout, DTYPES[dtype])
+    replace_model(folder, tensors, written, beside)
 
 
 def _config_json(
@@ -114,7 +99,61 @@ def _config_json(
     return written | {"dtype": dtype, "torch_dtype": dtype}
 
 
-def write_weights(
+def parameters_of(model: nnx.Module, layout: Mapping[str, Source]) -> dict[str, jax.Array]:
+    """The parameters of a model, frozen ones among them, by their paths with dots.
+
+    Args:
+      model: without low-rank updates.
+      layout: of its configuration: where each parameter is found.
+
+    Raises:
+      ValueError: for a model that has other parameters than the layout.
+    """
+    parameters = {
+        ".".join(map(str, path)): leaf.get_value()
+        for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Any(nnx.Param, Frozen)))
+    }
+    if set(layout) != set(parameters):
+        raise ValueError(
+            "the model has other parameters than its configuration: "
+            f"{', '.join(sorted(set(layout) ^ set(parameters)))}; merge low-rank updates before "
+            "saving"
+        )
+    return parameters
+
+
+def replace_model(
+    folder: pathlib.Path,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    config: dict[str, Any],
+    beside: Mapping[str, bytes] | None,
+) -> None:
+    """Writes a model into a folder, in place of the one that was there, if there was one.
+
+    After an interruption, our loaders find either the old model or the new one, and others a whole
+    model or none.
+
+    Args:
+      folder: is made; what is in it beside a model stays.
+      tensors: by name; taken one at a time.
+      config: contents of its config.json.
+      beside: contents of the files that belong to the weights, by name, in place of any that were
+        there; None leaves these as they are.
+
+    Raises:
+      FolderError: for a folder with an adapter, or with quantized weights.
+    """
+    check_kind(folder)
+    with new_files(folder) as new:
+        before = _weights_before(folder)
+        weights = _write_weights(tensors, new, avoid=before)
+        write_json(new / CONFIG, config)
+        for name, content in (beside or {}).items():
+            (new / name).write_bytes(content)
+        put_in_place(folder, _steps_of(folder, new, weights, before, beside))
+
+
+def _write_weights(
     tensors: Iterable[tuple[str, np.ndarray]], folder: pathlib.Path, avoid: set[str]
 ) -> list[str]:
     """Writes one file; or several, and their index.
@@ -162,7 +201,7 @@ def write_weights(
     return [*names, INDEX]
 
 
-def weights_before(folder: pathlib.Path) -> set[str]:
+def _weights_before(folder: pathlib.Path) -> set[str]:
     """Names of the files with weights that are in a folder."""
     shard = re.compile(r"model-(\d+-)?\d{5}-of-\d{5}\.safetensors")
     found = {path.name for path in folder.iterdir() if shard.fullmatch(path.name)}
@@ -174,7 +213,7 @@ def weights_before(folder: pathlib.Path) -> set[str]:
     return {name for name in {*ours, WHOLE, INDEX} if (folder / name).exists()}
 
 
-def steps_of(
+def _steps_of(
     folder: pathlib.Path,
     new: pathlib.Path,
     weights: list[str],

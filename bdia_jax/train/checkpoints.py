@@ -337,7 +337,7 @@ def restore_best(folder: str | pathlib.Path, model: nnx.Module) -> int:
     settings = folder / "settings.json"
     if not settings.exists():
         raise FileNotFoundError(f"there is no run in {folder}")
-    best = json.loads(settings.read_text())["data"]["best"]
+    best = json.loads(settings.read_text(encoding="utf-8"))["data"]["best"]
     checkpoints = Checkpoints(folder / "checkpoints", 1, best, read_only=True)
     try:
         step = checkpoints.best_step()

@@ -159,7 +159,7 @@ def _run_in(folder: pathlib.Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        found = dict(json.loads(path.read_text()))
+        found = dict(json.loads(path.read_text(encoding="utf-8")))
         # A setting that did not exist when the run was started had the default's effect.
         found["train"] = TrainSettings().described() | found["train"]
     except (KeyError, TypeError, ValueError) as error:

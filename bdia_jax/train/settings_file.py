@@ -127,7 +127,7 @@ class _Reader:
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {self.path} with settings")
         try:
-            found = yaml.safe_load(path.read_text())
+            found = yaml.safe_load(path.read_text(encoding="utf-8"))
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{self.path} is not YAML: {error}") from error
         return self.record(kind, {} if found is None else found, None, "")

@@ -87,7 +87,7 @@ def _identity(folder: pathlib.Path, project: str) -> str:
     path = folder / WANDB
     if path.exists():
         try:
-            found = json.loads(path.read_text())
+            found = json.loads(path.read_text(encoding="utf-8"))
             if found["project"] == project:
                 return found["id"]
         except (KeyError, TypeError, ValueError) as error:

@@ -7,7 +7,7 @@ from typing import Any
 from bdia_jax.interop.checkpoint import FolderError
 from bdia_jax.interop.families.ernie import Ernie
 from bdia_jax.interop.families.experts import Mixtral, OlmoExperts, Qwen3Experts
-from bdia_jax.interop.families.family import Config, Family, Names, Source, agree
+from bdia_jax.interop.families.family import Config, Family, Names, Source, agree, reading
 from bdia_jax.interop.families.gemma import Gemma, Gemma2, Gemma3, Gemma3WithImages
 from bdia_jax.interop.families.gpt2 import GPT2
 from bdia_jax.interop.families.granite import Granite
@@ -109,18 +109,16 @@ def read(c: Config) -> DecoderConfig:
             f"config.json contradicts itself: model_type is {family.name!r}, architectures is "
             f"{', '.join(classes)}"
         )
-    try:
+    with reading(family.name):
         return family.read(c)
-    except KeyError as error:
-        raise FolderError(f"config.json of a {family.name} model lacks {error}") from None
-    except (TypeError, ValueError, ArithmeticError) as error:
-        if isinstance(error, FolderError):
-            raise
-        raise FolderError(f"config.json of a {family.name} model: {error}") from error
 
 
 def write(config: DecoderConfig) -> dict[str, Any]:
-    """The inverse of :func:`read`."""
+    """The contents of a config.json, from a configuration: the inverse of :func:`read`.
+
+    Raises:
+      ValueError: if no family has such networks.
+    """
     return family_of(config).whole(config)
 
 

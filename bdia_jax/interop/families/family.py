@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -32,7 +33,7 @@ class Source(NamedTuple):
     """Where a parameter of ours is found."""
 
     name: str
-    """Of the tensor; with ``{}`` for the number of the block, and for that of an expert in it."""
+    """The name of the tensor; with ``{}`` for the number of the block, and of an expert in it."""
     transposed: bool = False
     """Whether it is stored as ``[outputs, inputs]``; ours are ``[inputs, outputs]``."""
     span: tuple[int, int] | None = None
@@ -111,7 +112,7 @@ class Family(abc.ABC):
         return all(getattr(back, name) == getattr(config, name) for name in KIND)
 
     def whole(self, config: DecoderConfig) -> dict[str, Any]:
-        """All that is in a config.json."""
+        """All that is in the config.json of a network."""
         return {
             "model_type": self.name,
             "architectures": [self.architecture],
@@ -125,7 +126,10 @@ class Family(abc.ABC):
 
     @abc.abstractmethod
     def write(self, config: DecoderConfig) -> dict[str, Any]:
-        """The inverse of :meth:`read`, but for what all families have in common."""
+        """Settings of a config.json, but for those that all families have.
+
+        The inverse of :meth:`read`.
+        """
 
     @abc.abstractmethod
     def layout(self, config: DecoderConfig, names: Names | None) -> dict[str, Source]:
@@ -176,6 +180,27 @@ def expect(c: Config, name: str, allowed: tuple, default: Any) -> None:
         raise FolderError(
             f"config.json: {name} must be {' or '.join(map(str, allowed))}; got {c[name]!r}"
         )
+
+
+@contextlib.contextmanager
+def reading(family: str) -> Iterator[None]:
+    """Turns what goes wrong while a config.json is read into a :class:`FolderError`.
+
+    Args:
+      family: the name of the family of networks, for messages.
+
+    Raises:
+      FolderError: in place of a ``KeyError``, for a setting that is missing; in place of a
+        ``TypeError``, ``ValueError`` or ``ArithmeticError``, for settings that make no network.
+    """
+    try:
+        yield
+    except FolderError:
+        raise
+    except KeyError as error:
+        raise FolderError(f"config.json of a {family} model lacks {error}") from None
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise FolderError(f"config.json of a {family} model: {error}") from error
 
 
 def agree(places: Mapping[str, Any]) -> Any:

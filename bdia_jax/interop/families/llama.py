@@ -60,7 +60,7 @@ class Llama(Family):
         return {"qkv_bias": bias, "out_bias": bias, "ffn_bias": ffn_bias, "qk_norm": False}
 
     def write_details(self, config: DecoderConfig) -> dict[str, Any]:
-        """The inverse of :meth:`details`."""
+        """Settings of ``transformers``: the inverse of :meth:`details`."""
         return {"attention_bias": config.qkv_bias, "mlp_bias": config.ffn_bias}
 
     def head_dim(self, c: Config) -> int:
@@ -73,7 +73,7 @@ class Llama(Family):
         return read_windows(c, None, usual=(False,) * c["num_hidden_layers"])
 
     def write_windows(self, config: DecoderConfig) -> dict[str, Any]:
-        """The inverse of :meth:`windows`."""
+        """Settings of ``transformers``: the inverse of :meth:`windows`."""
         return {}
 
     def rope(self, c: Config) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class Llama(Family):
         return {"rope_theta": theta, "rope_scaling": scaling}
 
     def write_rope(self, config: DecoderConfig) -> dict[str, Any]:
-        """The inverse of :meth:`rope`."""
+        """Settings of ``transformers``: the inverse of :meth:`rope`."""
         return write_rope(config.rope_theta, config.rope_scaling)
 
     def read(self, c: Config) -> DecoderConfig:

@@ -169,7 +169,7 @@ def _amplitude(factor: float, mscale: float | None, mscale_all_dim: float | None
 
 
 def write_rope(theta: float, scaling: Scaling | None) -> dict[str, Any]:
-    """The same settings in both places."""
+    """Settings of a config.json for rotary positions, in both places of :func:`read_rope`."""
     rope = _rope(theta, scaling)
     return {
         "rope_parameters": rope,
@@ -221,7 +221,10 @@ def read_ropes_by_type(
 def write_ropes_by_type(
     theta: float, scaling: Scaling | None, local: float | None
 ) -> dict[str, Any]:
-    """The inverse."""
+    """Settings of a config.json for rotary positions, with other wavelengths in a window.
+
+    The inverse of :func:`read_ropes_by_type`.
+    """
     nested = {FULL: _rope(theta, scaling)}
     if local is not None:
         nested[SLIDING] = _rope(local, None)
@@ -231,7 +234,7 @@ def write_ropes_by_type(
 def read_gguf_rope(
     metadata: Mapping[str, Any], head_dim: int, divisors: np.ndarray | None
 ) -> dict[str, Any]:
-    """Of a config.json, from the metadata of a GGUF file.
+    """Settings of a config.json for rotary positions, from the metadata of a GGUF file.
 
     Args:
       metadata: without the name of the architecture.

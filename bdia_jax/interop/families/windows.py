@@ -41,7 +41,7 @@ def read_windows(c: Config, window: int | None, usual: tuple[bool, ...]) -> dict
 
 
 def read_one_window(c: Config, window: int | None) -> dict[str, Any]:
-    """The same of architectures that have it in all blocks.
+    """Settings of ours, ``window`` and ``windowed``, of architectures with a window in all blocks.
 
     Raises:
       FolderError: for layer types that differ, which transformers ignores in them.
@@ -56,6 +56,6 @@ def read_one_window(c: Config, window: int | None) -> dict[str, Any]:
 
 
 def layer_types(config: DecoderConfig) -> list[str]:
-    """The inverse: a name for every block."""
+    """The ``layer_types`` of a config.json, a name for every block."""
     every = (config.window is not None,) * config.depth
     return [SLIDING if within else FULL for within in config.windowed or every]

@@ -15,17 +15,14 @@ import numpy as np
 from flax import nnx
 
 from bdia_jax.data.image_folder import Scaling
-from bdia_jax.files import write_json
 from bdia_jax.interop import arrays
 from bdia_jax.interop.checkpoint import FolderError
 from bdia_jax.interop.families.family import Source
-from bdia_jax.interop.folder import CONFIG, Folder, check_kind
+from bdia_jax.interop.folder import Folder
 from bdia_jax.interop.hub import resolve
-from bdia_jax.interop.replacing import new_files, put_in_place
-from bdia_jax.interop.saving import steps_of, weights_before, write_weights
+from bdia_jax.interop.saving import parameters_of, replace_model
 from bdia_jax.interop.vision import families
 from bdia_jax.interop.vision.positions import resize
-from bdia_jax.nn import Frozen
 from bdia_jax.nn.settings import DTYPES, check_dtype
 from bdia_jax.nn.stack import check_standard
 from bdia_jax.nn.vision import VisionTower, VisionTowerConfig
@@ -254,28 +251,12 @@ def save_vision(
     written = families.write(family, c, given, list(labels)) | {"dtype": dtype}
     written.pop("torch_dtype", None)
     _check_same(families.read(written), c)
-    parameters = {
-        ".".join(map(str, path)): leaf.get_value()
-        for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Any(nnx.Param, Frozen)))
-    }
     layout = family.layout(c, None) | HEAD
-    if set(layout) != set(parameters):
-        raise ValueError(
-            "the model has other parameters than its configuration: "
-            f"{', '.join(sorted(set(layout) ^ set(parameters)))}; merge low-rank updates before "
-            "saving"
-        )
+    parameters = parameters_of(model, layout)
     if PREPROCESSOR in beside:
         beside[PREPROCESSOR] = _for_size(beside[PREPROCESSOR], c.image_size)
-    check_kind(folder)
-    with new_files(folder) as new:
-        weights_there = weights_before(folder)
-        tensors = _tensors(family, c, parameters, layout, DTYPES[dtype])
-        weights = write_weights(tensors, new, avoid=weights_there)
-        write_json(new / CONFIG, written)
-        for name, content in beside.items():
-            (new / name).write_bytes(content)
-        put_in_place(folder, steps_of(folder, new, weights, weights_there, beside))
+    tensors = _tensors(family, c, parameters, layout, DTYPES[dtype])
+    replace_model(folder, tensors, written, beside)
 
 
 def _tensors(family, config, parameters, layout, dtype) -> Iterator[tuple[str, np.ndarray]]:

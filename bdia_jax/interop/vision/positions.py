@@ -49,7 +49,7 @@ def interpolation(old: int, new: int) -> Float[np.ndarray, "new old"]:
 
 
 def cubic(x: Float[np.ndarray, "n"]) -> Float[np.ndarray, "n"]:
-    """The kernel at distances below 2."""
+    """The kernel of a cubic convolution (Keys, 1981), at distances ``x`` below 2."""
     a = SHARPNESS
     near = (a + 2) * x**3 - (a + 3) * x**2 + 1
     far = a * (x**3 - 5 * x**2 + 8 * x - 4)
