@@ -33,7 +33,7 @@ from bdia_jax.nn import (
     ViT,
     ViTConfig,
 )
-from bdia_jax.nn.stack import is_stacked
+from bdia_jax.nn.stacked import is_stacked
 from bdia_jax.optim import scale_by_set_adam, set_adam
 from bdia_jax.train import make_optimizer
 

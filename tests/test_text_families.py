@@ -16,7 +16,7 @@ from bdia_jax import BDIA, interop
 from bdia_jax.interop.families import FAMILIES
 from bdia_jax.interop.families.rotary import read_rope, write_rope, write_share
 from bdia_jax.nn import add_lora, choose_gamma, expand_base, generate, quantize_base
-from bdia_jax.nn.stack import PerBlock
+from bdia_jax.nn.stacked import PerBlock
 
 OLD_GEMMA3 = {
     "rope_theta": 5e5,

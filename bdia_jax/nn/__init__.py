@@ -14,6 +14,7 @@ from bdia_jax.nn.configs import (
     ViTConfig,
     llama,
 )
+from bdia_jax.nn.coupled import CoupledStack
 from bdia_jax.nn.decoder import Decoder
 from bdia_jax.nn.dropout import Dropout
 from bdia_jax.nn.encoder_decoder import EncoderDecoder
@@ -34,7 +35,7 @@ from bdia_jax.nn.quantized import QuantizedLinear, expand_base, quantize_base
 from bdia_jax.nn.resnet import ResNet
 from bdia_jax.nn.rotary_scaling import LinearScaling, LongScaling, RotaryScaling, YarnScaling
 from bdia_jax.nn.settings import METHODS, ReversibleSettings
-from bdia_jax.nn.stack import CoupledStack, Probe, ReversibleStack
+from bdia_jax.nn.stack import Probe, ReversibleStack
 from bdia_jax.nn.vision import VisionTower, VisionTowerConfig
 from bdia_jax.nn.vit import ViT
 

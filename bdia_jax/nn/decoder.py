@@ -15,7 +15,8 @@ from bdia_jax.nn.dropout import Dropout
 from bdia_jax.nn.losses import Sums, cross_entropy, logits
 from bdia_jax.nn.positions import Angles, lookup, rotary_angles
 from bdia_jax.nn.settings import DTYPES
-from bdia_jax.nn.stack import PerBlock, ReversibleStack
+from bdia_jax.nn.stack import ReversibleStack
+from bdia_jax.nn.stacked import PerBlock
 from bdia_jax.nn.text_blocks import DecoderBlock, make_norm
 
 

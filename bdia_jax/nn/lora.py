@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from bdia_jax.grid import accumulator
-from bdia_jax.nn.stack import StackedBlocks
+from bdia_jax.nn.stacked import StackedBlocks
 
 
 class Frozen(nnx.Variable):

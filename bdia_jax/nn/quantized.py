@@ -23,7 +23,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from bdia_jax.nn.lora import Frozen
-from bdia_jax.nn.stack import StackedBlocks
+from bdia_jax.nn.stacked import StackedBlocks
 
 Kind = Literal["nf4", "int4", "int8"]
 KINDS: tuple[str, ...] = get_args(Kind)

@@ -4,81 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.extend.core import get_opaque_trace_state
 from jaxtyping import Array, Float, Key, PyTree
 
-from bdia_jax import coupling
 from bdia_jax.adjoints import Adjoint, BackwardReport, Direct, Online, Update
 from bdia_jax.arguments import Block
 from bdia_jax.check import Reversibility, check_reversible
 from bdia_jax.checks import check_combination
-from bdia_jax.nn.pure import as_function
+from bdia_jax.nn.stacked import StackedBlocks
+from bdia_jax.nn.updates import Updates
 from bdia_jax.reversible import reversible_scan
 from bdia_jax.steps import BDIA, Step
 
 
 class Probe(nnx.Variable):
     """Holds zeros; the "gradient" by it is the :class:`bdia_jax.BackwardReport` of a stack."""
-
-
-class PerBlock(nnx.Variable):
-    """A number that differs from block to block, and is not trained."""
-
-
-class Placement(Protocol):
-    """Says where the arrays of a block are, when a model runs on several devices."""
-
-    def weights(self, tree: PyTree[Array]) -> PyTree[Array]:
-        """Those of one block, as the block computes with them."""
-        ...
-
-    def samples(self, x: Array) -> Array:
-        """An array with a batch axis."""
-        ...
-
-
-class StackedBlocks(nnx.Module):
-    """``depth`` blocks of one kind, with stacked parameters; what runs them is a subclass.
-
-    They are the module ``stacked``, every array of which has a leading block axis.
-    """
-
-    def __init__(self, make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs):
-        if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
-            raise ValueError(f"depth, the number of blocks, must be an int >= 1; got {depth!r}")
-        self.depth = depth
-        self.deterministic = False
-        self.stacked = nnx.vmap(make_block)(rngs.split(depth))
-
-    def pure(self, call: Callable[..., PyTree[Array]]) -> tuple[Callable, PyTree[Array]]:
-        """``call(block, *args)`` as a function of a block's arrays; and those, stacked.
-
-        :func:`bdia_jax.nn.pure.as_function` says more. The function is given one block's arrays,
-        without the block axis.
-        """
-        function, params = as_function(self.stacked, call)
-        placement = self._placed()
-        if placement is None:
-            return function, params
-
-        def placed(params, key, x, *args):
-            return function(placement.weights(params), key, placement.samples(x), *args)
-
-        return placed, params
-
-    def place(self, placement: Placement) -> None:
-        """Has blocks compute where ``placement`` says; for use within a traced function."""
-        # Not an attribute of the module's state: it says nothing of the model.
-        object.__setattr__(self, "_placement", placement)
-
-    def _placed(self) -> Placement | None:
-        return getattr(self, "_placement", None)
 
 
 class ReversibleStack(StackedBlocks):
@@ -174,8 +117,8 @@ class ReversibleStack(StackedBlocks):
                 "updates need an adjoint that finishes one block after the other, Online() or "
                 f"Checkpoint(); got {self.adjoint}"
             )
-        # Not an attribute of the module's state: it holds traced values, and is not to be kept.
-        object.__setattr__(self, "_updates", _Updates(update, get_opaque_trace_state()))
+        # Past nnx: it holds traced values, and goes with this copy, which is not kept.
+        object.__setattr__(self, "_updates", Updates(update, get_opaque_trace_state()))
 
     def __call__(
         self, x: Float[Array, "batch *shape"], *consts, key: Key[Array, ""] | None = None
@@ -240,7 +183,7 @@ class ReversibleStack(StackedBlocks):
 
     def _adjoint(self, stacked_params) -> Adjoint:
         """With the probe, and with the updates if there are any, for one call."""
-        updates: _Updates | None = getattr(self, "_updates", None)
+        updates: Updates | None = getattr(self, "_updates", None)
         if self.deterministic:
             if updates is not None:
                 raise ValueError("blocks are updated in training mode; the stack is in evaluation")
@@ -286,102 +229,3 @@ def check_standard(stack: ReversibleStack, what: str) -> None:
             f"{what} the standard network, x + h(x), which BDIA(...) and Euler(...) train; this "
             f"model is another one, of {stack.step}"
         )
-
-
-class _Updates:
-    """An update, for one call in the trace in which it was installed."""
-
-    def __init__(self, update: Update, trace: Any):
-        self.update, self.trace, self.called = update, trace, False
-
-    def of_blocks(self, stacked_params: tuple[nnx.State, nnx.State]) -> Update:
-        """For blocks that are functions of a pair, of parameters and other variables.
-
-        Raises:
-          ValueError: at the second call, or in another trace.
-        """
-        reason = "; new values of its blocks would be summed as if they were gradients"
-        if self.called:
-            raise ValueError(
-                "a stack whose blocks are updated in the backward pass can be called once; it is "
-                "called a second time" + reason
-            )
-        if get_opaque_trace_state() != self.trace:
-            raise ValueError(
-                "a stack whose blocks are updated in the backward pass must be called where "
-                "updates() was; it is called in another trace (of jax.lax.scan, jax.vmap, "
-                "jax.checkpoint or jax.jit)" + reason
-            )
-        self.called = True
-
-        def function(params, d_params, state):
-            new, state = self.update.function(params[0], d_params[0], state)
-            return (new, params[1]), state
-
-        untrained = jax.tree.map(lambda _: None, stacked_params[1])
-        return Update(function, (self.update.params, untrained), self.update.state)
-
-
-class CoupledStack(StackedBlocks):
-    """Blocks in which two streams are updated in turns (RevNet, Rev-ViT), taken back in floats.
-
-    A block is a module with two methods, ``attend(x)`` and ``feed_forward(x)``, as
-    :class:`bdia_jax.nn.TransformerBlock`. Both streams start as ``x``; what is returned is both,
-    side by side: another architecture than the standard one, twice as wide at its end.
-    """
-
-    def __init__(
-        self,
-        make_block: Callable[[nnx.Rngs], nnx.Module],
-        depth: int,
-        *,
-        adjoint: Online | Direct = Online(),  # noqa: B008
-        dtype: jnp.dtype = jnp.float32,
-        rngs: nnx.Rngs,
-    ):
-        """Builds the blocks.
-
-        Args:
-          make_block, depth, rngs: as for :class:`ReversibleStack`.
-          adjoint: :class:`bdia_jax.Online` or :class:`bdia_jax.Direct`.
-          dtype: what the blocks see; the streams are float32.
-        """
-        super().__init__(make_block, depth, rngs)
-        if adjoint not in (Online(), Direct()):
-            raise ValueError(f"adjoint must be Online() or Direct(); got {adjoint!r}")
-        self.adjoint = adjoint
-        self.dtype = dtype
-
-    def __call__(
-        self, x: Float[Array, "batch *shape"], *, key: Key[Array, ""] | None = None
-    ) -> Float[Array, "batch *shape_but_doubled"]:
-        """Runs the blocks; the streams, in float32, one after the other on the last axis."""
-        pair = coupling.coupled_scan(
-            *self.functional(), self._start(x), key=key, adjoint=self.adjoint
-        )
-        return jnp.concatenate(pair, axis=-1)
-
-    def functional(self) -> tuple[coupling.Half, coupling.Half, PyTree[Array]]:
-        """Both halves and the stacked parameters, as :func:`bdia_jax.coupling.coupled_scan`."""
-        attend, params = self._half("attend")
-        return attend, self._half("feed_forward")[0], params
-
-    def _half(self, method: str):
-        function, params = self.pure(lambda block, x: getattr(block, method)(x.astype(self.dtype)))
-        return lambda params, x, key: function(params, key, x), params
-
-    def reconstruction_errors(
-        self, x: Float[Array, "batch *shape"], *, key: Key[Array, ""] | None = None
-    ) -> Float[Array, "blocks"]:
-        """:func:`bdia_jax.coupling.reconstruction_errors` of these blocks."""
-        return jax.jit(coupling.reconstruction_errors, static_argnums=(0, 1))(
-            *self.functional(), self._start(x), key=key
-        )
-
-    def _start(self, x) -> coupling.Pair:
-        return x.astype(jnp.float32), x.astype(jnp.float32)
-
-
-def is_stacked(path: tuple) -> bool:
-    """Whether the leaf at a path of a model's state has a leading block axis."""
-    return any(getattr(entry, "key", None) == "stacked" for entry in path)

@@ -18,7 +18,7 @@ from bdia_jax.nn.dropout import Dropout
 from bdia_jax.nn.experts import Experts
 from bdia_jax.nn.positions import Angles
 from bdia_jax.nn.settings import DTYPES
-from bdia_jax.nn.stack import PerBlock
+from bdia_jax.nn.stacked import PerBlock
 
 
 def make_norm(config: DecoderConfig, width: int, rngs: nnx.Rngs) -> nnx.Module:

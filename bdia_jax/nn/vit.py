@@ -13,9 +13,10 @@ from bdia_jax.adjoints import Direct, Online
 from bdia_jax.nn.attention import LinearAttention, SelfAttention
 from bdia_jax.nn.blocks import TransformerBlock
 from bdia_jax.nn.configs import ViTConfig
+from bdia_jax.nn.coupled import CoupledStack
 from bdia_jax.nn.dropout import Dropout
 from bdia_jax.nn.settings import DTYPES
-from bdia_jax.nn.stack import CoupledStack, ReversibleStack
+from bdia_jax.nn.stack import ReversibleStack
 
 
 class ViT(nnx.Module):

@@ -13,7 +13,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
-from bdia_jax.nn.stack import StackedBlocks, is_stacked
+from bdia_jax.nn.stacked import StackedBlocks, is_stacked
 
 AXES = ("data", "fsdp")
 

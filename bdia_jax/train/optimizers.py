@@ -14,7 +14,7 @@ import jax
 import optax
 from jaxtyping import PyTree
 
-from bdia_jax.nn.stack import is_stacked
+from bdia_jax.nn.stacked import is_stacked
 from bdia_jax.optim import set_adam
 from bdia_jax.train.blockwise import Blockwise
 from bdia_jax.train.rounding import with_stochastic_rounding

@@ -14,7 +14,7 @@ from bdia_jax.nn.attention.kernels import KernelName, attend
 from bdia_jax.nn.dropout import Dropout
 from bdia_jax.nn.linear import dot_general
 from bdia_jax.nn.positions import Angles, rotate
-from bdia_jax.nn.stack import PerBlock
+from bdia_jax.nn.stacked import PerBlock
 
 KeysValues = tuple[
     Float[Array, "batch _position kv_head dim"], Float[Array, "batch _position kv_head dim"]
