@@ -40,7 +40,7 @@ from bdia_jax.train import (
     restore_best,
     train,
 )
-from measure import finetune_e2e, records
+from measure import e2e_data, records
 
 DEPENDS = (
     "bdia_jax/data/*.py",
@@ -48,6 +48,7 @@ DEPENDS = (
     "bdia_jax/interop/families/*.py",
     "bdia_jax/train/*.py",
     "bdia_jax/train/tasks/*.py",
+    "experiments/measure/e2e_data.py",
     "experiments/measure/odd_files.py",
 )
 LINES = b'{"prompt": "a?", "completion": "b"}\n{"prompt": "c?", "completion": "d"}\n'
@@ -150,7 +151,7 @@ def e2e_of(**contents: str) -> Callable[[pathlib.Path], str]:
 
     def use(folder: pathlib.Path) -> str:
         (folder / "e2e.zip").write_bytes(archive(**contents))
-        return f"{len(finetune_e2e.read(folder / 'e2e.zip', 'trainset.csv'))} pairs"
+        return f"{len(e2e_data.read(folder / 'e2e.zip', 'trainset.csv'))} pairs"
 
     return use
 

@@ -33,7 +33,7 @@ from bdia_jax.data import ImageData, load_images
 from bdia_jax.nn import ResNet, ResNetConfig, ViT, ViTConfig
 from bdia_jax.train import ImageClassification, TrainSettings
 from measure import records, sources
-from measure.runs import Run, plain, run_all, training
+from measure.runs import Run, run_all, training
 
 Config = ViTConfig | ResNetConfig
 Table = Literal[
@@ -404,7 +404,7 @@ def run_of(cell: Cell, seed: int, scale: Scale, task: ImageClassification) -> Ru
         lambda: kind(config, rngs=nnx.Rngs(seed)),
         task,
         settings,
-        {"model": plain(config), "images": images, "augment": scale.augment},
+        {"model": records.plain(config), "images": images, "augment": scale.augment},
     )
 
 
