@@ -138,15 +138,19 @@ def test_what_a_result_depends_on_is_there():
     assert sources.files(gamma.TRAINS)
 
 
-def test_columns_of_a_table():
-    table = records.markdown(["a", "b", "c"], [["1", "2", "3"]])
-    assert pages.columns_of(table, ("c",)) == records.markdown(["a", "c"], [["1", "3"]])
+def test_means_of_some_numbers():
+    rows = [{"way": "a", "seed": i, "loss": 1.0 + i, "accuracy": 0.5} for i in range(3)]
+    loss = [["a", "2.000 ± 1.000"]]
+    assert pages.means(rows, names=("loss",)) == records.markdown(["way", "loss"], loss)
+    both = records.markdown(["way", "loss", "accuracy"], [[*loss[0], "0.500 ± 0.000"]])
+    assert pages.means(rows) == both
+    named = [row | {"base": "nf4"} for row in rows]
+    assert "| nf4, a | 2.000 ± 1.000 |" in pages.means_by_base(named, ("loss",))
 
 
 def test_a_bar_in_a_cell_is_no_end_of_it():
     table = records.markdown(["a", "b"], [["|γ| = 1", r"known \| already"]])
     assert table.splitlines()[2] == r"| \|γ\| = 1 | known \| already |"
-    assert pages.columns_of(table, ("b",)) == table
 
 
 def test_every_stage_has_a_command_with_its_options():
