@@ -30,8 +30,10 @@ import tyro
 import vit
 from measure import (
     chats,
+    cost_times,
     costs,
     exactness,
+    exactness_cases,
     finetune_e2e,
     gamma,
     gpt2_small_data,
@@ -241,8 +243,8 @@ def test_a_stage_writes_results_and_pages(tmp_path, monkeypatch, capsys):
 
 
 def test_every_pair_of_settings_meets_in_a_case_of_exactness():
-    cases = exactness.covering(exactness.FACTORS)
-    for (a, in_a), (b, in_b) in itertools.combinations(exactness.FACTORS.items(), 2):
+    cases = exactness_cases.covering(exactness_cases.FACTORS)
+    for (a, in_a), (b, in_b) in itertools.combinations(exactness_cases.FACTORS.items(), 2):
         met = {(case[a], case[b]) for case in cases}
         assert met == set(itertools.product(in_a, in_b))
     assert len(cases) < 40
@@ -250,10 +252,10 @@ def test_every_pair_of_settings_meets_in_a_case_of_exactness():
 
 @pytest.mark.slow
 def test_a_case_of_exactness():
-    row = exactness.covering(exactness.FACTORS)[0]
+    row = exactness_cases.covering(exactness_cases.FACTORS)[0]
     row |= {"block": "attention", "depth": 2, "parts_as_steps": True, "update_in_backward": True}
     row |= {"dtype": "bfloat16", "frac_bits": 9}
-    found = exactness.measure(exactness.block_case(row, 30_000, seed=0), jax.random.key(0))
+    found = exactness.measure(exactness_cases.block_case(row, 30_000, seed=0), jax.random.key(0))
     assert found["compared"] >= 30_000
     assert found["finite"]
     assert found["mismatched"] == found["samples mismatched in the gradient"] == 0
@@ -265,7 +267,7 @@ def test_a_case_of_exactness():
 @pytest.mark.slow
 def test_a_model_of_exactness():
     tiny = {"width": 16, "heads": 2, "max_length": 8, "encoder_depth": 1, "decoder_depth": 1}
-    case = exactness.model_case("encoder-decoder", tiny | {"parts_as_steps": True}, 1000, 0)
+    case = exactness_cases.model_case("encoder-decoder", tiny | {"parts_as_steps": True}, 1000, 0)
     found = exactness.measure(case, jax.random.key(0))
     assert found["compared"] >= 1000
     assert found["mismatched"] == found["samples mismatched in the gradient"] == 0
@@ -406,7 +408,7 @@ def test_time_of_steps(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_time_of_gradients(tmp_path, monkeypatch):
-    monkeypatch.setattr(costs, "Stack", lambda *_: TINY["stack"])
+    monkeypatch.setattr(cost_times, "Stack", lambda *_: TINY["stack"])
     given = costs.Costs(
         "gradients", ("stack",), ("checkpointed", "BDIA"), widths=(32,), rounds=1, out=tmp_path
     )
