@@ -586,6 +586,32 @@ def test_records_so_far_are_told_after_every_run(tmp_path):
     assert told == [{"a"}, {"a", "b"}]
 
 
+def test_rows_are_written_and_what_is_missing_is_told(tmp_path, monkeypatch):
+    some = [runs.Run(name, {}, lambda folder: {"loss": 1.0}, {"way": name}) for name in "ab"]
+
+    def written():
+        rows, path = runs.run_and_write(
+            "some",
+            some,
+            tmp_path / "work",
+            ["bdia_jax/grid.py"],
+            settings=vision_tables.VisionTables(out=tmp_path),
+            first=[{"way": "none"}],
+            note="A note.",
+        )
+        assert records.read(path).rows == rows
+        return [row["way"] for row in rows], records.read(path).about["note"]
+
+    # As still.py leaves runs out.
+    run_all = runs.run_all
+    monkeypatch.setattr(
+        runs, "run_all", lambda all_of_it, *rest, **o: run_all(some[:1], *rest, **o)
+    )
+    assert written() == (["none", "a"], "1 of 2 runs are missing. A note.")
+    monkeypatch.undo()
+    assert written() == (["none", "a", "b"], "A note.")
+
+
 @pytest.mark.slow
 def test_cases_run_in_processes_and_within_a_time(tmp_path, monkeypatch):
     given = exactness.Exactness(workers=2, within=0, out=tmp_path)
