@@ -33,7 +33,7 @@ from measure import (
 )
 
 from bdia_jax import BDIA, data, interop
-from bdia_jax.nn import Decoder, DecoderConfig, llama
+from bdia_jax.nn import Decoder, DecoderConfig, llama, set_step
 from bdia_jax.train import TrainSettings, in_steps
 
 E2E = pathlib.Path(__file__).resolve().parents[2] / "shared/data/e2e-dataset.zip"
@@ -464,7 +464,11 @@ def test_chats(tmp_path, monkeypatch):
         out=tmp_path / "out",
     )
     # Both have tests of their own.
-    monkeypatch.setattr(finetune, "chosen_step", lambda *given, **options: BDIA(1 / 8, "sample"))
+    monkeypatch.setattr(
+        finetune.FineTune,
+        "set_gamma",
+        lambda f, model, *given, **options: set_step(model, BDIA(1 / 8, "sample")),
+    )
     monkeypatch.setattr(chats, "peak", lambda *given: {"bdia": 10**9})
     assert "| BDIA" in chats.main(given)
     (path,) = (tmp_path / "out").glob("chats-*.jsonl")

@@ -53,7 +53,7 @@ DEPENDS = (
     "bdia_jax/train/tasks/text.py",
     "bdia_jax/gamma.py",
     "bdia_jax/interop/gguf.py",
-    "experiments/finetune.py",
+    *(f"experiments/{name}.py" for name in ("finetune", "finetuning", "finetune_data")),
     "experiments/measure/chats.py",
 )
 
