@@ -21,7 +21,6 @@ is trained on.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import pathlib
 import sys
@@ -29,25 +28,23 @@ from typing import Any
 
 import command
 import numpy as np
-import sacrebleu
-import safetensors.flax
+import translator
 from flax import nnx
 from measure import costs, curves, records, sources
-from measure.runs import Run, dial, plain, run_all, training
+from measure.runs import Run, dial, run_and_write, training
 
 from bdia_jax import files
 from bdia_jax.data import (
     Tokenizer,
     cldr_pairs,
     clean,
-    load_tokenizer,
     pack_pairs,
     read_pairs,
     split_pairs,
     tfds_pairs,
     train_tokenizer,
 )
-from bdia_jax.nn import EncoderDecoder, EncoderDecoderConfig, beam_search
+from bdia_jax.nn import EncoderDecoder, EncoderDecoderConfig
 from bdia_jax.steps import Signs
 from bdia_jax.train import TrainSettings, Translation
 
@@ -61,6 +58,8 @@ DEPENDS = (
     *sources.STEP,
     "bdia_jax/train/tasks/t*.py",
     "experiments/translate.py",
+    "experiments/translator.py",
+    "experiments/measure/decoding.py",
 )
 SMALL = EncoderDecoderConfig(
     width=128, heads=4, hidden=256, encoder_depth=3, decoder_depth=3, max_length=128
@@ -157,12 +156,17 @@ class Translate:
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Both splits, and the vocabularies."""
+    """Both splits, of texts and their translations; and the vocabularies."""
 
     train: list[tuple[str, str]]
     evaluation: list[tuple[str, str]]
     source: Tokenizer
     target: Tokenizer
+
+    def asked(self, most: int) -> tuple[list[str], list[str]]:
+        """Texts that are translated, and how they should be."""
+        some = self.evaluation[:most]
+        return [source for source, _ in some], [target for _, target in some]
 
     def tokens(self, pairs: list[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
         """Of pairs of texts."""
@@ -177,25 +181,21 @@ def main(t: Translate) -> str:
         return use(t)
     data = load(t)
     task = packed_task(t, data)
-    configs = networks(t, data)
-    runs = {
-        (name, seed): run_of(t, data, task, name, made, seed)
-        for seed in range(t.seeds)
-        for name, made in configs.items()
-    }
-    found = run_all(runs.values(), t.work / t.name, DEPENDS, told)
-    for name, made in reversed(configs.items()):
-        # Of the first γ and signs.
-        folder = found[runs[name, 0].name]["folder"]
-        files.write_text(t.work / t.name / f"{made.method}.latest", folder)
-    rows = [
-        curves.named(name, configs[name]) | {"seed": seed} | found[run.name]
-        for (name, seed), run in runs.items()
-    ]
-    some = data.evaluation[: t.decode]
-    copied = score(some, [source for source, _ in some])
+    texts, references = data.asked(t.decode)
+    copied = translator.score(texts, references)
     note = "Copying the source: " + ", ".join(f"{k} {v:.3g}" for k, v in copied.items()) + "."
-    path = records.write(f"translation-{t.name}", rows, DEPENDS, settings=t, out=t.out, note=note)
+    runs = [
+        run_of(t, data, task, name, config, seed)
+        for seed in range(t.seeds)
+        for name, config in networks(t, data).items()
+    ]
+    work = t.work / t.name
+    rows, path = run_and_write(
+        f"translation-{t.name}", runs, work, DEPENDS, told, settings=t, note=note
+    )
+    # Of the first γ, signs and seed.
+    for method, folder in {row["method"]: row["folder"] for row in reversed(rows)}.items():
+        files.write_text(work / f"{method}.latest", folder)
     text = f"{curves.table(rows)}\n\n{note}"
     print(f"\n{text}\n\nSee {path}")
     return text
@@ -233,26 +233,29 @@ def packed_task(t: Translate, data: Data) -> Translation:
 
 
 def run_of(
-    t: Translate, data: Data, task: Translation, name: str, made: EncoderDecoderConfig, seed: int
+    t: Translate, data: Data, task: Translation, name: str, config: EncoderDecoderConfig, seed: int
 ) -> Run:
     """A network, trained, saved and scored."""
 
     def scored(model: EncoderDecoder, folder: pathlib.Path) -> dict[str, Any]:
-        data.source.save(folder / "source")
-        data.target.save(folder / "target")
-        save(model, folder)
-        some = data.evaluation[: t.decode]
-        said = decode(t, model, data, [source for source, _ in some])
-        examples = [[a, told, b] for (a, b), told in zip(some, said)][:10]
-        return {"scores": score(some, said), "examples": examples}
+        trained = translator.Translator(model, data.source, data.target)
+        trained.save(folder)
+        texts, references = data.asked(t.decode)
+        said = trained(texts, beams=t.beams, length_penalty=t.length_penalty)
+        examples = [[*three] for three in zip(texts, said, references)][:10]
+        return {"scores": translator.score(said, references), "examples": examples}
 
+    # What the data are made from, and how translations are scored; the others are of a run.
+    others = "methods", "gamma", "signs", "seeds", "model", "train"
+    others += "data_dir", "download", "translate", "memory", "work", "out"
     return training(
         f"{curves.file_name(name)}_seed={seed}",
-        lambda: EncoderDecoder(made, rngs=nnx.Rngs(seed)),
+        lambda: EncoderDecoder(config, rngs=nnx.Rngs(seed)),
         task,
         dataclasses.replace(t.train, seed=seed),
-        {"model": plain(made), **about(t)},
+        records.plain(t, *others) | {"model": records.plain(config)},
         scored,
+        curves.named(name, config) | {"seed": seed},
     )
 
 
@@ -260,22 +263,6 @@ def told(record: dict[str, Any]) -> str:
     """A line about a run, and some of its translations."""
     header = ["source", "translation", "reference"]
     return f"{curves.told(record)}\n{records.markdown(header, record.get('examples', []))}"
-
-
-def about(t: Translate) -> dict[str, Any]:
-    """What the data are made from, and how translations are scored."""
-    return {
-        "count": t.count,
-        "longest": t.longest,
-        "held_out": t.held_out,
-        "vocabulary": t.vocabulary,
-        "separate": t.separate,
-        "label_smoothing": t.label_smoothing,
-        "languages": t.languages,
-        "beams": t.beams,
-        "length_penalty": t.length_penalty,
-        "decode": t.decode,
-    }
 
 
 def load(t: Translate) -> Data:
@@ -308,64 +295,6 @@ def networks(t: Translate, data: Data) -> dict[str, EncoderDecoderConfig]:
     }
 
 
-def decode(t: Translate, model: EncoderDecoder, data: Data, sources: list[str]) -> list[str]:
-    """Translations, those of similar length together."""
-    length = model.config.max_length
-    tokens = [data.source.encode(source)[:length] or [data.source.end] for source in sources]
-    order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
-    said, size = [""] * len(tokens), min(64, len(tokens))
-    for start in range(0, len(order), size):
-        some = order[start : start + size]
-        # Filled, and of few lengths: a program for each.
-        asked = [tokens[i] for i in some] + [tokens[some[-1]]] * (size - len(some))
-        new = min(length - 1, -(-max(map(len, asked)) // 16) * 16 + 16)
-        told = beam_search(
-            model,
-            [[data.target.end]] * size,
-            new,
-            sources=asked,
-            beams=t.beams,
-            length_penalty=t.length_penalty,
-            end=data.target.end,
-        )
-        for i, (translation, _) in zip(some, told):
-            said[i] = " ".join(data.target.decode(translation).split())
-    return said
-
-
-def score(pairs: list[tuple[str, str]], said: list[str]) -> dict[str, float]:
-    """BLEU and chrF (sacrebleu's defaults), and the share that is right to the letter."""
-    references = [target for _, target in pairs]
-    return {
-        "BLEU": sacrebleu.corpus_bleu(said, [references]).score,
-        "chrF": sacrebleu.corpus_chrf(said, [references]).score,
-        "exact": float(np.mean([a == b for a, b in zip(said, references, strict=True)])),
-    }
-
-
-def save(model: EncoderDecoder, folder: pathlib.Path) -> None:
-    """The weights and the configuration."""
-    arrays = {".".join(map(str, path)): leaf[...] for path, leaf in _params(model)}
-    # Renamed when complete.
-    safetensors.flax.save_file(arrays, folder / "model.safetensors.tmp")
-    (folder / "model.safetensors.tmp").rename(folder / "model.safetensors")
-    files.write_json(folder / "model.json", dataclasses.asdict(model.config))
-
-
-def load_network(folder: pathlib.Path) -> EncoderDecoder:
-    """The inverse of :func:`save`."""
-    settings = EncoderDecoderConfig(**json.loads((folder / "model.json").read_text()))
-    model = EncoderDecoder(settings, rngs=nnx.Rngs(0))
-    arrays = safetensors.flax.load_file(folder / "model.safetensors")
-    for path, leaf in _params(model):
-        leaf.set_value(arrays[".".join(map(str, path))])
-    return model
-
-
-def _params(model: EncoderDecoder):
-    return nnx.to_flat_state(nnx.state(model, nnx.Param))
-
-
 def use(t: Translate) -> str:
     """Translates with a saved run."""
     latest = t.work / t.name / f"{t.methods[0]}.latest"
@@ -374,11 +303,10 @@ def use(t: Translate) -> str:
             f"there is no trained network ({latest}): run the same command without --translate "
             "first"
         )
-    folder = latest.with_name(latest.read_text())
-    data = Data([], [], load_tokenizer(folder / "source"), load_tokenizer(folder / "target"))
+    saved = translator.load(latest.with_name(latest.read_text()))
     texts = sys.stdin.read().rstrip("\n").split("\n") if t.translate == "-" else [t.translate]
     texts = [" ".join(text.split()) for text in texts]
-    said = decode(t, load_network(folder), data, texts) if texts else []
+    said = saved(texts, beams=t.beams, length_penalty=t.length_penalty) if texts else []
     print("\n".join(said))
     return "\n".join(said)
 

@@ -30,8 +30,10 @@ import tyro
 import vit
 from measure import (
     chats,
+    cost_times,
     costs,
     exactness,
+    exactness_cases,
     finetune_e2e,
     gamma,
     gpt2_small_data,
@@ -138,15 +140,19 @@ def test_what_a_result_depends_on_is_there():
     assert sources.files(gamma.TRAINS)
 
 
-def test_columns_of_a_table():
-    table = records.markdown(["a", "b", "c"], [["1", "2", "3"]])
-    assert pages.columns_of(table, ("c",)) == records.markdown(["a", "c"], [["1", "3"]])
+def test_means_of_some_numbers():
+    rows = [{"way": "a", "seed": i, "loss": 1.0 + i, "accuracy": 0.5} for i in range(3)]
+    loss = [["a", "2.000 ± 1.000"]]
+    assert pages.means(rows, names=("loss",)) == records.markdown(["way", "loss"], loss)
+    both = records.markdown(["way", "loss", "accuracy"], [[*loss[0], "0.500 ± 0.000"]])
+    assert pages.means(rows) == both
+    named = [row | {"base": "nf4"} for row in rows]
+    assert "| nf4, a | 2.000 ± 1.000 |" in pages.means_by_base(named, ("loss",))
 
 
 def test_a_bar_in_a_cell_is_no_end_of_it():
     table = records.markdown(["a", "b"], [["|γ| = 1", r"known \| already"]])
     assert table.splitlines()[2] == r"| \|γ\| = 1 | known \| already |"
-    assert pages.columns_of(table, ("b",)) == table
 
 
 def test_every_stage_has_a_command_with_its_options():
@@ -237,8 +243,8 @@ def test_a_stage_writes_results_and_pages(tmp_path, monkeypatch, capsys):
 
 
 def test_every_pair_of_settings_meets_in_a_case_of_exactness():
-    cases = exactness.covering(exactness.FACTORS)
-    for (a, in_a), (b, in_b) in itertools.combinations(exactness.FACTORS.items(), 2):
+    cases = exactness_cases.covering(exactness_cases.FACTORS)
+    for (a, in_a), (b, in_b) in itertools.combinations(exactness_cases.FACTORS.items(), 2):
         met = {(case[a], case[b]) for case in cases}
         assert met == set(itertools.product(in_a, in_b))
     assert len(cases) < 40
@@ -246,10 +252,10 @@ def test_every_pair_of_settings_meets_in_a_case_of_exactness():
 
 @pytest.mark.slow
 def test_a_case_of_exactness():
-    row = exactness.covering(exactness.FACTORS)[0]
+    row = exactness_cases.covering(exactness_cases.FACTORS)[0]
     row |= {"block": "attention", "depth": 2, "parts_as_steps": True, "update_in_backward": True}
     row |= {"dtype": "bfloat16", "frac_bits": 9}
-    found = exactness.measure(exactness.block_case(row, 30_000, seed=0), jax.random.key(0))
+    found = exactness.measure(exactness_cases.block_case(row, 30_000, seed=0), jax.random.key(0))
     assert found["compared"] >= 30_000
     assert found["finite"]
     assert found["mismatched"] == found["samples mismatched in the gradient"] == 0
@@ -261,7 +267,7 @@ def test_a_case_of_exactness():
 @pytest.mark.slow
 def test_a_model_of_exactness():
     tiny = {"width": 16, "heads": 2, "max_length": 8, "encoder_depth": 1, "decoder_depth": 1}
-    case = exactness.model_case("encoder-decoder", tiny | {"parts_as_steps": True}, 1000, 0)
+    case = exactness_cases.model_case("encoder-decoder", tiny | {"parts_as_steps": True}, 1000, 0)
     found = exactness.measure(case, jax.random.key(0))
     assert found["compared"] >= 1000
     assert found["mismatched"] == found["samples mismatched in the gradient"] == 0
@@ -402,7 +408,7 @@ def test_time_of_steps(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_time_of_gradients(tmp_path, monkeypatch):
-    monkeypatch.setattr(costs, "Stack", lambda *_: TINY["stack"])
+    monkeypatch.setattr(cost_times, "Stack", lambda *_: TINY["stack"])
     given = costs.Costs(
         "gradients", ("stack",), ("checkpointed", "BDIA"), widths=(32,), rounds=1, out=tmp_path
     )
@@ -578,6 +584,32 @@ def test_records_so_far_are_told_after_every_run(tmp_path):
     some = [runs.Run(name, {}, lambda folder: {}) for name in "ab"]
     runs.run_all(some, tmp_path, ["bdia_jax/grid.py"], so_far=lambda found: told.append({*found}))
     assert told == [{"a"}, {"a", "b"}]
+
+
+def test_rows_are_written_and_what_is_missing_is_told(tmp_path, monkeypatch):
+    some = [runs.Run(name, {}, lambda folder: {"loss": 1.0}, {"way": name}) for name in "ab"]
+
+    def written():
+        rows, path = runs.run_and_write(
+            "some",
+            some,
+            tmp_path / "work",
+            ["bdia_jax/grid.py"],
+            settings=vision_tables.VisionTables(out=tmp_path),
+            first=[{"way": "none"}],
+            note="A note.",
+        )
+        assert records.read(path).rows == rows
+        return [row["way"] for row in rows], records.read(path).about["note"]
+
+    # As still.py leaves runs out.
+    run_all = runs.run_all
+    monkeypatch.setattr(
+        runs, "run_all", lambda all_of_it, *rest, **o: run_all(some[:1], *rest, **o)
+    )
+    assert written() == (["none", "a"], "1 of 2 runs are missing. A note.")
+    monkeypatch.undo()
+    assert written() == (["none", "a", "b"], "A note.")
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from measure import (
     chat_tables,
     chats,
     curves,
+    e2e_data,
     e2e_metrics,
     finetune_e2e,
     gpt2_small_data,
@@ -32,7 +33,7 @@ from measure import (
 )
 
 from bdia_jax import BDIA, data, interop
-from bdia_jax.nn import Decoder, DecoderConfig, llama
+from bdia_jax.nn import Decoder, DecoderConfig, llama, set_step
 from bdia_jax.train import TrainSettings, in_steps
 
 E2E = pathlib.Path(__file__).resolve().parents[2] / "shared/data/e2e-dataset.zip"
@@ -463,7 +464,11 @@ def test_chats(tmp_path, monkeypatch):
         out=tmp_path / "out",
     )
     # Both have tests of their own.
-    monkeypatch.setattr(finetune, "chosen_step", lambda *given, **options: BDIA(1 / 8, "sample"))
+    monkeypatch.setattr(
+        finetune.FineTune,
+        "set_gamma",
+        lambda f, model, *given, **options: set_step(model, BDIA(1 / 8, "sample")),
+    )
     monkeypatch.setattr(chats, "peak", lambda *given: {"bdia": 10**9})
     assert "| BDIA" in chats.main(given)
     (path,) = (tmp_path / "out").glob("chats-*.jsonl")
@@ -534,19 +539,19 @@ ROWS = [{"way": "BDIA", "dtype": "float32", "axis": "depth", "values": [6, 24], 
 def test_e2e_data(tmp_path):
     meaning = "name[The Vaults], eatType[pub], near[Café, Adriatic]"
     prompt = "name : The Vaults | eatType : pub | near : Café, Adriatic ||"
-    assert finetune_e2e.prompt(meaning) == prompt
+    assert e2e_data.prompt(meaning) == prompt
     with zipfile.ZipFile(tmp_path / "none.zip", "w") as file:
         file.writestr("a/devset.csv", "x,y\n1,2")
     with pytest.raises(FileNotFoundError, match=r"no trainset\.csv"):
-        finetune_e2e.read(tmp_path / "none.zip", "trainset.csv")
+        e2e_data.read(tmp_path / "none.zip", "trainset.csv")
     with pytest.raises(ValueError, match="columns mr and ref"):
-        finetune_e2e.read(tmp_path / "none.zip", "devset.csv")
+        e2e_data.read(tmp_path / "none.zip", "devset.csv")
 
 
 def test_the_challenges_data():
     if not E2E.exists():
         pytest.skip(f"the E2E data is not at {E2E}")
-    groups = finetune_e2e.grouped(finetune_e2e.read(E2E, "testset_w_refs.csv"))
+    groups = e2e_data.grouped(e2e_data.read(E2E, "testset_w_refs.csv"))
     assert len(groups) == 630
     assert sum(len(references) for _, references in groups) == 4693
 

@@ -22,14 +22,13 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 # Threads that wait for work must not take the cores from those of the other library.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import command
-import jax
 import numpy as np
 from flax import nnx
 
@@ -38,7 +37,6 @@ from bdia_jax.data import TextData
 from bdia_jax.nn import ReversibleSettings, ViT, ViTConfig
 from bdia_jax.planning.ways import WAYS
 from bdia_jax.train import LanguageModelling, TrainSettings
-from bdia_jax.train.programs import Programs
 from measure import records, sources, timing
 from measure.networks import Network
 
@@ -64,16 +62,12 @@ ROWS, LENGTH, IMAGES = 6, 128, 128
 class AgainstTorch:
     """Time of a training step against PyTorch's."""
 
-    networks: tuple[str, ...] = ("smollm2", "vit")
-    """Of smollm2, vit."""
+    networks: tuple[Name, ...] = ()
+    """Which; all by default."""
     rounds: int = 7
     """In each, every way takes a step."""
     out: pathlib.Path | None = None
     """Folder of the results; by default runs/results."""
-
-    def __post_init__(self):
-        if unknown := {*self.networks} - NETWORKS.keys():
-            raise ValueError(f"networks must be of {'; '.join(NETWORKS)}; got {'; '.join(unknown)}")
 
 
 Steps = dict[str, Callable[[], Any]]
@@ -85,7 +79,7 @@ def main(a: AgainstTorch) -> None:
 
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(cores)
-    for name in a.networks:
+    for name in a.networks or NETWORKS:
         samples = timing.in_turns(NETWORKS[name](), a.rounds)
         rows = [{"way": way} | row for way, row in timing.summary(samples, BASES).items()]
         note = f"PyTorch {torch.__version__.partition('+')[0]}."
@@ -189,27 +183,19 @@ def ours(
     made: Callable[[Any], Any], task: Any, batch: int, config: ReversibleSettings | None = None
 ) -> Steps:
     """Ours. All go on from one state, whose weights are alike: memory has room for one."""
-    config = config or ReversibleSettings()
-    states: dict[Any, Any] = {}
+    config, states = config or ReversibleSettings(), {}
     settings = TrainSettings(batch_size=batch, optimizer="adamw", weight_decay=0.01, clip_norm=None)
 
     def way(name: str) -> Callable[[], Any]:
         of, gamma = OURS[name]
         asked = WAYS[of].config(dataclasses.replace(config, gamma=gamma))
-        programs = Programs(made(asked), task, settings)
-        alike = jax.tree.structure(programs.abstract_state())
-
-        def run():
-            state = states.pop(alike, None) or programs.first_state(made(asked))
-            states[alike], report = programs.step(state)
-            return report
-
-        return run
+        return timing.step_of(lambda: made(asked), task, settings, states)[1]
 
     return {name: way(name) for name in OURS}
 
 
 NETWORKS: dict[str, Callable[[], Steps]] = {"smollm2": smollm2, "vit": vit}
+Name = Literal[tuple(NETWORKS)]
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -14,27 +14,20 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 HEAD_DIM = 32
+Params = dict[str, Array]
+OneKey = Key[Array, ""]
+Points = Float[Array, "batch *shape width"]
+Tokens = Float[Array, "batch length width"]
+Images = Float[Array, "batch height width channel"]
 
 
-def mlp(
-    p: dict[str, Array],
-    x: Float[Array, "batch *shape width"],
-    key: Key[Array, ""],
-    *,
-    dropout: float = 0.0,
-) -> Float[Array, "batch *shape width"]:
+def mlp(p: Params, x: Points, key: OneKey, *, dropout: float = 0.0) -> Points:
     """Norm, linear, GELU, linear."""
     y = jax.nn.gelu(_norm(x) @ _cast(p["up"], x))
     return _dropped(y, key, dropout) @ _cast(p["down"], x)
 
 
-def attend(
-    p: dict[str, Array],
-    x: Float[Array, "batch length width"],
-    key: Key[Array, ""],
-    *,
-    dropout: float = 0.0,
-) -> Float[Array, "batch length width"]:
+def attend(p: Params, x: Tokens, key: OneKey, *, dropout: float = 0.0) -> Tokens:
     """Norm, self-attention, linear."""
     weights_key, out_key = jax.random.split(key)
     q, k, v = _queries_keys_values(p, x)
@@ -44,25 +37,13 @@ def attend(
     return _dropped(a.reshape(x.shape) @ _cast(p["out"], x), out_key, dropout)
 
 
-def attend_by_library(
-    p: dict[str, Array],
-    x: Float[Array, "batch length width"],
-    key: Key[Array, ""],
-    *,
-    dropout: float = 0.0,
-) -> Float[Array, "batch length width"]:
+def attend_by_library(p: Params, x: Tokens, key: OneKey, *, dropout: float = 0.0) -> Tokens:
     """The same by ``jax.nn.dot_product_attention``, which picks the device's own kernel."""
     a = jax.nn.dot_product_attention(*_queries_keys_values(p, x))
     return _dropped(a.reshape(x.shape) @ _cast(p["out"], x), key, dropout)
 
 
-def convolution(
-    p: dict[str, Array],
-    x: Float[Array, "batch height width channel"],
-    key: Key[Array, ""],
-    *,
-    dropout: float = 0.0,
-) -> Float[Array, "batch height width channel"]:
+def convolution(p: Params, x: Images, key: OneKey, *, dropout: float = 0.0) -> Images:
     """Norm, 3×3 convolution, SiLU, 3×3 convolution."""
     convolve = functools.partial(
         jax.lax.conv_general_dilated,
@@ -101,8 +82,8 @@ def make_block(
 
 
 def stacked_params(
-    kind: str, key: Key[Array, ""], depth: int, width: int, hidden: int, *, gain: float = 1.0
-) -> dict[str, Array]:
+    kind: str, key: OneKey, depth: int, width: int, hidden: int, *, gain: float = 1.0
+) -> Params:
     """Weights of ``depth`` blocks, of variance 1/fan-in; ``gain`` scales the updates."""
     window = (3, 3) if kind == "convolution" else ()
     shapes = {"up": (*window, width, hidden), "down": (*window, hidden, width)}

@@ -42,7 +42,7 @@ def answers_table(rows: list[dict[str, Any]]) -> str:
     names = ["before training", *(f"{r['way']}, {trained_of(r)}" for r in rows[1:])]
     for i, (question, _) in enumerate(rows[0]["answers"]):
         for name, row in zip(names, rows):
-            answer = " ".join(row["answers"][i][1].split()).replace("|", "\\|")
+            answer = " ".join(row["answers"][i][1].split())
             short = answer if len(answer) <= 160 else f"{answer[:160]} …"
             lines.append([question if row is rows[0] else "", name, short])
     return records.markdown(["question", "model", "answer"], lines)

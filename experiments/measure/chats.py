@@ -37,7 +37,7 @@ from bdia_jax.nn.settings import Method
 from bdia_jax.train import PackedTexts, TrainSettings
 from bdia_jax.train.memory import step_memory
 from measure import chat_tables, records, sources
-from measure.runs import Run, plain, run_all
+from measure.runs import Run, run_and_write
 
 EXAMPLES = sources.ROOT / "experiments" / "examples"
 LINEAR = ("q", "k", "v", "out", "gate", "up", "down")
@@ -53,7 +53,7 @@ DEPENDS = (
     "bdia_jax/train/tasks/text.py",
     "bdia_jax/gamma.py",
     "bdia_jax/interop/gguf.py",
-    "experiments/finetune.py",
+    *(f"experiments/{name}.py" for name in ("finetune", "finetuning", "finetune_data")),
     "experiments/measure/chats.py",
 )
 
@@ -112,15 +112,8 @@ def main(c: Chats) -> str:
         for rank, rate in zip(c.ranks, c.learning_rates)
         for method in c.methods
     ]
-
-    def write(found: dict[str, dict[str, Any]]) -> pathlib.Path:
-        missing = len(runs) - len(found)
-        note = f"{missing} of {len(runs)} runs are missing." if missing else None
-        rows = [before, *found.values()]
-        return records.write("chats", rows, DEPENDS, settings=c, out=c.out, note=note)
-
-    path = write(run_all(runs, c.work, DEPENDS, told, so_far=write))
-    text = chat_tables.table(records.read(path).rows)
+    rows, path = run_and_write("chats", runs, c.work, DEPENDS, told, settings=c, first=[before])
+    text = chat_tables.table(rows)
     print(f"\n{text}\n\nSee {path}")
     return text
 
@@ -133,19 +126,23 @@ def run_of(c: Chats, base: pathlib.Path, method: Method, rank: int, rate: float)
         found = finetune.main(f)
         model = interop.load(f.out / "model", method="standard", dtype="float32")
         step = json.loads((f.out / "settings.json").read_text())["fine-tuning"]["step"]
-        named = {"standard": "standard", "bdia": "BDIA"}.get(method, method)
         return (
-            {"way": named, "rank": rank, "gamma": step.get("gamma", 0.0)}
+            {"gamma": step.get("gamma", 0.0)}
             | found
             | asked(c, model, base)
             | {"peak": peak(c, f, base, step)}
             | differences(c, model, base, f.out, rank)
         )
 
-    asked_for = plain(c) | {"rank": rank, "rate": rate, "data": fingerprint(c)}
-    for irrelevant in ("work", "out", "ranks", "learning_rates", "methods", "questions"):
-        del asked_for[irrelevant]
-    return Run(f"{method}-lora{rank}", asked_for | {"method": method}, trained)
+    several = "work", "out", "ranks", "learning_rates", "methods", "questions"
+    settings = records.plain(c, *several) | {"rank": rank, "rate": rate, "method": method}
+    named = {"standard": "standard", "bdia": "BDIA"}.get(method, method)
+    return Run(
+        f"{method}-lora{rank}",
+        settings | {"data": fingerprint(c)},
+        trained,
+        {"way": named, "rank": rank},
+    )
 
 
 def settings_of(

@@ -19,25 +19,23 @@ import dataclasses
 import logging
 import pathlib
 import sys
-from typing import Any
-
-import numpy as np
-from flax import nnx
+from collections.abc import Callable
+from typing import Literal
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import command
 
-from bdia_jax import BDIA, Adjoint, Checkpoint, Euler, Online, Step
-from bdia_jax.data import Tokenizer, completion, pack
-from bdia_jax.nn import add_lora
+from bdia_jax import BDIA, Checkpoint, Euler, Online
 from bdia_jax.nn.quantized import Kind
-from bdia_jax.train import PackedTexts, eval_batch_size, evaluate, train
-from measure import finetune_e2e, gamma, records
-from measure.runs import Run, plain, run_all
+from bdia_jax.train import PackedTexts, eval_batch_size, evaluate
+from measure import gamma
+from measure.runs import Run, run_and_write
+from measure.smollm2 import SOME, Way, e2e, run_of, smollm2, told
 
 DEPENDS = (*gamma.TRAINS, "bdia_jax/nn/quantized.py", "experiments/measure/few_bits.py")
-RANK, TARGETS = 8, ("q", "k", "v", "out", "gate", "up", "down")
+LINEAR = ("q", "k", "v", "out", "gate", "up", "down")
+BASES: tuple[Kind | None, ...] = (None, "int8", "int4", "nf4")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +44,8 @@ class FewBits:
 
     data: pathlib.Path
     """e2e-dataset.zip."""
-    parts: tuple[str, ...] = ("base", "checkpoints")
-    """Of the measurement."""
+    parts: tuple[Part, ...] = ()
+    """Of the measurement; all by default."""
     bits: tuple[int, ...] = (4,)
     """Of a checkpoint, and of BDIA."""
     seeds: tuple[int, ...] = (1, 2)
@@ -61,118 +59,65 @@ class FewBits:
     out: pathlib.Path | None = None
     """Folder of the results; by default runs/results."""
 
-    def __post_init__(self):
-        if unknown := set(self.parts) - {"base", "checkpoints"}:
-            raise ValueError(f"parts must be base or checkpoints; got {', '.join(sorted(unknown))}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Way:
-    """How a model is fine-tuned."""
-
-    step: Step
-    adjoint: Adjoint
-    base: Kind | None = None
-    """Of the frozen kernels; None for float32."""
-    lora: bool = False
-
 
 def main(f: FewBits) -> None:
-    """Runs the parts."""
-    task = e2e(f, gamma.smollm2()[1])
-    if "base" in f.parts:
-        base(f, task)
-    if "checkpoints" in f.parts:
-        checkpoints(f, task)
+    """Runs the parts, on the texts that gamma.py takes."""
+    task = e2e(f.data, smollm2()[1], f.length, f.validation)
+    for part in f.parts or PARTS:
+        PARTS[part](f, task)
 
 
 def base(f: FewBits, task: PackedTexts) -> None:
     """Losses with a base of few bits, before and after training low-rank updates."""
-    rows = [{"base": kind or "float32", "way": "untrained"} | loss(kind, task) for kind in BASES]
+    first = [{"base": kind or "float32", "way": "untrained"} | loss(kind, task) for kind in BASES]
     ways = {
-        "checkpointed, LoRA": (Euler(), Checkpoint()),
-        "BDIA, γ = 1/16, LoRA": (BDIA(1 / 16, "sample"), Online()),
+        "checkpointed, LoRA": Way(Euler(), Checkpoint(), lora=LINEAR),
+        "BDIA, γ = 1/16, LoRA": Way(BDIA(1 / 16, "sample"), Online(), lora=LINEAR),
     }
-    runs, about = [], {}
+    runs = []
     for kind in (None, "nf4"):
-        for name, (step, adjoint) in ways.items():
-            run = run_of(f, f"{kind or 'float32'}, {name}", Way(step, adjoint, kind, True), 0, task)
-            runs.append(run)
-            about[run.name] = {"base": kind or "float32", "way": name}
-    found = run_all(runs, f.work, DEPENDS, gamma.told)
-    rows += [about[name] | record for name, record in found.items()]
-    records.write("few-bits-base", rows, DEPENDS, settings=f, out=f.out)
-
-
-BASES: tuple[Kind | None, ...] = (None, "int8", "int4", "nf4")
+        for name, way in ways.items():
+            row = {"base": kind or "float32", "way": name}
+            runs.append(
+                run(f, ", ".join(row.values()), dataclasses.replace(way, base=kind), 0, task, row)
+            )
+    run_and_write("few-bits-base", runs, f.work, DEPENDS, told, settings=f, first=first)
 
 
 def loss(kind: Kind | None, task: PackedTexts) -> dict[str, float]:
     """Of the model with such a base, as it is."""
-    network, _ = gamma.smollm2(quantize=kind)
+    network, _ = smollm2(quantize=kind)
     network.eval()
-    size = eval_batch_size(task, gamma.SOME)
-    return evaluate(network, task, eval_batch_size=size)
+    return evaluate(network, task, eval_batch_size=eval_batch_size(task, SOME))
 
 
 def checkpoints(f: FewBits, task: PackedTexts) -> None:
     """Losses after equal budgets, by what is kept of an activation."""
-    runs, about = [], {}
+    ways = {}
     for bits in f.bits:
-        ways = {
-            f"BDIA, γ = 1/{2**bits}, sample": Way(BDIA(2.0**-bits, "sample"), Online()),
-            f"checkpoints of {bits} bits": Way(Euler(), Checkpoint(bits)),
-        }
-        for name, way in ways.items():
-            for seed in f.seeds:
-                run = run_of(f, name, way, seed, task)
-                runs.append(run)
-                about[run.name] = {"way": name, "seed": seed}
-
-    def write(found: dict[str, dict[str, Any]]) -> None:
-        rows = [about[name] | record for name, record in found.items()]
-        missing = len(runs) - len(found)
-        note = f"{missing} of {len(runs)} runs are missing." if missing else None
-        records.write("few-bits-checkpoints", rows, DEPENDS, settings=f, out=f.out, note=note)
-
-    write(run_all(runs, f.work, DEPENDS, gamma.told, so_far=write))
+        ways[f"BDIA, γ = 1/{2**bits}, sample"] = Way(BDIA(2.0**-bits, "sample"), Online())
+        ways[f"checkpoints of {bits} bits"] = Way(Euler(), Checkpoint(bits))
+    runs = [
+        run(f, name, way, seed, task, {"way": name, "seed": seed})
+        for name, way in ways.items()
+        for seed in f.seeds
+    ]
+    run_and_write("few-bits-checkpoints", runs, f.work, DEPENDS, told, settings=f)
 
 
-def e2e(f: FewBits, tokenizer: Tokenizer) -> PackedTexts:
-    """The same texts that gamma.py takes."""
-    pairs, dev = (finetune_e2e.read(f.data, name) for name in ("trainset.csv", "devset.csv"))
-    shuffled = np.random.default_rng(0).permutation(len(pairs))[:4000]
-    texts = [pairs[i] for i in shuffled], dev[: f.validation]
-    training, validation = (
-        pack([completion(tokenizer, *pair) for pair in some], f.length) for some in texts
-    )
-    return PackedTexts("e2e", training, validation)
-
-
-def run_of(f: FewBits, name: str, way: Way, seed: int, task: PackedTexts) -> Run:
+def run(
+    f: FewBits, name: str, way: Way, seed: int, task: PackedTexts, row: dict[str, str | int]
+) -> Run:
     """A model fine-tuned in one way from one seed."""
+    about = {"validation": f.validation, "length": f.length}
+    return run_of(name, way, seed, task, SOME, about, row)
 
-    def trained(place: pathlib.Path) -> dict[str, Any]:
-        network, _ = gamma.smollm2(quantize=way.base)
-        settings = dataclasses.replace(gamma.SOME, seed=seed)
-        if way.lora:
-            add_lora(network, RANK, None, TARGETS, rngs=nnx.Rngs(seed))
-            settings = dataclasses.replace(settings, learning_rate=1e-3)
-        gamma.Way(way.step, way.adjoint).install(network)
-        result = train(network, task, settings, place / "run", resume=True, progress=False)
-        return {
-            "loss": result.last("eval", "loss"),
-            "accuracy": result.last("eval", "accuracy"),
-            "training loss": result.last("train", "loss"),
-            "mismatched": sum(r.get("mismatched", 0) for r in result.history),
-            "seconds per step": result.seconds_per_step,
-        }
 
-    settings = {"way": str(way), "seed": seed, "train": plain(gamma.SOME)}
-    settings |= {"validation": f.validation, "length": f.length}
-    slug = "".join(c if c.isalnum() else "-" for c in name)
-    return Run(f"{slug}-seed{seed}", settings, trained)
-
+PARTS: dict[str, Callable[[FewBits, PackedTexts], None]] = {
+    "base": base,
+    "checkpoints": checkpoints,
+}
+Part = Literal[tuple(PARTS)]
 
 if __name__ == "__main__":
     command.run(main, FewBits, __doc__, told=logging.WARNING)

@@ -10,13 +10,11 @@ Writes e2e-MODEL-DEVICE.jsonl.
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
+import functools
 import logging
 import pathlib
 import sys
-import zipfile
 from typing import Any
 
 import numpy as np
@@ -31,8 +29,8 @@ from bdia_jax.data import Tokenizer, completion, load_tokenizer, pack
 from bdia_jax.nn import Decoder, add_lora, beam_search
 from bdia_jax.steps import Signs
 from bdia_jax.train import PackedTexts, TrainSettings
-from measure import curves, e2e_metrics, records, sources
-from measure.runs import Run, plain, run_all, training
+from measure import curves, decoding, e2e_data, e2e_metrics, records, sources
+from measure.runs import Run, run_and_write, training
 
 SOME = TrainSettings(
     steps=500,
@@ -53,8 +51,10 @@ DEPENDS = (
     *sources.TEXTS,
     *sources.STEP,
     "bdia_jax/train/tasks/text.py",
-    "experiments/measure/finetune_e2e.py",
-    "experiments/measure/e2e_metrics.py",
+    *(
+        f"experiments/measure/{name}.py"
+        for name in ("finetune_e2e", "e2e_data", "e2e_metrics", "decoding")
+    ),
 )
 
 
@@ -117,9 +117,9 @@ def main(e: E2E) -> str:
     folder = interop.resolve(e.model)
     tokenizer = load_tokenizer(folder)
     train_pairs, dev_pairs, test = (
-        read(e.data, name) for name in ("trainset.csv", "devset.csv", "testset_w_refs.csv")
+        e2e_data.read(e.data, name) for name in ("trainset.csv", "devset.csv", "testset_w_refs.csv")
     )
-    groups = grouped(test)[: e.inputs]
+    groups = e2e_data.grouped(test)[: e.inputs]
     length = min(e.length, interop.read_config(folder).max_length)
     evaluation = pack([completion(tokenizer, *pair) for pair in dev_pairs], length)
     runs = []
@@ -132,11 +132,10 @@ def main(e: E2E) -> str:
             task = PackedTexts("e2e", packed, evaluation)
             about = {"share": share, "seed": seed, "texts": len(some)}
             runs += [run_of(e, folder, tokenizer, m, task, groups, about) for m in e.methods]
-    rows = [*run_all(runs, e.work, DEPENDS, curves.told).values()]
     name = f"e2e-{pathlib.Path(e.model).name}{f'-lora{e.lora}' if e.lora else ''}"
     # Of a folder, its name.
     asked = dataclasses.replace(e, model=pathlib.Path(e.model).name)
-    path = records.write(name, rows, DEPENDS, settings=asked, out=e.out)
+    rows, path = run_and_write(name, runs, e.work, DEPENDS, curves.told, settings=asked)
     text = table(rows)
     print(f"\n{text}\n\nSee {path}")
     return text
@@ -164,12 +163,9 @@ def run_of(
     def score(model: Decoder, place: pathlib.Path) -> dict[str, Any]:
         texts = decode(e, model, tokenizer, [prompt for prompt, _ in groups])
         files.write_text(place / "texts.txt", "\n".join(texts) + "\n")
-        found = e2e_metrics.score(texts, [references for _, references in groups])
-        return {"network": method, **about, "scores": found}
+        return {"scores": e2e_metrics.score(texts, [references for _, references in groups])}
 
-    asked = plain(e)
-    for name in ("methods", "shares", "seeds", "work", "out", "data", "train"):
-        del asked[name]
+    asked = records.plain(e, "methods", "shares", "seeds", "work", "out", "data", "train")
     batch = min(e.train.batch_size, len(task.train.tokens))
     return training(
         f"lora{e.lora}-{method}-{share:g}-seed{seed}",
@@ -178,72 +174,28 @@ def run_of(
         dataclasses.replace(e.train, seed=seed, batch_size=batch),
         asked | about | {"method": method},
         score,
+        {"network": method, **about},
     )
 
 
 def decode(e: E2E, model: Decoder, tokenizer: Tokenizer, prompts: list[str]) -> list[str]:
-    """A text for each prompt, those of similar length together."""
+    """A text for each prompt."""
     tokens = [tokenizer.prompt_tokens(prompt) for prompt in prompts]
-    order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
-    texts = [""] * len(tokens)
-    longest = model.config.max_length - e.new_tokens
-    if len(tokens[order[-1]]) > longest:
+    longest, room = max(map(len, tokens)), model.config.max_length - e.new_tokens
+    if longest > room:
         raise ValueError(
-            f"a prompt has {len(tokens[order[-1]])} tokens; with new_tokens = "
-            f"{e.new_tokens}, the model has room for {longest}"
+            f"a prompt has {longest} tokens; with new_tokens = {e.new_tokens}, the model has room "
+            f"for {room}"
         )
-    for start in range(0, len(order), e.decode_batch):
-        some = order[start : start + e.decode_batch]
-        # The last batch is filled, so that it needs no program of its own.
-        asked = [tokens[i] for i in some] + [tokens[some[-1]]] * (e.decode_batch - len(some))
-        told = beam_search(
-            model,
-            asked,
-            e.new_tokens,
-            beams=e.beams,
-            length_penalty=e.length_penalty,
-            end=tokenizer.end,
-        )
-        for i, (text, _) in zip(some, told):
-            # A text is one line.
-            texts[i] = " ".join(tokenizer.decode(text).split())
-    return texts
-
-
-def read(data: pathlib.Path, name: str) -> list[tuple[str, str]]:
-    """Prompts and texts of a file of the challenge.
-
-    Raises:
-      FileNotFoundError, ValueError: for data without that file, or a file without its columns.
-    """
-    if data.is_dir():
-        if not (data / name).exists():
-            raise FileNotFoundError(f"there is no {name} in {data}")
-        raw = (data / name).read_bytes()
-    else:
-        with zipfile.ZipFile(data) as archive:
-            inside = [n for n in archive.namelist() if n.rsplit("/", 1)[-1] == name]
-            if not inside:
-                raise FileNotFoundError(f"there is no {name} in {data}")
-            raw = archive.read(inside[0])
-    rows = list(csv.DictReader(io.StringIO(raw.decode("utf-8-sig"))))
-    if not rows or not {"mr", "ref"} <= set(rows[0]):
-        raise ValueError(f"{name} must have the columns mr and ref; got {list(rows[:1])}")
-    return [(prompt(row["mr"]), " " + row["ref"].strip()) for row in rows]
-
-
-def prompt(meaning: str) -> str:
-    """``name[The Vaults], food[English]`` as ``name : The Vaults | food : English ||``."""
-    slots = (slot.split("[", 1) for slot in meaning.rstrip("] ").split("], "))
-    return " | ".join(f"{name.strip()} : {value}" for name, value in slots) + " ||"
-
-
-def grouped(pairs: list[tuple[str, str]]) -> list[tuple[str, list[str]]]:
-    """Every prompt once, with all its references, in the order of the file."""
-    found: dict[str, list[str]] = {}
-    for asked, text in pairs:
-        found.setdefault(asked, []).append(text.strip())
-    return list(found.items())
+    search = functools.partial(
+        beam_search,
+        model,
+        new_tokens=e.new_tokens,
+        beams=e.beams,
+        length_penalty=e.length_penalty,
+        end=tokenizer.end,
+    )
+    return decoding.by_length(tokens, e.decode_batch, search, tokenizer)
 
 
 def table(rows: list[dict[str, Any]]) -> str:

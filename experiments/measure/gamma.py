@@ -24,8 +24,8 @@ import json
 import logging
 import pathlib
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -36,29 +36,16 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import command
 
-from bdia_jax import BDIA, Checkpoint, Euler, Online, Step, files, gamma, interop
-from bdia_jax.data import Tokenizer, completion, pack, read_text, split_text
-from bdia_jax.nn import Decoder, add_lora, generate, set_step
-from bdia_jax.nn.gamma import reversible_stacks
+from bdia_jax import BDIA, Checkpoint, Euler, Online, files, gamma
+from bdia_jax.data import Tokenizer, read_text, split_text
+from bdia_jax.nn import Decoder, generate, set_step
 from bdia_jax.steps import SIGNS
-from bdia_jax.train import LanguageModelling, PackedTexts, TrainSettings, choose_gamma, train
-from measure import e2e_metrics, finetune_e2e, records, sources
-from measure.runs import Run, claimed, plain, run_all
+from bdia_jax.train import LanguageModelling, PackedTexts, TrainSettings, choose_gamma
+from measure import e2e_data, e2e_metrics, records, sources
+from measure.runs import claimed, run_and_write
 from measure.side_by_side import in_processes, in_threads
+from measure.smollm2 import SOME, Way, e2e, run_of, smollm2, told
 
-SOME = TrainSettings(
-    steps=40,
-    batch_size=4,
-    learning_rate=1e-4,
-    warmup_steps=4,
-    weight_decay=0.01,
-    decayed="all",
-    log_every=10,
-    eval_every=40,
-    checkpoint_every=40,
-    keep_last=1,
-    eval_batch_size=8,
-)
 DEPENDS = (
     *sources.CORE,
     *sources.LAYERS,
@@ -67,6 +54,7 @@ DEPENDS = (
     "bdia_jax/nn/losses.py",
     "bdia_jax/interop/gguf.py",
     "experiments/measure/gamma.py",
+    "experiments/measure/smollm2.py",
 )
 TRAINS = (
     *DEPENDS,
@@ -74,23 +62,20 @@ TRAINS = (
     "bdia_jax/nn/lora.py",
     "bdia_jax/nn/generation.py",
     "bdia_jax/train/tasks/text.py",
+    "experiments/measure/e2e_data.py",
     "experiments/measure/e2e_metrics.py",
 )
 GAMMAS = (1 / 2, 1 / 4, 1 / 8, 1 / 16)
+ANSWERED = ("standard", "BDIA, γ chosen", "BDIA, γ = 1/2, block")
+"""Ways to fine-tune of which the model's answers are scored."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Gamma:
     """γ and its signs on a real pretrained decoder."""
 
-    parts: tuple[str, ...] = (
-        "perturbation",
-        "exactness",
-        "gradients",
-        "cotangents",
-        "finetuning",
-    )
-    """Of the measurement."""
+    parts: tuple[Part, ...] = ()
+    """Of the measurement; all by default."""
     text: pathlib.Path | None = None
     """A text file, for perturbation, exactness and gradients."""
     data: pathlib.Path | None = None
@@ -117,40 +102,15 @@ class Gamma:
     """How to fine-tune."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Way:
-    """How a model is fine-tuned: a step, and how it is differentiated."""
-
-    step: Step
-    adjoint: Any = None
-    lora: int = 0
-    answers: bool = False
-    """Whether the model's answers are scored."""
-
-    def install(self, model: Decoder) -> None:
-        """Into a model that is loaded for BDIA."""
-        for stack in reversible_stacks(model):
-            stack.step = self.step
-            stack.adjoint = self.adjoint or stack.adjoint
-
-
 def main(g: Gamma) -> None:
     """Measures what is asked for."""
-    known = {
-        "perturbation": perturbation,
-        "exactness": exactness,
-        "gradients": gradients,
-        "cotangents": cotangents,
-        "finetuning": finetuning,
-    }
-    if unknown := set(g.parts) - set(known):
-        raise ValueError(f"parts must be of {', '.join(known)}; got {', '.join(unknown)}")
-    if g.text is None and {*g.parts} - {"finetuning"}:
+    parts = g.parts or (*PARTS,)
+    if g.text is None and {*parts} - {"finetuning"}:
         raise ValueError("all parts but finetuning need --text")
-    if g.data is None and "finetuning" in g.parts:
+    if g.data is None and "finetuning" in parts:
         raise ValueError("finetuning needs --data, the E2E data")
-    for part in g.parts:
-        known[part](g)
+    for part in parts:
+        PARTS[part](g)
 
 
 def perturbation(g: Gamma) -> None:
@@ -172,7 +132,7 @@ def exactness(g: Gamma) -> None:
     steps = (BDIA(1 / 2, "block"), *(BDIA(1 / 16, signs) for signs in SIGNS))
     cases = [*itertools.product(("float32", "bfloat16"), (False, True), steps)]
     count = functools.partial(compared, g)
-    rows = [*(in_processes(count, cases, g.workers) if g.workers > 1 else map(count, cases))]
+    rows = [*in_processes(count, cases, g.workers)]
     records.write("gamma-exactness", rows, DEPENDS, settings=g, out=g.out)
 
 
@@ -251,44 +211,39 @@ def gradients(g: Gamma) -> None:
 
 def finetuning(g: Gamma) -> None:
     """Validation losses, and the answers' metrics, after equal budgets."""
-    _, tokenizer = smollm2()
-    pairs, dev, test = (
-        finetune_e2e.read(g.data, name)
-        for name in ("trainset.csv", "devset.csv", "testset_w_refs.csv")
-    )
-    groups = finetune_e2e.grouped(test)[:: max(1, len(test) // 10 // g.inputs)][: g.inputs]
-    shuffled = np.random.default_rng(0).permutation(len(pairs))[:4000]
-    some = pack([completion(tokenizer, *pairs[i]) for i in shuffled], g.length)
-    task = PackedTexts(
-        "e2e", some, pack([completion(tokenizer, *p) for p in dev[: g.validation]], g.length)
-    )
+    task = e2e(g.data, smollm2()[1], g.length, g.validation)
+    test = e2e_data.read(g.data, "testset_w_refs.csv")
+    groups = e2e_data.grouped(test)[:: max(1, len(test) // 10 // g.inputs)][: g.inputs]
     chosen = chosen_step(g, task)
     print(f"chosen: {chosen}")
 
-    ways = {"standard": Way(Euler(), Checkpoint(), answers=True)}
-    ways["BDIA, γ chosen"] = Way(chosen, answers=True)
-    for magnitude in GAMMAS:
-        for signs in gamma.FAIR:
-            step = BDIA(magnitude, signs)
-            if step != chosen:
-                answers = step == BDIA()
-                ways[f"BDIA, γ = 1/{round(1 / magnitude)}, {signs}"] = Way(step, answers=answers)
-    for bits in (8, 4, 3):
-        ways[f"checkpoints of {bits} bits"] = Way(Euler(), Checkpoint(bits))
-    ways["standard, LoRA"] = Way(Euler(), Checkpoint(), lora=8)
-    ways["BDIA, γ chosen, LoRA"] = Way(chosen, lora=8)
+    several = {"standard": Way(Euler(), Checkpoint()), "BDIA, γ chosen": Way(chosen)}
+    ways = {
+        f"BDIA, γ = 1/{round(1 / magnitude)}, {signs}": Way(BDIA(magnitude, signs))
+        for magnitude, signs in itertools.product(GAMMAS, gamma.FAIR)
+        if BDIA(magnitude, signs) != chosen
+    }
+    ways |= {f"checkpoints of {bits} bits": Way(Euler(), Checkpoint(bits)) for bits in (8, 4, 3)}
+    ways |= {
+        f"{name}, LoRA": dataclasses.replace(w, lora=("q", "v")) for name, w in several.items()
+    }
+    about = {"inputs": g.inputs, "new tokens": g.new_tokens}
+    about |= {"validation": g.validation, "length": g.length}
     runs = [
-        run_of(g, name, way, seed, task, groups)
-        for name, way in ways.items()
-        for seed in range(g.seeds if way.answers and way.step != BDIA() else 1)
+        run_of(
+            name,
+            way,
+            seed,
+            task,
+            g.train,
+            about,
+            {"way": name, "seed": seed},
+            functools.partial(answered, g, groups) if name in ANSWERED else None,
+        )
+        for name, way in (several | ways).items()
+        for seed in range(g.seeds if name in several else 1)
     ]
-
-    def write(found: dict[str, dict[str, Any]]) -> None:
-        rows, missing = [*found.values()], len(runs) - len(found)
-        note = f"{missing} of {len(runs)} runs are missing." if missing else None
-        records.write("gamma-finetuning", rows, TRAINS, settings=g, out=g.out, note=note)
-
-    write(run_all(runs, g.work, TRAINS, told, so_far=write))
+    run_and_write("gamma-finetuning", runs, g.work, TRAINS, told, settings=g)
 
 
 def chosen_step(g: Gamma, task: PackedTexts) -> BDIA:
@@ -301,63 +256,15 @@ def chosen_step(g: Gamma, task: PackedTexts) -> BDIA:
     return BDIA(*json.loads(path.read_text()))
 
 
-def run_of(g: Gamma, name: str, way: Way, seed: int, task: PackedTexts, groups) -> Run:
-    """A model fine-tuned in one way from one seed."""
-
-    def trained(place: pathlib.Path) -> dict[str, Any]:
-        model, tokenizer = smollm2()
-        if way.lora:
-            add_lora(model, way.lora, rngs=nnx.Rngs(seed))
-        way.install(model)
-        settings = dataclasses.replace(g.train, seed=seed)
-        if way.lora:
-            settings = dataclasses.replace(settings, learning_rate=1e-3)
-        result = train(model, task, settings, place / "run", resume=True, progress=False)
-        record = {
-            "way": name,
-            "seed": seed,
-            "loss": result.last("eval", "loss"),
-            "accuracy": result.last("eval", "accuracy"),
-            "training loss": result.last("train", "loss"),
-            "mismatched": sum(r.get("mismatched", 0) for r in result.history),
-            "seconds per step": result.seconds_per_step,
-        }
-        if way.answers:
-            texts = answers(g, model, tokenizer, [prompt for prompt, _ in groups])
-            record |= e2e_metrics.score(texts, [references for _, references in groups])
-            record["texts"] = texts[:3]
-        return record
-
-    settings = plain(g) | {"way": f"{way.step} {way.adjoint} lora {way.lora}", "seed": seed}
-    for irrelevant in ("parts", "work", "out", "seeds", "rows", "text", "workers"):
-        del settings[irrelevant]
-    slug = "".join(c if c.isalnum() else "-" for c in name)
-    return Run(f"{slug}-seed{seed}", settings, trained)
-
-
-def told(record: dict[str, Any]) -> str:
-    """A line about a run."""
-    if record["error"]:
-        return record["error"]
-    return f"loss {record['loss']:.4f}, accuracy {record['accuracy']:.2%}"
-
-
-def answers(g: Gamma, model: Decoder, tokenizer: Tokenizer, prompts: list[str]) -> list[str]:
-    """What the model says to each prompt, greedily."""
+def answered(g: Gamma, groups: Any, model: Decoder, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Scores of what the model says to each prompt, greedily; and its first texts."""
     model.eval()
-    asked = [tokenizer.prompt_tokens(prompt) for prompt in prompts]
-    texts = []
+    asked, texts = [tokenizer.prompt_tokens(prompt) for prompt, _ in groups], []
     for start in range(0, len(asked), 25):
         some = generate(model, asked[start : start + 25], g.new_tokens, end=tokenizer.end)
         texts += [" ".join(tokenizer.decode(tokens).split()) for tokens in some]
-    return texts
-
-
-def smollm2(**settings: Any) -> tuple[Decoder, Tokenizer]:
-    """The model, for BDIA, in float32; and its tokenizer."""
-    path = interop.packaged_model()
-    model = interop.load(path, **({"method": "bdia", "dtype": "float32"} | settings))
-    return model, Tokenizer(*interop.gguf.load_tokenizer(path))
+    scores = e2e_metrics.score(texts, [references for _, references in groups])
+    return scores | {"texts": texts[:3]}
 
 
 def text_task(g: Gamma, tokenizer: Tokenizer) -> LanguageModelling:
@@ -383,6 +290,15 @@ def cosine(a: Any, b: Any) -> float:
 
     return dot(a, b) / (dot(a, a) * dot(b, b)) ** 0.5
 
+
+PARTS: dict[str, Callable[[Gamma], None]] = {
+    "perturbation": perturbation,
+    "exactness": exactness,
+    "gradients": gradients,
+    "cotangents": cotangents,
+    "finetuning": finetuning,
+}
+Part = Literal[tuple(PARTS)]
 
 if __name__ == "__main__":
     command.run(main, Gamma, __doc__, told=logging.WARNING)

@@ -39,7 +39,7 @@ from bdia_jax.nn import Decoder, DecoderConfig
 from bdia_jax.steps import Signs
 from bdia_jax.train import LanguageModelling, TrainSettings
 from measure import curves, records, sources
-from measure.runs import Run, dial, plain, run_all, training
+from measure.runs import Run, dial, run_and_write, training
 
 DEPENDS = (
     *sources.CORE,
@@ -119,26 +119,14 @@ def main(s: SmallData) -> str:
     """Runs what is missing; the table."""
     data, tokenizer = load(s)
     task = LanguageModelling(data, s.model.max_length)
-    configs = networks(s, tokenizer.size)
-    runs = {
-        (name, seed): run_of(s, task, tokenizer, name, config, seed)
+    runs = [
+        run_of(s, task, tokenizer, name, config, seed)
         for seed in range(s.seeds)
-        for name, config in configs.items()
-    }
-
-    def write(found: dict[str, dict[str, Any]]) -> tuple[list[dict[str, Any]], pathlib.Path]:
-        rows = [
-            curves.named(name, configs[name]) | {"seed": seed} | found[run.name]
-            for (name, seed), run in runs.items()
-            if run.name in found
-        ]
-        missing = len(runs) - len(rows)
-        note = f"{missing} of {len(runs)} runs are missing." if missing else None
-        name = f"small-text-{s.name}"
-        return rows, records.write(name, rows, DEPENDS, settings=s, out=s.out, note=note)
-
-    found = run_all(runs.values(), s.work / s.name, DEPENDS, curves.told, so_far=write)
-    rows, path = write(found)
+        for name, config in networks(s, tokenizer.size).items()
+    ]
+    rows, path = run_and_write(
+        f"small-text-{s.name}", runs, s.work / s.name, DEPENDS, curves.told, settings=s
+    )
     text = curves.table(rows)
     print(f"\n{text}\n\nSee {path}")
     return text
@@ -187,8 +175,9 @@ def run_of(
         lambda: Decoder(config, rngs=nnx.Rngs(seed)),
         task,
         dataclasses.replace(s.train, seed=seed),
-        {"model": plain(config), "vocabulary": s.vocabulary, "save": s.save},
+        {"model": records.plain(config), "vocabulary": s.vocabulary, "save": s.save},
         save,
+        curves.named(name, config) | {"seed": seed},
     )
 
 

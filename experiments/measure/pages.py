@@ -11,12 +11,13 @@ or a view of one (:data:`VIEWS`). Under a result of code that has changed since,
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -29,6 +30,7 @@ from measure import (
     curves,
     exactness,
     finetune_e2e,
+    gamma,
     long_texts,
     odd_files,
     records,
@@ -41,131 +43,6 @@ from measure import (
 Rows = list[dict[str, Any]]
 MARKED = re.compile(r"(<!-- results: ([\w.-]+) -->\n)(.*?)(<!-- end results -->)", re.DOTALL)
 MISSING = "*Not measured yet.*"
-
-TABLES: dict[str, Callable[[Rows], str]] = cost_tables.TABLES | {
-    "exactness": exactness.table,
-    "reliability": reliability.table,
-    "odd-files": odd_files.table,
-    "same-kernels": same_kernels.table,
-    "long-texts": long_texts.table,
-    "torch": against_torch.table,
-    "few-bits-base": lambda rows: means([row | {"way": of_base(row)} for row in rows], "way"),
-    "few-bits-checkpoints": lambda rows: means(rows, "way"),
-    "vision": vision_tables.all_tables,
-    "small-text": curves.table,
-    "translation": curves.table,
-    "chats": chat_tables.table,
-    "e2e": finetune_e2e.table,
-    "gamma-perturbation": lambda rows: pivot(rows, ("steps", "gamma"), "signs", rise),
-    "gamma-exactness": lambda rows: pivot(rows, ("dtype", "steps", "gamma"), "signs", mismatches),
-    "gamma-gradients": lambda rows: cosines(rows),
-    "gamma-cotangents": lambda rows: cosines_by_gamma(rows),
-    "gamma-finetuning": lambda rows: means(rows, "way"),
-}
-"""By the beginning of a result's name; of any other, rows are shown as they are."""
-
-
-@dataclasses.dataclass(frozen=True)
-class View:
-    """Some of a result."""
-
-    result: str
-    where: dict[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
-    """Values of a row's fields that are shown."""
-    columns: tuple[str, ...] = ()
-    """Of the table; all by default."""
-    draw: Callable[[Rows, pathlib.Path], None] | None = None
-    """A picture instead."""
-    table: Callable[[Rows], str] | None = None
-    """Another table than the result's."""
-
-    def rows(self, path: pathlib.Path) -> Rows:
-        """Those of a result that are shown."""
-        allowed = self.where.items()
-        rows = records.read(path).rows
-        return [row for row in rows if all(row.get(name) in some for name, some in allowed)]
-
-
-MAIN_WAYS = ("standard", "checkpointed", "RevNet", "BDIA", "BDIA, parts")
-VIEWS: dict[str, View] = {
-    "readme-figure": View("activations-vit-depth", {"way": MAIN_WAYS}, draw=cost_tables.draw),
-    "readme-case": View("activations-vit-depth", {"way": MAIN_WAYS}),
-    "readme-finetuning": View(
-        "gamma-finetuning",
-        {"way": ("standard", "BDIA, γ chosen", "BDIA, γ = 1/2, block")},
-        ("loss", "BLEU"),
-    ),
-    "gamma-finetuning": View("gamma-finetuning", columns=("loss", "accuracy", "training loss")),
-    "few-bits-base": View("few-bits-base", columns=("loss", "accuracy")),
-    "few-bits-checkpoints": View(
-        "few-bits-checkpoints", columns=("loss", "accuracy", "training loss")
-    ),
-    "gamma-answers": View(
-        "gamma-finetuning",
-        {
-            "way": ("standard", "BDIA, γ chosen", "BDIA, γ = 1/2, block"),
-        },
-        ("BLEU", "NIST", "METEOR", "ROUGE-L", "CIDEr"),
-    ),
-    **{
-        f"gamma-from-scratch-{name}": View(result, table=curves.dial)
-        for name, result in {
-            "text": "small-text-tinyshakespeare",
-            "little-text": "small-text-tinyshakespeare-0.05",
-            "translation": "translation-fra-eng",
-        }.items()
-    },
-    **{
-        f"vision-{table}": View("vision-reduced-cifar10", {"table": (table,)})
-        for table in (
-            "signs",
-            "baselines",
-            "dropout",
-            "depth",
-            "gamma",
-            "linformer",
-            "quantization",
-        )
-    },
-    "exactness-by-block": View("exactness", table=lambda rows: exactness_by_block(rows)),
-    "chats-answers": View("chats", table=chat_tables.answers_table),
-    "vision-capacity": View("vision-reduced-cifar10", {"table": ("capacity",)}),
-    "small-text-drawn": View("small-text-tinyshakespeare-0.05", draw=curves.draw),
-    "translation-drawn": View("translation-fra-eng", draw=curves.draw),
-}
-
-
-def render(name: str, page: pathlib.Path, folder: pathlib.Path = records.COMMITTED) -> str:
-    """What a page shows under a name."""
-    view = VIEWS.get(name, View(name))
-    parts = []
-    for path in found(view.result, folder):
-        if view.draw is not None:
-            place = pathlib.Path(os.path.relpath(picture(name, path), page.parent)).as_posix()
-            # What made it stands under the table of the same result.
-            parts.append(f"![{name.replace('-', ' ')}]({place})")
-        else:
-            table = view.table or table_of(view.result)
-            parts.append(columns_of(table(view.rows(path)), view.columns))
-            parts.append(caption(records.read(path).about))
-    return "\n\n".join(parts) if parts else MISSING
-
-
-def picture(name: str, path: pathlib.Path) -> pathlib.Path:
-    """Of a view, of a result's file."""
-    return path.with_name(f"{name}-{path.stem}.png")
-
-
-def found(result: str, folder: pathlib.Path) -> list[pathlib.Path]:
-    """The files of a result, one per device."""
-    paths = sorted(folder.glob(f"{result}-*.jsonl"))
-    return [path for path in paths if records.read(path).about["result"] == result]
-
-
-def table_of(result: str) -> Callable[[Rows], str]:
-    """The function that makes its table."""
-    names = [name for name in TABLES if result == name or result.startswith(f"{name}-")]
-    return TABLES[max(names, key=len)] if names else records.as_they_are
 
 
 def pivot(
@@ -216,11 +93,11 @@ def exactness_by_block(rows: Rows) -> str:
     return records.markdown(["block", "cases", *exactness.COUNTS], lines)
 
 
-def means(rows: Rows, by: str) -> str:
-    """Means over seeds of all numbers, and their standard deviations."""
-    hidden = {by, "seed", "seconds", "mismatched"}
-    numbers = {n for row in rows for n, v in row.items() if isinstance(v, float)} - hidden
-    names = [name for name in dict.fromkeys(n for row in rows for n in row) if name in numbers]
+def means(rows: Rows, by: str = "way", names: Iterable[str] | None = None) -> str:
+    """Means over seeds of some numbers, by default of all, and their standard deviations."""
+    if names is None:
+        told = [name for row in rows for name, value in row.items() if isinstance(value, float)]
+        names = [n for n in dict.fromkeys(told) if n not in (by, "seed", "seconds", "mismatched")]
     lines = []
     for value in dict.fromkeys(row[by] for row in rows):
         some = [row for row in rows if row[by] == value]
@@ -229,20 +106,138 @@ def means(rows: Rows, by: str) -> str:
     return records.markdown([by, *names], lines)
 
 
-def of_base(row: dict[str, Any]) -> str:
-    """A way to train, on what base."""
-    return f"{row['base']}, {row['way']}"
+def means_by_base(rows: Rows, names: Iterable[str] | None = None) -> str:
+    """The same, by a way to train and what base it is on."""
+    return means([row | {"way": f"{row['base']}, {row['way']}"} for row in rows], names=names)
 
 
-def columns_of(table: str, columns: tuple[str, ...]) -> str:
-    """Some columns of a Markdown table, its first one included."""
-    if not columns:
-        return table
-    cells = (re.split(r"(?<!\\)\|", line)[1:-1] for line in table.splitlines())
-    lines = [[c.strip() for c in line] for line in cells]
-    kept = [0, *(lines[0].index(name) for name in columns)]
-    header, _, *rest = [[line[i] for i in kept] for line in lines]
-    return records.markdown(header, rest)
+losses = functools.partial(means, names=("loss", "accuracy", "training loss"))
+
+
+TABLES: dict[str, Callable[[Rows], str]] = cost_tables.TABLES | {
+    "exactness": exactness.table,
+    "reliability": reliability.table,
+    "odd-files": odd_files.table,
+    "same-kernels": same_kernels.table,
+    "long-texts": long_texts.table,
+    "torch": against_torch.table,
+    "few-bits-base": means_by_base,
+    "few-bits-checkpoints": means,
+    "vision": vision_tables.all_tables,
+    "small-text": curves.table,
+    "translation": curves.table,
+    "chats": chat_tables.table,
+    "e2e": finetune_e2e.table,
+    "gamma-perturbation": functools.partial(
+        pivot, index=("steps", "gamma"), column="signs", cell=rise
+    ),
+    "gamma-exactness": functools.partial(
+        pivot, index=("dtype", "steps", "gamma"), column="signs", cell=mismatches
+    ),
+    "gamma-gradients": cosines,
+    "gamma-cotangents": cosines_by_gamma,
+    "gamma-finetuning": means,
+}
+"""By the beginning of a result's name; of any other, rows are shown as they are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """Some of a result."""
+
+    result: str
+    where: dict[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    """Values of a row's fields that are shown."""
+    draw: Callable[[Rows, pathlib.Path], None] | None = None
+    """A picture instead."""
+    table: Callable[[Rows], str] | None = None
+    """Another table than the result's."""
+
+    def rows(self, path: pathlib.Path) -> Rows:
+        """Those of a result that are shown."""
+        allowed = self.where.items()
+        rows = records.read(path).rows
+        return [row for row in rows if all(row.get(name) in some for name, some in allowed)]
+
+
+MAIN_WAYS = ("standard", "checkpointed", "RevNet", "BDIA", "BDIA, parts")
+VIEWS: dict[str, View] = {
+    "readme-figure": View("activations-vit-depth", {"way": MAIN_WAYS}, draw=cost_tables.draw),
+    "readme-case": View("activations-vit-depth", {"way": MAIN_WAYS}),
+    "readme-finetuning": View(
+        "gamma-finetuning",
+        {"way": gamma.ANSWERED},
+        table=functools.partial(means, names=("loss", "BLEU")),
+    ),
+    "gamma-finetuning": View("gamma-finetuning", table=losses),
+    "few-bits-base": View(
+        "few-bits-base", table=functools.partial(means_by_base, names=("loss", "accuracy"))
+    ),
+    "few-bits-checkpoints": View("few-bits-checkpoints", table=losses),
+    "gamma-answers": View(
+        "gamma-finetuning",
+        {"way": gamma.ANSWERED},
+        table=functools.partial(means, names=("BLEU", "NIST", "METEOR", "ROUGE-L", "CIDEr")),
+    ),
+    **{
+        f"gamma-from-scratch-{name}": View(result, table=curves.dial)
+        for name, result in {
+            "text": "small-text-tinyshakespeare",
+            "little-text": "small-text-tinyshakespeare-0.05",
+            "translation": "translation-fra-eng",
+        }.items()
+    },
+    **{
+        f"vision-{table}": View("vision-reduced-cifar10", {"table": (table,)})
+        for table in (
+            "signs",
+            "baselines",
+            "dropout",
+            "depth",
+            "gamma",
+            "linformer",
+            "quantization",
+        )
+    },
+    "exactness-by-block": View("exactness", table=exactness_by_block),
+    "chats-answers": View("chats", table=chat_tables.answers_table),
+    "vision-capacity": View("vision-reduced-cifar10", {"table": ("capacity",)}),
+    "small-text-drawn": View("small-text-tinyshakespeare-0.05", draw=curves.draw),
+    "translation-drawn": View("translation-fra-eng", draw=curves.draw),
+}
+
+
+def render(name: str, page: pathlib.Path, folder: pathlib.Path = records.COMMITTED) -> str:
+    """What a page shows under a name."""
+    view = VIEWS.get(name, View(name))
+    parts = []
+    for path in found(view.result, folder):
+        if view.draw is not None:
+            place = pathlib.Path(os.path.relpath(picture(name, path), page.parent)).as_posix()
+            # What made it stands under the table of the same result.
+            parts.append(f"![{name.replace('-', ' ')}]({place})")
+        else:
+            table = view.table or table_of(view.result)
+            parts.append(table(view.rows(path)))
+            parts.append(caption(records.read(path).about))
+    return "\n\n".join(parts) if parts else MISSING
+
+
+def picture(name: str, path: pathlib.Path) -> pathlib.Path:
+    """Of a view, of a result's file."""
+    return path.with_name(f"{name}-{path.stem}.png")
+
+
+def found(result: str, folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files of a result, one per device."""
+    paths = sorted(folder.glob(f"{result}-*.jsonl"))
+    return [path for path in paths if records.read(path).about["result"] == result]
+
+
+def table_of(result: str) -> Callable[[Rows], str]:
+    """The function that makes its table."""
+    names = [name for name in TABLES if result == name or result.startswith(f"{name}-")]
+    return TABLES[max(names, key=len)] if names else records.as_they_are
 
 
 def caption(about: dict[str, Any]) -> str:

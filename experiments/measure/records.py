@@ -22,6 +22,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from bdia_jax import files
 from measure import sources
@@ -68,7 +69,7 @@ def write(
     if note is not None:
         about["note"] = note
     if settings is not None:
-        about["settings"] = described(settings)
+        about["settings"] = plain(settings, "out", "work")
     about["seconds"] = round(time.monotonic() - STARTED)
     path = path_of(name, out, device)
     files.write_text(path, "".join(json.dumps(line) + "\n" for line in [about, *rows]))
@@ -119,11 +120,15 @@ def command() -> str:
     return shlex.join(["python", *map(told, [str(script), *sys.argv[1:]])])
 
 
-def described(settings: Any) -> dict[str, Any]:
-    """Settings as they come back from JSON; of files, their names."""
-    asked = dataclasses.asdict(settings)
-    asked = {name: value for name, value in asked.items() if name not in ("out", "work")}
-    return json.loads(json.dumps(asked, default=lambda path: path.name))
+def plain(value: Any, *without: str) -> Any:
+    """A dataclass, or what holds some, as it comes back from JSON; of files, their names.
+
+    ``without`` some of its fields.
+    """
+    given = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+    if without:
+        given = {name: inner for name, inner in given.items() if name not in without}
+    return json.loads(json.dumps(given, default=lambda path: getattr(path, "name", str(path))))
 
 
 def markdown(header: list[str], lines: list[list[str]]) -> str:
@@ -149,9 +154,5 @@ def as_they_are(rows: list[dict[str, Any]]) -> str:
 
 def spread(values: list[float], digits: int = 3) -> str:
     """Mean ± standard deviation over seeds."""
-    mean = sum(values) / len(values)
-    text = f"{mean:.{digits}f}"
-    if len(values) > 1:
-        deviation = (sum((v - mean) ** 2 for v in values) / (len(values) - 1)) ** 0.5
-        text += f" ± {deviation:.{digits}f}"
-    return text
+    text = f"{np.mean(values):.{digits}f}"
+    return text + (f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else "")

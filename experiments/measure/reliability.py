@@ -31,46 +31,27 @@ from measure import odd_files, records, sources
 from measure.blocks import PARTS as BLOCKS
 from measure.blocks import make_block, stacked_params
 
-Part = Literal[
-    "tolerance",
-    "blocks",
-    "precision",
-    "settings",
-    "sharding",
-    "processes",
-    "guard",
-    "faults",
-    "bad-input",
-    "files",
-]
-
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
     """A part of the test-suite that answers for a row of the table."""
 
     title: str
-    files: tuple[str, ...]
+    files: tuple[str, ...] = ()
+    """None of what this script measures itself, on the device at hand."""
     keyword: str | None = None
     """Of those files, the tests that pytest's -k picks."""
     environment: tuple[tuple[str, str], ...] = ()
 
 
-@dataclasses.dataclass(frozen=True)
-class Audits:
-    """A row of the table that this script measures itself, on the device at hand."""
-
-    title: str
-
-
-PARTS: dict[Part, Suite | Audits] = {
+PARTS: dict[str, Suite] = {
     "tolerance": Suite(
         "Tolerance bits: noise under, at and over the bound; proofs",
         ("test_maps.py", "test_proofs.py", "test_guard.py"),
         "noise or tolerance or deviation or rule or out_of_reach",
     ),
-    "blocks": Audits("Audits of block types, by type of number and tolerance bits"),
-    "precision": Audits("Audits by type of number and matrix-multiply precision"),
+    "blocks": Suite("Audits of block types, by type of number and tolerance bits"),
+    "precision": Suite("Audits by type of number and matrix-multiply precision"),
     "settings": Suite(
         "Gradients are those of the forward pass: blocks, types, options in pairs",
         ("test_exactness.py", "test_reversible.py", "test_adjoints.py", "test_parts.py"),
@@ -87,13 +68,14 @@ PARTS: dict[Part, Suite | Audits] = {
         ("test_faults.py",),
         environment=(("BDIA_JAX_KILLS", "20"),),
     ),
-    "files": Audits("Files and folders that differ from what is expected: read right, or refused"),
+    "files": Suite("Files and folders that differ from what is expected: read right, or refused"),
     "bad-input": Suite(
         "Bad input: a sensible error that says what is allowed",
         ("test_bad_input.py", "test_docs.py"),
         "bad_input or command_line",
     ),
 }
+Part = Literal[tuple(PARTS)]
 
 DEPENDS = (
     *sources.CORE,
@@ -101,9 +83,7 @@ DEPENDS = (
     "experiments/measure/reliability.py",
     "experiments/measure/blocks.py",
     *odd_files.DEPENDS,
-    *dict.fromkeys(
-        f"tests/{file}" for part in PARTS.values() if isinstance(part, Suite) for file in part.files
-    ),
+    *dict.fromkeys(f"tests/{file}" for suite in PARTS.values() for file in suite.files),
 )
 
 
@@ -133,13 +113,13 @@ def main(r: Reliability) -> str:
     if path.exists() and (before := records.read(path)).about["code"] == sources.digest(DEPENDS):
         rows = {row["part"]: row for row in before.rows}
     for part in tqdm(r.only or PARTS, desc="parts"):
-        started, spec = time.monotonic(), PARTS[part]
-        if isinstance(spec, Suite):
-            found = run_suite(spec, r.jobs)
+        started, suite = time.monotonic(), PARTS[part]
+        if suite.files:
+            found = run_suite(suite, r.jobs)
         else:
             found = odd_files.counted(r.out) if part == "files" else audits(part, r)
         seconds = round(time.monotonic() - started, 1)
-        rows[part] = {"part": part, "title": spec.title, "seconds": seconds} | found
+        rows[part] = {"part": part, "title": suite.title, "seconds": seconds} | found
         some = [rows[part] for part in PARTS if part in rows]
         records.write("reliability", some, DEPENDS, settings=r, out=r.out)
     text = table(some)
@@ -163,21 +143,11 @@ def run_suite(suite: Suite, jobs: int) -> dict[str, Any]:
         return {"tried": 0, "passed": 0, "notes": [f"not there: {', '.join(missing)}"]}
     with tempfile.TemporaryDirectory() as folder:
         report = pathlib.Path(folder) / "junit.xml"
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-q",
-            f"--junit-xml={report}",
-            "-o",
-            "junit_family=xunit1",
-            "-p",
-            "no:cacheprovider",
-        ]
-        command += ["-n", str(jobs)] if jobs > 1 else []
-        command += ["-k", suite.keyword] if suite.keyword else []
+        options = "-q -o junit_family=xunit1 -p no:cacheprovider" + f" -n {jobs}" * (jobs > 1)
+        only = ["-k", suite.keyword] if suite.keyword else []
+        words = [*options.split(), f"--junit-xml={report}", *only, *map(str, files)]
         ran = subprocess.run(
-            [*command, *map(str, files)],
+            [sys.executable, "-m", "pytest", *words],
             cwd=sources.ROOT,
             capture_output=True,
             text=True,

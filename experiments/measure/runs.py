@@ -37,6 +37,8 @@ class Run:
     """All that decides what comes out, of JSON's types."""
     train: Callable[[pathlib.Path], dict[str, Any]]
     """Trains in a folder, or goes on there; returns the record."""
+    row: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What its row says of it, besides the record."""
 
 
 def training(
@@ -46,6 +48,7 @@ def training(
     settings: TrainSettings,
     about: dict[str, Any],
     score: Callable[[Any, pathlib.Path], dict[str, Any]] = lambda model, folder: {},
+    row: dict[str, Any] | None = None,
 ) -> Run:
     """A run of the training loop.
 
@@ -55,6 +58,7 @@ def training(
       task, settings: as in :func:`bdia_jax.train.train`.
       about: of the network and the data; all that decides what comes out, but for the settings.
       score: what else to record, of the trained network and the folder of the run.
+      row: what its row says of it, besides the record.
     """
 
     def trained(folder: pathlib.Path) -> dict[str, Any]:
@@ -71,7 +75,43 @@ def training(
             "history": result.history,
         } | score(model, folder)
 
-    return Run(name, plain({"data": task.name, "about": about, "train": plain(settings)}), trained)
+    told = records.plain({"data": task.name, "about": about, "train": records.plain(settings)})
+    return Run(name, told, trained, row or {})
+
+
+def run_and_write(
+    name: str,
+    runs: Iterable[Run],
+    work: pathlib.Path,
+    depends: Iterable[str],
+    tell: Callable[[dict[str, Any]], str] = str,
+    *,
+    settings: Any,
+    first: Iterable[dict[str, Any]] = (),
+    note: str | None = None,
+) -> tuple[list[dict[str, Any]], pathlib.Path]:
+    """Trains what is missing, and writes a row of each run; the rows, and their file.
+
+    What there is so far is written after each run.
+
+    Args:
+      name: of the result.
+      runs, work, depends, tell: as in :func:`run_all`.
+      settings: of the command, with the folder ``out``.
+      first: rows above those of the runs.
+      note: what a page says under the table.
+    """
+    runs, depends, first = [*runs], [*depends], [*first]
+
+    def written(found: dict[str, dict[str, Any]]) -> tuple[list[dict[str, Any]], pathlib.Path]:
+        rows = [*first, *(run.row | found[run.name] for run in runs if run.name in found)]
+        missing = len(runs) - len(found)
+        lack = f"{missing} of {len(runs)} runs are missing." if missing else None
+        told = " ".join(filter(None, (lack, note))) or None
+        path = records.write(name, rows, depends, settings=settings, out=settings.out, note=told)
+        return rows, path
+
+    return written(run_all(runs, work, depends, tell, so_far=written))
 
 
 def run_all(
@@ -180,9 +220,3 @@ def dial(
             name = f"{method}, γ = {gamma:g}, signs: {kind}" if several else method
             found[name] = {"method": method, "gamma": gamma, "signs": kind}
     return found
-
-
-def plain(value: Any) -> Any:
-    """A dataclass, or what holds some, as it comes back from JSON; of files, their names."""
-    given = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
-    return json.loads(json.dumps(given, default=lambda path: getattr(path, "name", str(path))))

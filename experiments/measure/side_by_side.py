@@ -20,9 +20,12 @@ def in_processes(
     Args:
       function: of a module, or a ``functools.partial`` of one.
       items: what it is given. These and results go from process to process.
-      workers: processes at a time.
+      workers: processes at a time; one, if none is to be fresh, is this process.
       fresh: whether every item has a process of its own.
     """
+    if workers == 1 and not fresh:
+        yield from map(function, items)
+        return
     spawn, most = multiprocessing.get_context("spawn"), 1 if fresh else None
     with futures.ProcessPoolExecutor(workers, spawn, max_tasks_per_child=most) as pool:
         yield from pool.map(function, items)

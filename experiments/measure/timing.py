@@ -13,6 +13,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
+
+from bdia_jax.train import Task, TrainSettings
+from bdia_jax.train.programs import Programs
+from bdia_jax.train.step import State
 
 
 def in_turns(
@@ -44,6 +49,27 @@ def _seconds(run: Callable[[], Any], repeats: int) -> float:
         out = run()
     jax.block_until_ready(out)
     return (time.perf_counter() - started) / repeats
+
+
+def step_of(
+    make: Callable[[], nnx.Module], task: Task, settings: TrainSettings, states: dict[Any, State]
+) -> tuple[Programs, Callable[[], Any]]:
+    """The programs of a training step; and a function that takes one.
+
+    Ways whose states are alike go on from each other's, in ``states``: a device has room for one.
+    """
+    programs = Programs(make(), task, settings)
+    alike = jax.tree.structure(programs.abstract_state())
+
+    def step():
+        # Where it was compiled for, or it would be compiled again.
+        state = states.pop(alike, None) or jax.device_put(
+            programs.first_state(make()), jax.devices()[0]
+        )
+        states[alike], report = programs.step(state)
+        return report
+
+    return programs, step
 
 
 def summary(samples: dict[str, list[float]], bases: tuple[str, ...]) -> dict[str, dict[str, Any]]:
