@@ -19,8 +19,8 @@ from jaxtyping import Array, Bool, Float, Int32
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 MIN_FRAC_BITS, MAX_FRAC_BITS = -16, 24
 
-# A sample whose state leaves (-LIMIT, LIMIT) is reported as NaN. Half of the int32 range, less
-# one bit, so that no sum in the BDIA update can wrap around unnoticed.
+# A sample whose state leaves (-LIMIT, LIMIT) is reported as NaN: the sum of two such numbers does
+# not leave int32, so that none in the BDIA update wraps around unnoticed.
 LIMIT = 2**30
 
 

@@ -34,9 +34,10 @@ CORE = tuple(
 )
 """What a scan computes, forward and backward."""
 AUDIT = ("bdia_jax/check.py",)
-COUPLED = ("bdia_jax/coupling.py",)
+COUPLED = ("bdia_jax/coupling.py", "bdia_jax/nn/coupled.py")
 LAYERS = (
-    *(f"bdia_jax/nn/{n}.py" for n in ("stack", "pure", "blocks", "dropout", "chunks", "configs")),
+    *(f"bdia_jax/nn/{n}.py" for n in ("stacked", "stack", "updates", "pure", "blocks", "dropout")),
+    *(f"bdia_jax/nn/{n}.py" for n in ("chunks", "configs")),
     *(f"bdia_jax/nn/{n}.py" for n in ("settings", "decoder_config", "positions", "rotary_scaling")),
     *("bdia_jax/nn/linear.py", "bdia_jax/nn/attention/*.py"),
 )
