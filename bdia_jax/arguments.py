@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import eval_jaxpr
-from jaxtyping import Array, ArrayLike, Float, Int32, Key, PyTree
+from jaxtyping import Array, ArrayLike, Bool, Float, Int32, Key, PyTree
 
 from bdia_jax import grid
 from bdia_jax.adjoints import Adjoint, BackwardReport, Checkpoint, Direct, Online, Update
@@ -25,6 +25,7 @@ from bdia_jax.checks import (
     is_none,
 )
 from bdia_jax.memories import Memory
+from bdia_jax.states import everywhere
 from bdia_jax.steps import Step
 
 Block = Callable[..., Array]
@@ -97,6 +98,14 @@ class Inputs(NamedTuple):
     probe: BackwardReport
     update_params: Leaves | None = None
     update_state: PyTree[Array] = None
+
+
+def starts_in_range(scan: Scan, inputs: Inputs) -> Bool[Array, "batch"]:
+    """Per sample, whether the grid holds the state that the scan is given."""
+    fits = everywhere(grid.on_grid(inputs.x, scan.step.grid_bits))
+    if scan.start:
+        fits &= everywhere(grid.on_grid(inputs.x_prev, scan.step.grid_bits))
+    return fits
 
 
 def prepare(

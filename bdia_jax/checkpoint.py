@@ -44,11 +44,7 @@ GROUP = 64
 
 def checkpointed(scan: Scan) -> Callable[[Inputs], tuple[Array, Array]]:
     """The scan as a function whose derivative computes each block again from its kept input."""
-    return with_derivative(
-        lambda inputs: up(scan, inputs, None)[0],
-        lambda inputs, wanted: up(scan, inputs, wanted),
-        lambda saved, cotangents: down(scan, saved, cotangents),
-    )
+    return with_derivative(scan, up, down)
 
 
 class Saved(NamedTuple):

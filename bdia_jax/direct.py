@@ -14,8 +14,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32
 
 from bdia_jax import grid
-from bdia_jax.arguments import Inputs, Scan
-from bdia_jax.online import starts_in_range
+from bdia_jax.arguments import Inputs, Scan, starts_in_range
 from bdia_jax.pinning import barrier
 from bdia_jax.states import everywhere, in_range, nan_unless
 

@@ -130,22 +130,27 @@ def _twice(primals, tangents):
 ad.primitive_jvps[_once_p] = _twice
 
 
-def with_derivative(primal, forward, backward) -> Callable[[Inputs], tuple[Array, Array]]:
-    """``primal`` as a function that is differentiated by the other two, once, in reverse mode.
+def with_derivative(
+    scan: Scan, up: Callable, down: Callable
+) -> Callable[[Inputs], tuple[Array, Array]]:
+    """A scan as a function that is differentiated by its two passes, once, in reverse mode.
 
-    ``forward`` is given, beside the inputs, those of their leaves that a gradient is asked for.
+    Args:
+      scan: what is static.
+      up: ``up(scan, inputs, wanted)``: the output, and what is saved for the way back. ``wanted``
+        says of which inputs a gradient is asked for; None where there is no way back.
+      down: ``down(scan, saved, cotangents)``: the cotangents of the inputs.
     """
-    run = jax.custom_vjp(primal)
+    run = jax.custom_vjp(lambda inputs: up(scan, inputs, None)[0])
 
-    def forward_rule(primals):
+    def forward(primals):
         inputs, wanted = perturbed(primals)
-        return forward(once(inputs), wanted)
+        return up(scan, once(inputs), wanted)
 
-    run.defvjp(
-        forward_rule,
-        lambda saved, cotangents: (backward(saved, cotangents),),
-        symbolic_zeros=True,
-    )
+    def backward(saved, cotangents):
+        return (down(scan, saved, cotangents),)
+
+    run.defvjp(forward, backward, symbolic_zeros=True)
     return run
 
 

@@ -35,7 +35,7 @@ from jaxtyping import Array, Bool, Float, Int32, Key, PyTree, UInt, UInt32
 
 from bdia_jax import grid
 from bdia_jax.adjoints import BackwardReport
-from bdia_jax.arguments import Inputs, Scan
+from bdia_jax.arguments import Inputs, Scan, starts_in_range
 from bdia_jax.gradients import (
     Cotangents,
     Wanted,
@@ -56,11 +56,7 @@ from bdia_jax.steps import Down
 
 def online(scan: Scan) -> Callable[[Inputs], tuple[Array, Array]]:
     """The scan as a function whose derivative is online back-propagation."""
-    return with_derivative(
-        lambda inputs: up(scan, inputs, None)[0],
-        lambda inputs, wanted: up(scan, inputs, wanted),
-        lambda saved, cotangents: down(scan, saved, cotangents),
-    )
+    return with_derivative(scan, up, down)
 
 
 class Kept(NamedTuple):
@@ -252,11 +248,3 @@ def of_parts(reports: list[BackwardReport]) -> BackwardReport:
     """The report of a block, from those of its parts."""
     mismatched, corrected, deviation = map(jnp.stack, zip(*reports))
     return BackwardReport(mismatched.sum(), corrected.sum(), deviation.max())
-
-
-def starts_in_range(scan: Scan, inputs: Inputs) -> Bool[Array, "batch"]:
-    """Per sample, whether the grid holds the state that the scan is given."""
-    fits = everywhere(grid.on_grid(inputs.x, scan.step.grid_bits))
-    if scan.start:
-        fits &= everywhere(grid.on_grid(inputs.x_prev, scan.step.grid_bits))
-    return fits

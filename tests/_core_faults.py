@@ -243,8 +243,8 @@ _IN_THE_CORE = [
     Fault(
         "twice in silence",
         "gradients",
-        "return forward(once(inputs), wanted)",
-        "return forward(inputs, wanted)",
+        "return up(scan, once(inputs), wanted)",
+        "return up(scan, inputs, wanted)",
     ),
     Fault(
         "x and x_prev exchanged",

@@ -68,7 +68,7 @@ MEANINGS: dict[str, Meaning] = {
     "midpoint": Meaning(_midpoint, Online()),
     "midpoint-direct": Meaning(_midpoint, Direct()),
 }
-COUPLED: dict[str, Adjoint] = {"coupled": Online(), "coupled-direct": Direct()}
+COUPLED: dict[str, Online | Direct] = {"coupled": Online(), "coupled-direct": Direct()}
 """Methods of two streams (:class:`bdia_jax.nn.CoupledStack`), which have no step."""
 
 

@@ -9,13 +9,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from bdia_jax.adjoints import Direct, Online
 from bdia_jax.nn.attention import LinearAttention, SelfAttention
 from bdia_jax.nn.blocks import TransformerBlock
 from bdia_jax.nn.configs import ViTConfig
 from bdia_jax.nn.coupled import CoupledStack
 from bdia_jax.nn.dropout import Dropout
-from bdia_jax.nn.settings import DTYPES
+from bdia_jax.nn.settings import COUPLED, DTYPES
 from bdia_jax.nn.stack import ReversibleStack
 
 
@@ -39,7 +38,7 @@ class ViT(nnx.Module):
             self.blocks = CoupledStack(
                 make_block,
                 c.depth,
-                adjoint=Online() if c.adjoint() == Online() else Direct(),
+                adjoint=COUPLED[c.method],
                 dtype=dtype,
                 rngs=rngs,
             )
