@@ -12,6 +12,7 @@ from flax import nnx
 
 from bdia_jax.data import PackedPairs, pack_pairs
 from bdia_jax.nn import EncoderDecoder, EncoderDecoderConfig, Probe, beam_search, generate
+from bdia_jax.nn.attention.grouped import GroupedQueryAttention
 from bdia_jax.train import TrainSettings, Translation, step_memory
 
 SMALL = EncoderDecoderConfig(
@@ -233,3 +234,14 @@ def test_label_smoothing_is_for_training_only():
     assert losses[0] == losses[1]
     plain, smooth = (mean_loss(model, batch, label_smoothing=s) for s in (0.0, 0.3))
     assert plain != smooth
+
+
+def test_looking_up_is_a_call_whose_keys_and_values_are_known():
+    attention = GroupedQueryAttention(
+        16, 4, 2, 4, causal=False, scale=40.0, cap=1.5, rngs=nnx.Rngs(0)
+    )
+    x, memory = (jax.random.normal(jax.random.key(i), (2, n, 16)) for i, n in enumerate((3, 5)))
+    present = jnp.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+    expected = attention(20 * x, None, jnp.ones((2, 3), int), (20 * memory, present))
+    found = attention.look_up(20 * x, attention.keys_values(20 * memory), present)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
