@@ -718,6 +718,6 @@ def test_a_result_that_was_shown_to_be_the_same_is_not_stale(tmp_path, monkeypat
     path.write_text(json.dumps(about | {"code": "0" * 16, "again": again}) + "\n")
     assert pages.stale(tmp_path) == []
     assert (
-        "(in a short run, abcdefg gives the same 7 numbers, within a share of 2e-06)"
+        "(abcdefg: the same 7 numbers, to 2e-06, run short)"
         in pages.caption(records.read(path).about)
     )

@@ -248,11 +248,8 @@ def caption(about: dict[str, Any]) -> str:
     commit = "no commit" if about["commit"] is None else f"commit {about['commit'][:7]}"
     commit += "" if about["clean"] else ", changed"
     if again := about.get("again"):
-        commit += (
-            f" (in a short run, {again['commit'][:7]} gives the same {again['numbers']} numbers"
-            + (f", within a share of {again['within']:.0e}" if again["within"] else "")
-            + ")"
-        )
+        near = f", to {again['within']:.0e}" if again["within"] else ""
+        commit += f" ({again['commit'][:7]}: the same {again['numbers']} numbers{near}, run short)"
     if changed(about):
         commit += ", **since changed**"
     note = f"{about['note']} " if "note" in about else ""
