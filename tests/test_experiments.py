@@ -717,7 +717,6 @@ def test_a_result_that_was_shown_to_be_the_same_is_not_stale(tmp_path, monkeypat
     again = {"commit": "abcdefgh", "code": code, "numbers": 7, "within": 2e-6}
     path.write_text(json.dumps(about | {"code": "0" * 16, "again": again}) + "\n")
     assert pages.stale(tmp_path) == []
-    assert (
-        "(abcdefg: the same 7 numbers, to 2e-06, run short)"
-        in pages.caption(records.read(path).about)
+    assert "(abcdefg: the same 7 numbers, to 2e-06, run short)" in pages.caption(
+        records.read(path).about
     )

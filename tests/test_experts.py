@@ -70,6 +70,7 @@ def test_values_and_gradients(normalized, rows):
             assert (np.asarray(found[1][0]["gate"][...]) == 0).all(axis=(1, 2)).any()
 
 
+@pytest.mark.slow
 def test_second_derivatives():
     with jax.enable_x64(True):
         graph, params = nnx.split(made())

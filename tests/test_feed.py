@@ -55,6 +55,7 @@ def test_a_run_goes_on_where_it_was(whole, tmp_path):
     assert [line for line in found if line["split"] == "train" or not line["step"] % 4] == lines
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_with_the_same_batches(whole, tmp_path):
     given = json.dumps(OFTEN | {"files": str(whole[0])})
     command = [sys.executable, _toy.__file__, str(tmp_path / "run"), given]

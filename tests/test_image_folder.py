@@ -285,6 +285,7 @@ class Told(nnx.Module):
         return jnp.broadcast_to(self.logits[...], (len(images), len(self.logits)))
 
 
+@pytest.mark.slow
 def test_the_loss_is_shared_between_both_labels(photos):
     data = load_image_folder(photos, 8)
     how = Augmentation(mixup=0.5)

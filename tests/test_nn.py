@@ -114,6 +114,7 @@ def test_the_product_of_a_layer_has_the_derivatives_of_a_product(shape):
             np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_product_of_a_layer_in_forward_mode_twice_and_in_vmap():
     def results(f):
         def scalar(x, kernel):

@@ -146,6 +146,7 @@ def test_the_gradient_of_a_bfloat16_matrix_is_summed_in_float32():
     assert jnp.linalg.norm(found - expected) < 2**-8 * jnp.linalg.norm(expected)
 
 
+@pytest.mark.slow
 def test_both_answers_of_a_pair_have_one_sign():
     """With one sign per sample, γ moves the margin of two equal answers by nothing."""
     config = dataclasses.replace(TINY, method="bdia", signs="sample", gamma=1 / 2)

@@ -379,6 +379,7 @@ def test_a_tokenizer_with_special_tokens_that_the_model_lacks(tmp_path):
         finetune.check_vocabulary(more, size - 2)
 
 
+@pytest.mark.slow
 def test_a_run_of_another_day_goes_on(folder, tmp_path):
     """Its texts have the day on which it began; and other settings are told before any is read."""
     model = shutil.copytree(folder, tmp_path / "model")
