@@ -32,7 +32,7 @@ from typing import Any
 
 import command
 import finetune_data
-from finetuning import COMMON, STEPS, FineTuning, add_updates, check_fits, described
+from finetuning import COMMON, STEPS, FineTuning, add_updates, check_fits, described, of_run
 from flax import nnx
 
 from bdia_jax import interop
@@ -205,11 +205,8 @@ def main(f: FineTune) -> dict[str, float]:
 def beginning(out: pathlib.Path) -> str:
     """When the run in a folder began; now, if there is none."""
     now = datetime.datetime.now().isoformat(timespec="seconds")
-    described = out / "settings.json"
-    if not described.exists():
-        return now
-    # Of another command's run, which is refused in a moment.
-    return json.loads(described.read_text()).get("fine-tuning", {}).get("began", now)
+    # That of another command has no such time; it is refused in a moment.
+    return of_run(out).get("began", now)
 
 
 def check_before(f: FineTune, path: pathlib.Path, config: DecoderConfig) -> None:

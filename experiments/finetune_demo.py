@@ -20,6 +20,7 @@ import shutil
 import command
 import finetune
 import finetune_data
+from finetuning import of_run
 
 from bdia_jax import BDIA, Online, interop
 from bdia_jax.data import Example
@@ -102,7 +103,7 @@ def main(d: Demo) -> list[dict[str, float]]:
         found = finetune.main(f)
         model = finetune.load(f, d.out / name / "model")
         said(model, tokenizer, eval_texts[0], "after")
-        step = json.loads((d.out / name / "settings.json").read_text())["fine-tuning"]["step"]
+        step = of_run(d.out / name)["step"]
         if method == "bdia":
             set_step(model, BDIA(**step))
         rows.append(

@@ -130,10 +130,9 @@ class FineTuning:
         """
         if self.method != "bdia" or self.gamma != "auto":
             return
-        described = out / "settings.json"
-        if described.exists():
-            step = json.loads(described.read_text())["fine-tuning"]["step"]
-            return set_step(model, BDIA(**step))
+        if before := of_run(out):
+            set_step(model, BDIA(**before["step"]))
+            return
         print("measuring which γ the model tolerates (--gamma auto)")
         with tqdm(unit="trial", leave=False) as bar:
             choice = choose_gamma(
@@ -149,6 +148,13 @@ class FineTuning:
             )
         print(f"{choice}\n\n{choice.table()}\n")
         set_step(model, choice.step)
+
+
+def of_run(out: pathlib.Path) -> dict[str, Any]:
+    """What the run in a folder keeps of its fine-tuning; {} if there is none."""
+    path = out / "settings.json"
+    told = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return told.get("fine-tuning", {})
 
 
 def described(f: Any, *without: str) -> dict[str, Any]:

@@ -303,7 +303,7 @@ def use(t: Translate) -> str:
             f"there is no trained network ({latest}): run the same command without --translate "
             "first"
         )
-    saved = translator.load(latest.with_name(latest.read_text()))
+    saved = translator.load(latest.with_name(latest.read_text(encoding="utf-8")))
     texts = sys.stdin.read().rstrip("\n").split("\n") if t.translate == "-" else [t.translate]
     texts = [" ".join(text.split()) for text in texts]
     said = saved(texts, beams=t.beams, length_penalty=t.length_penalty) if texts else []

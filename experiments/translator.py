@@ -58,7 +58,9 @@ class Translator:
 
 def load(folder: pathlib.Path) -> Translator:
     """The inverse of :meth:`Translator.save`."""
-    settings = EncoderDecoderConfig(**json.loads((folder / "model.json").read_text()))
+    settings = EncoderDecoderConfig(
+        **json.loads((folder / "model.json").read_text(encoding="utf-8"))
+    )
     model = EncoderDecoder(settings, rngs=nnx.Rngs(0))
     arrays = safetensors.flax.load_file(folder / "model.safetensors")
     for path, leaf in _params(model):

@@ -269,3 +269,11 @@ def test_plans_that_cannot_be(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(ValueError, match="model_type must be one of gpt2"):
         command.Plan(model=str(tmp_path)).config()
+
+
+def test_ways_that_were_asked_for_are_not_left_out():
+    parallel = DecoderConfig(vocab_size=9, parallel=True)
+    assert not any("parts" in way for way in plan.customary(parallel))
+    assert plan.customary(DecoderConfig(vocab_size=9)) == plan.CUSTOMARY
+    with pytest.raises(ValueError, match="no parts"):
+        plan.plan(parallel, 1, 8, ways=["BDIA, parts"])

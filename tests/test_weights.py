@@ -301,15 +301,17 @@ def test_the_best_goes_where_the_model_is(tmp_path):
     assert _toy.digest(model) == _toy.digest(other) == expected
 
 
-def test_reading_the_best_disturbs_no_run(tmp_path):
+def test_reading_the_best_disturbs_no_run(tmp_path, caplog):
     """What seems to be left over may be what the run is writing, or deleting, just now."""
     _, model = _toy.run(tmp_path / "run", steps=4)
     folder = tmp_path / "run/checkpoints"
     for name in ("6.orbax-checkpoint-tmp", "deleting/1", "2/state"):
         (folder / name).mkdir(parents=True)
     before = sorted(path.relative_to(folder) for path in folder.rglob("*"))
+    caplog.clear()
     assert restore_best(tmp_path / "run", model) == 4
     assert sorted(path.relative_to(folder) for path in folder.rglob("*")) == before
+    assert not [r.getMessage() for r in caplog.records if "read_only" in r.getMessage()]
 
 
 def test_no_best(tmp_path):

@@ -26,7 +26,8 @@ def reversible_stacks(model: nnx.Module) -> Iterator[ReversibleStack]:
 def set_step(model: nnx.Module, step: Step, adjoint: Adjoint | None = None) -> None:
     """Gives all stacks of a model this step, in place; and this adjoint, if one is given.
 
-    The configuration of the model, if it has one, says the same afterwards.
+    The configuration of the model, if it has one, says the same afterwards, as far as its fields
+    can: not the bits of rounded checkpoints, nor a step of another kind than it knows.
 
     Args:
       model: any with stacks.

@@ -31,8 +31,8 @@ from bdia_jax.nn import DecoderConfig
 from bdia_jax.nn.quantized import Kind
 from bdia_jax.planning import targets
 from bdia_jax.planning.plan import (
-    CUSTOMARY,
     Need,
+    customary,
     devices_of,
     fitting,
     largest_batch,
@@ -166,7 +166,7 @@ def main(p: Plan) -> list[Need]:
         (rank, name)
         for rank in p.lora
         if rank or p.quantize is None
-        for name in fitting(p.ways or CUSTOMARY, rank, config)
+        for name in fitting(p.ways or customary(config), rank)
     ]
     for rank, way in (bar := tqdm(asked, unit="way", disable=None, leave=False)):
         options = {

@@ -59,18 +59,18 @@ CUSTOMARY = (
 """The ways that are planned if none are named."""
 
 
-def fitting(ways: Iterable[str], lora: int, config: DecoderConfig) -> tuple[str, ...]:
-    """Some ways, without those that a network has no use for.
-
-    With low-rank updates, they are those that only spare gradients of weights; where attention and
-    feed-forward network are side by side, those that take parts as steps.
-    """
+def customary(config: DecoderConfig) -> tuple[str, ...]:
+    """The customary ways that a network has: parts are no steps where they are side by side."""
     return tuple(
         name
-        for name in ways
-        if not (lora and WAYS[name].update_in_backward)
-        and not (config.parallel and WAYS[name].settings.get("parts_as_steps"))
+        for name in CUSTOMARY
+        if not (config.parallel and WAYS[name].settings.get("parts_as_steps"))
     )
+
+
+def fitting(ways: Iterable[str], lora: int) -> tuple[str, ...]:
+    """Some ways, but for low-rank updates without those that only spare gradients of weights."""
+    return tuple(name for name in ways if not lora or not WAYS[name].update_in_backward)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +141,7 @@ def plan(
             f"quantized weights are not trained: lora, the rank of updates, must be at least 1 "
             f"with quantize={quantize!r}; got {lora}"
         )
-    names = fitting(CUSTOMARY, lora, config) if ways is None else tuple(ways)
+    names = fitting(customary(config), lora) if ways is None else tuple(ways)
     check_ways(names)
     if not 1 <= length <= config.max_length or batch < 1:
         raise ValueError(

@@ -9,9 +9,12 @@
 | `blockwise` | an optimizer of one block at a time |
 | `step` | one training step, as a pure function |
 | `in_backward` | the same, with blocks updated in the backward pass |
+| `rounding` | stochastic rounding of what is kept in bfloat16 |
+| `mesh` | where arrays are, on several devices |
 | `placing` | models on a mesh outside of a run |
 | `programs` | both compiled, and where their arrays live |
-| `loop` | the run: steps, evaluations, checkpoints |
+| `loop` | a run from its first check to its report |
+| `run` | its steps, evaluations and checkpoints |
 | `result` | what came of it, and which evaluation is the best |
 | `pieces` | an evaluation and a step, outside of a run |
 | `gamma` | γ chosen for a model and its data |

@@ -110,11 +110,13 @@ class Checkpoints:
             # and a resumed run would not know its best.
             best_fn=rank,
             step_prefix=None,
+            read_only=read_only,
+            # What seems to be left over may be what a run is writing. (Orbax would turn all of
+            # these off by itself, with a warning for each.)
             create=not read_only,
-            # What seems to be left over may be what a run is writing.
             cleanup_tmp_directories=not read_only,
             todelete_subdir=None if read_only else DELETING,
-            read_only=read_only,
+            save_interval_steps=0 if read_only else 1,
         )
         self.manager = ocp.CheckpointManager(self.folder, options=options)
 

@@ -28,7 +28,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import command
 import finetune
-from finetuning import LowRank
+from finetuning import LowRank, of_run
 
 from bdia_jax import BDIA, interop
 from bdia_jax.data import Example, Tokenizer, pack, read_examples
@@ -125,7 +125,7 @@ def run_of(c: Chats, base: pathlib.Path, method: Method, rank: int, rate: float)
         f = settings_of(c, base, method, rank, rate, place / "run")
         found = finetune.main(f)
         model = interop.load(f.out / "model", method="standard", dtype="float32")
-        step = json.loads((f.out / "settings.json").read_text())["fine-tuning"]["step"]
+        step = of_run(f.out)["step"]
         return (
             {"gamma": step.get("gamma", 0.0)}
             | found
@@ -176,7 +176,7 @@ def settings_of(
 def asked(c: Chats, model: Decoder, base: pathlib.Path) -> dict[str, Any]:
     """What a model answers: how often with the fact, and in the keeper's manner."""
     tokenizer = finetune.tokenizer_of(base)
-    lines = [json.loads(line) for line in c.questions.read_text().splitlines()]
+    lines = [json.loads(line) for line in c.questions.read_text(encoding="utf-8").splitlines()]
     model.eval()
     given = [prompt(example) for example in examples(c, c.questions, tokenizer, base)]
     told = generate(model, given, c.new_tokens, end=tokenizer.end)

@@ -165,7 +165,7 @@ def plans(c: Costs, name: str) -> Rows:
     for rank in c.lora:
         dtype = "bfloat16" if rank else c.param_dtypes[i]
         config = dataclasses.replace(SHAPES[name], dtype="bfloat16", param_dtype=dtype)
-        names = plan.fitting(c.ways or plan.CUSTOMARY, rank, SHAPES[name])
+        names = plan.fitting(c.ways or plan.customary(SHAPES[name]), rank)
         size = {"lora": rank, "ways": names, "here": False, "device": c.device, "mesh": c.mesh}
         for need in plan.plan(config, c.batches[i], c.lengths[i], **size):
             rows.append({"LoRA rank": rank} | dataclasses.asdict(need))

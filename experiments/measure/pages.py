@@ -270,8 +270,8 @@ def written(page: pathlib.Path, folder: pathlib.Path = records.COMMITTED) -> str
         return MARKED.sub(lambda m: f"{m[1]}{render(m[2], page, folder)}\n{m[4]}", text)
 
     if page.suffix != ".ipynb":
-        return filled(page.read_text())
-    notebook = json.loads(page.read_text())
+        return filled(page.read_text(encoding="utf-8"))
+    notebook = json.loads(page.read_text(encoding="utf-8"))
     for cell in notebook["cells"]:
         if cell["cell_type"] == "markdown":
             cell["source"] = filled("".join(cell["source"])).splitlines(keepends=True)
@@ -295,13 +295,15 @@ def stale(folder: pathlib.Path = records.COMMITTED) -> list[pathlib.Path]:
 
 def main() -> None:
     """Draws the pictures that pages show, and writes the pages."""
-    shown = {name for page in pages() for _, name, *_ in MARKED.findall(page.read_text())}
+    shown = {
+        name for page in pages() for _, name, *_ in MARKED.findall(page.read_text(encoding="utf-8"))
+    }
     for name in shown & VIEWS.keys():
         view = VIEWS[name]
         for path in found(view.result, records.COMMITTED) if view.draw else ():
             view.draw(view.rows(path), picture(name, path))
     for page in pages():
-        if (text := written(page)) != page.read_text():
+        if (text := written(page)) != page.read_text(encoding="utf-8"):
             files.write_text(page, text)
             print(f"wrote {page.relative_to(sources.ROOT)}")
 
@@ -311,7 +313,7 @@ def check() -> list[str]:
     return [
         f"{p} is not as its results and the code say: run experiments/measure/pages.py"
         for p in pages()
-        if written(p) != p.read_text()
+        if written(p) != p.read_text(encoding="utf-8")
     ]
 
 

@@ -84,7 +84,7 @@ def path_of(name: str, out: pathlib.Path | None = None, device: str | None = Non
 
 def read(path: pathlib.Path) -> Result:
     """What :func:`write` wrote."""
-    about, *rows = map(json.loads, path.read_text().splitlines())
+    about, *rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
     return Result(about, rows)
 
 

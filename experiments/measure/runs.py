@@ -167,7 +167,11 @@ def run_all(
 
 def _known(folders: dict[str, pathlib.Path]) -> dict[str, dict[str, Any]]:
     paths = {name: folder / "found.json" for name, folder in folders.items()}
-    return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
+    return {
+        name: json.loads(path.read_text(encoding="utf-8"))
+        for name, path in paths.items()
+        if path.exists()
+    }
 
 
 def _record(run: Run, folder: pathlib.Path, depends: list[str]) -> dict[str, Any]:

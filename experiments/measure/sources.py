@@ -74,7 +74,8 @@ def digest(patterns: Iterable[str]) -> str:
     """A hash of some files' code."""
     found = hashlib.sha256()
     for path in files(patterns):
-        found.update(f"{path.relative_to(ROOT)}\n{bare(path.read_text())}\n".encode())
+        code = bare(path.read_text(encoding="utf-8"))
+        found.update(f"{path.relative_to(ROOT)}\n{code}\n".encode())
     return found.hexdigest()[:16]
 
 

@@ -45,7 +45,7 @@ class Part:
     networks: str = ""
     """A pattern of the runs that are trained; all by default."""
     every: int = 1
-    """Of the cases of exactness, every so manieth."""
+    """Of the cases of exactness, one in so many."""
     poor: bool = False
     """Whether the command ends with status 1, since so few steps make no good network."""
 
@@ -66,7 +66,7 @@ PARTS = {
     "few-bits": Part("--seeds 1"),
     # What is compiled, counted or read is the same to the last digit.
     "exactness": Part("", every=11),
-    "activations": Part("--values 2 4 --ways checkpointed BDIA 'BDIA, parts'"),
+    "activations": Part("--values 2 4"),
     "totals-vit": Part("--networks vit --values 2 4 --ways checkpointed BDIA 'BDIA, parts'"),
     "totals": Part("--values 2 4 --ways checkpointed BDIA 'BDIA, parts'"),
     "plans": Part("--ways BDIA"),
@@ -155,7 +155,7 @@ def short_run(
     if done.returncode != 0 and (done.returncode, part.poor) != (1, True):
         done.check_returncode()
     (path,) = folder.glob(f"experiments/results/{name}.jsonl")
-    return [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[1:]]
 
 
 def shortened(root: pathlib.Path, networks: str, every: int, script: str, words: list[str]) -> None:
