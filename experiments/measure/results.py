@@ -123,6 +123,12 @@ STAGES: dict[str, Stage] = {
         ),
         ("tfds",),
     ),
+    "vision-few": Stage(
+        "ViT against BDIA-ViT on images that they know by heart, 3 seeds",
+        "an hour",
+        ("vision_tables.py --scale few --data-dir DATA/tfds --table over-fitting",),
+        ("tfds",),
+    ),
     "vision-digits": Stage(
         "ResNet against BDIA-ResNet on digits, 3 seeds",
         "half an hour",

@@ -89,6 +89,7 @@ SCALES = {
         evaluations=4,
     ),
 }
+SCALES["few"] = dataclasses.replace(SCALES["reduced"], epochs=100)
 
 
 class Cell(NamedTuple):
@@ -100,6 +101,8 @@ class Cell(NamedTuple):
     config: Config
     optimizer: str | None = None
     """Another than the scale's."""
+    augment: bool | None = None
+    """Other than the scale's."""
 
 
 BOTH = {"ViT": {"method": "standard"}, "BDIA-ViT": {"method": "bdia"}}
@@ -110,6 +113,11 @@ GRIDS: dict[str, dict[str, dict[str, Any]]] = {
     "depth": {f"{depth} blocks": {"depth": depth} for depth in (6, 10)},
     "dropout": {f"dropout {rate}": {"dropout": rate} for rate in (0.0, 0.1, 0.2)},
     "linformer": {"linear attention": {"attention": "linear"}},
+    "over-fitting": {
+        f"{images}, dropout {rate}": {"augment": augment, "dropout": rate}
+        for images, augment in (("as they are", False), ("moved, mirrored", True))
+        for rate in (0.0, 0.1)
+    },
 }
 """Tables of both systems: what is changed in each row."""
 COLUMNS: dict[str, dict[str, dict[str, Any]]] = {
@@ -160,11 +168,13 @@ def table_cells(table: Table, s: Scale) -> list[Cell]:
             name: {row: method | changes for row, changes in rows.items()}
             for name, method in BOTH.items()
         }
-    cells = [
-        Cell(row, name, dataclasses.replace(s.vit, **({"method": "bdia"} | changes)))
-        for name, rows in columns.items()
-        for row, changes in rows.items()
-    ]
+    cells = []
+    for name, rows in columns.items():
+        for row, changes in rows.items():
+            changes = {"method": "bdia"} | changes
+            augment = changes.pop("augment", None)
+            network = dataclasses.replace(s.vit, **changes)
+            cells.append(Cell(row, name, network, augment=augment))
     if table in ("resnet", "systems"):
         row = f"{s.resnet.depth * len(s.resnet.widths)} residual blocks"
         for name, method in (("ResNet", "standard"), ("BDIA-ResNet", "bdia")):

@@ -2,14 +2,15 @@
 
     python experiments/vision_tables.py --quick             # every system on digits; minutes
     python experiments/vision_tables.py --scale reduced --data-dir DIR --table gamma dropout
+    python experiments/vision_tables.py --scale few --data-dir DIR --table over-fitting
     python experiments/vision_tables.py --scale paper --data-dir DIR --table baselines
 
 Scales: ``paper`` is the published setting (CIFAR-10, 6 blocks of width 512, batch 128, SET-Adam,
 400 epochs; a GPU's work). ``reduced`` is what 2 cores can do with CIFAR-10: large patches, narrow
 blocks, a fiftieth of the images, as they are and seen often, so that networks over-fit as the
-published ones do after hundreds of epochs; it shows orderings, not the published numbers.
-``digits`` is smaller still. ``--quick`` trains every system once on digits, and fails if one stays
-under 90 %.
+published ones do after hundreds of epochs; it shows orderings, not the published numbers. ``few``
+goes on for twice as long, until networks know their images by heart. ``digits`` is smaller still.
+``--quick`` trains every system once on digits, and fails if one stays under 90 %.
 
 A run is one network, trained from one seed; a run that two tables have in common is run once. What
 is there, finished by the same code, is not run again (:mod:`measure.runs`).
@@ -86,7 +87,7 @@ class VisionTables:
 
     table: tuple[Table, ...] = ("baselines",)
     """Which tables."""
-    scale: Literal["paper", "reduced", "digits"] = "digits"
+    scale: Literal["paper", "reduced", "few", "digits"] = "digits"
     """How large everything is."""
     quick: bool = False
     """Every system, once, on digits; the exit status is 1 if one stays under 90 %."""
@@ -132,10 +133,9 @@ def main(v: VisionTables) -> str:
     """Runs what is missing; the tables."""
     name, scale, tables = v.chosen()
     data = _share(load_images(scale.data, v.data_dir), scale.images)
-    task = ImageClassification(data, augment=scale.augment)
     cells = [(table, cell) for table in tables for cell in table_cells(table, scale)]
     runs = {
-        (cell, seed): run_of(cell, seed, scale, task)
+        (cell, seed): run_of(cell, seed, scale, data)
         for seed in range(scale.seeds)
         for _, cell in cells
     }
@@ -170,9 +170,9 @@ def main(v: VisionTables) -> str:
     return text
 
 
-def accuracy(record: dict[str, Any]) -> float:
-    """The last one; NaN of a run that went wrong."""
-    found = [r["accuracy"] for r in record.get("history", ()) if r["split"] == "eval"]
+def accuracy(record: dict[str, Any], split: str = "eval") -> float:
+    """The last one; NaN of a run that went wrong. That of "train" is of training mode."""
+    found = [r["accuracy"] for r in record.get("history", ()) if r["split"] == split]
     return found[-1] if found else math.nan
 
 
@@ -187,9 +187,9 @@ def _share(data: ImageData, images: int | None) -> ImageData:
     )
 
 
-def run_of(cell: Cell, seed: int, scale: Scale, task: ImageClassification) -> Run:
+def run_of(cell: Cell, seed: int, scale: Scale, data: ImageData) -> Run:
     """The run of a cell of a table; shaped by the data."""
-    data = task.data
+    augment = scale.augment if cell.augment is None else cell.augment
     size, _, channels = data.train_images.shape[1:]
     config = dataclasses.replace(
         cell.config, image_size=size, channels=channels, num_classes=data.num_classes
@@ -211,9 +211,9 @@ def run_of(cell: Cell, seed: int, scale: Scale, task: ImageClassification) -> Ru
     return training(
         run_name(cell, seed, scale),
         lambda: kind(config, rngs=nnx.Rngs(seed)),
-        task,
+        ImageClassification(data, augment=augment),
         settings,
-        {"model": records.plain(config), "images": images, "augment": scale.augment},
+        {"model": records.plain(config), "images": images, "augment": augment},
     )
 
 
@@ -227,6 +227,8 @@ def run_name(cell: Cell, seed: int, scale: Scale) -> str:
             parts.append(f"{field.name}={value}")
     if cell.optimizer:
         parts.append(cell.optimizer)
+    if cell.augment not in (None, scale.augment):
+        parts.append("augmented" if cell.augment else "as-they-are")
     return "_".join([*parts, f"seed={seed}"])
 
 
@@ -244,19 +246,21 @@ def all_tables(rows: list[dict[str, Any]]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Rows and systems; where there are two systems, how much the second is better."""
+    """Rows and systems; of two systems, how much the second is better, and how they train."""
     systems = [*dict.fromkeys(row["system"] for row in rows)]
     with_paper = any(row["published"] is not None for row in rows)
     header = ["%"]
     for name in systems:
         header += [name or "accuracy", *([f"{name} published".strip()] if with_paper else [])]
     if len(systems) == 2:
-        header.append("difference")
+        header += ["difference", *(f"{name}, training" for name in systems)]
     lines = []
     for label in dict.fromkeys(row["row"] for row in rows):
-        line, accuracies = [label], []
+        line, accuracies, training = [label], [], []
         for name in systems:
             some = [row for row in rows if (row["row"], row["system"]) == (label, name)]
+            trained = [100 * accuracy(row, "train") for row in some]
+            training.append(records.spread(trained, 2) if some else "")
             of_seed = {row["seed"]: 100 * accuracy(row) for row in some}
             accuracies.append(of_seed)
             wrong = any(map(math.isnan, of_seed.values()))
@@ -266,7 +270,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 value = some[0]["published"] if some else None
                 line.append("" if value is None else f"{value:.2f}")
         if len(systems) == 2:
-            line.append(difference(*accuracies))
+            line += [difference(*accuracies), *training]
         lines.append(line)
     return records.markdown(header, lines)
 
