@@ -104,8 +104,8 @@ class FineTune(FineTuning, Given):
     too_long: TooLong = "truncate"
     """What to do with a record that is longer: truncate, split, drop, or error."""
     ffn_chunk: int | None = None
-    """Compute a block's hidden layer for this many positions at a time (128, say): less memory, and
-    more time, since it is computed once more. None for all."""
+    """Compute a block, but for attention itself, for this many positions at a time (128, say): less
+    memory, and more time, since the hidden layer is computed once more. None for all."""
     keep_in: Memory = "device"
     """Where each step keeps what the backward pass needs: on the device, or in the memory of the
     host (host), from where it is copied back."""

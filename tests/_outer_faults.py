@@ -749,9 +749,30 @@ FAULTS = [
     Fault(
         "the norm of an update is left out",
         "nn/text_blocks",
-        "return self.dropout(_normed(self.attention_update_norm, a))",
-        "return self.dropout(a)",
+        "return _normed(self.attention_update_norm, self.attention.mixed(attended))",
+        "return self.attention.mixed(attended)",
         ("test_hugging_face",),
+    ),
+    Fault(
+        "what the last chunk has in common with another is counted twice",
+        "nn/chunks",
+        "d = d if length % size == 0 else [_where(fresh, a, 0) for a in d]",
+        "",
+        ("test_chunks",),
+    ),
+    Fault(
+        "the last chunk overwrites what is done",
+        "nn/chunks",
+        "new = [_where(fresh, a, _at(place, start, size)) for a, place in zip(new, places)]",
+        "pass",
+        ("test_chunks",),
+    ),
+    Fault(
+        "gradients of chunks are summed in their own dtype",
+        "nn/chunks",
+        "totals = jax.tree.map(lambda c: jnp.zeros_like(c, accumulator(c.dtype)), consts)",
+        "totals = jax.tree.map(jnp.zeros_like, consts)",
+        ("test_chunks",),
     ),
     Fault(
         "the ramp of YaRN ends between pairs",

@@ -1,7 +1,6 @@
 """Decoders: attention in chunks, cross-entropy in chunks, families, packing, low-rank updates."""
 
 import dataclasses
-import itertools
 import typing
 
 import jax
@@ -31,7 +30,6 @@ from bdia_jax.nn import (
     unfreeze,
 )
 from bdia_jax.nn.attention import KERNELS, KernelName, attend, kernels
-from bdia_jax.nn.chunks import even
 from bdia_jax.nn.dropout import keep_mask
 from bdia_jax.planning import memory
 
@@ -291,15 +289,6 @@ def test_attention_refuses():
         chunked_attention(q, k, v, chunk=0)
     with pytest.raises(ValueError, match=r"segments must have the shapes \(2, 3\) and \(2, 3\)"):
         chunked_attention(q, k, v, segments=(jnp.ones(3, int), jnp.ones(3, int)))
-
-
-def test_chunks_are_few_and_even():
-    for length, most in itertools.product(range(1, 300), (1, 5, 64, 100, 128)):
-        size, count = even(length, most), -(-length // most)
-        assert size <= most
-        assert -(-length // size) <= count, "no more than need be"
-        assert count * size - length < 8 * count, "and little more than there is"
-    assert (even(7, 64), even(130, 128), even(128, 113), even(5, 2)) == (7, 72, 64, 2)
 
 
 # ---------------------------------------------------------------------------------------------

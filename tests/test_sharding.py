@@ -35,6 +35,7 @@ from bdia_jax.nn import (
     cross_entropy,
 )
 from bdia_jax.nn.blocks import FeedForward
+from bdia_jax.nn.chunks import by_chunks
 from bdia_jax.nn.losses import logits
 from bdia_jax.train import LanguageModelling, TrainSettings
 from bdia_jax.train.programs import Programs
@@ -644,14 +645,14 @@ def test_temporaries_per_device(explicit, record_property):
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_layers_with_derivatives_of_their_own_under_shard_map(check_vma):
-    """Feed-forward network, attention, logits and their loss: gradients are summed over devices."""
+    """Chunks, attention, logits and their loss: gradients are summed over devices."""
     graph, params, rest = nnx.split(FeedForward(8, 16, rngs=nnx.Rngs(0)), nnx.Param, ...)
     keys = jax.random.split(jax.random.key(0), 2)
     x, matrix = jax.random.normal(keys[0], (8, 4, 8)), jax.random.normal(keys[1], (11, 8))
     targets = jnp.arange(32, dtype=jnp.int32).reshape(8, 4) % 11
 
     def loss(params, matrix, x, targets):
-        y = nnx.merge(graph, params, rest)(x)
+        y = by_chunks(nnx.merge(graph, params, rest), x, size=3)
         # Memory that all devices have, of the same values.
         memory = jnp.broadcast_to(matrix[:, None], (len(x), 11, 1, 8))
         y += chunked_attention(y[:, :, None], memory, memory, chunk=4)[:, :, 0]

@@ -9,26 +9,143 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, PyTree, Shaped
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from bdia_jax.gradients import is_zero, perturbed
 from bdia_jax.grid import accumulator
-from bdia_jax.pinning import alike
+from bdia_jax.pinning import alike, varying, varying_over
 
 
 def by_chunks(
-    function: Callable[[Array], Array], x: Float[Array, "batch length width"], size: int | None
-) -> Float[Array, "batch length outputs"]:
+    function: Callable[..., PyTree[Array]],
+    *arrays: PyTree[Shaped[Array, "batch length *_shape"]],
+    size: int | None,
+) -> PyTree[Array]:
     """A ``function`` of single positions, applied to ``size`` of them at a time (None: to all).
 
     The derivative computes every chunk again, so that of what ``function`` needs on the way to its
-    result, never more exists than that of a chunk. Gradients by what it closes over are summed over
-    the chunks in their own dtype.
+    result, never more exists than that of a chunk. What it closes over gets its gradient as without
+    chunks; the sum over the chunks is taken in float32 (float64). There is no forward-mode
+    derivative.
+
+    Args:
+      function: of as many arrays, or pytrees of them, as are given; it returns an array or a pytree
+        of arrays. The first two axes of all are batch and positions.
+      *arrays: its arguments.
+      size: positions of a chunk.
     """
-    if size is None or size >= x.shape[1]:
-        return function(x)
-    chunks = cut(x, even(x.shape[1], size))
-    return together(lax.map(jax.checkpoint(function), chunks), x.shape[1])
+    length = jax.tree.leaves(arrays)[0].shape[1]
+    if size is None or size >= length:
+        return function(*arrays)
+    size = even(length, size)
+    # What it closes over must be seen by the rules of the derivative, integers included.
+    traced, shapes = jax.make_jaxpr(function, return_shape=True)(*_at(arrays, 0, size))
+    structure_of_result = jax.tree.structure(shapes)
+
+    def of_chunk(consts, arrays):
+        closed = ClosedJaxpr(traced.jaxpr, consts)
+        found = jaxpr_as_fun(closed)(*jax.tree.leaves(arrays))
+        return jax.tree.unflatten(structure_of_result, found)
+
+    return _map(of_chunk, size, traced.consts, arrays)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _map(function, size, consts, arrays):
+    length = jax.tree.leaves(arrays)[0].shape[1]
+
+    def step(results, start):
+        found = function(consts, _at(arrays, start, size))
+        return jax.tree.map(lambda r, f: _put(r, f, start), results, found), None
+
+    shapes = jax.eval_shape(function, consts, _at(arrays, 0, size))
+    results = jax.tree.map(lambda s: _blank(s, length, arrays), shapes)
+    return lax.scan(step, results, _starts(length, size))[0]
+
+
+def _map_forward(function, size, consts, arrays):
+    (consts, arrays), (of_consts, of_arrays) = perturbed((consts, arrays))
+    saved = _partition(consts, of_consts), _partition(arrays, of_arrays)
+    return _map(function, size, consts, arrays), saved
+
+
+def _map_backward(function, size, saved, cotangents):
+    (consts, fixed_consts), (arrays, fixed) = saved
+    cotangents, results = jax.tree.flatten(cotangents, is_leaf=is_zero)
+    if all(map(is_zero, cotangents)):
+        return None, None
+    cotangents = [jnp.zeros(c.shape, c.dtype) if is_zero(c) else c for c in cotangents]
+    length = cotangents[0].shape[1]
+
+    # The cotangent of an argument overwrites that of a result of the same kind, chunk by chunk.
+    free, sources, places = dict(enumerate(cotangents)), [], []
+    wanted, structure = jax.tree.flatten(arrays)
+    for a in wanted:
+        fitting = (n for n, c in free.items() if (c.shape, c.dtype) == (a.shape, a.dtype))
+        sources.append(next(fitting, None))
+        place = _blank(a, length, (a, cotangents)) if sources[-1] is None else free.pop(sources[-1])
+        places.append(place)
+
+    def step(carry, inputs):
+        totals, places = carry
+        number, start = inputs
+        chunk, fixed_chunk = _at((arrays, fixed), start, size)
+        read = dict(zip(sources, places)) | free
+        d = [_at(read[n], start, size) for n in range(len(cotangents))]
+        # The last chunk begins before the one before it ends; what both have is done by then.
+        fresh = start + jnp.arange(size) >= number * size
+        d = d if length % size == 0 else [_where(fresh, a, 0) for a in d]
+
+        def result(consts, chunk):
+            return function(_combine(consts, fixed_consts), _combine(chunk, fixed_chunk))
+
+        _, vjp = jax.vjp(result, consts, chunk)
+        d_consts, d_chunk = vjp(jax.tree.unflatten(results, d))
+        totals = jax.tree.map(jnp.add, totals, d_consts)
+        new = jax.tree.leaves(d_chunk)
+        if length % size:
+            new = [_where(fresh, a, _at(place, start, size)) for a, place in zip(new, places)]
+        return (totals, [_put(*pair, start) for pair in zip(places, new)]), None
+
+    totals = jax.tree.map(lambda c: jnp.zeros_like(c, accumulator(c.dtype)), consts)
+    starts = _starts(length, size)
+    (totals, places), _ = lax.scan(step, (totals, places), (jnp.arange(len(starts)), starts))
+    d_consts = jax.tree.map(lambda total, c: total.astype(c.dtype), totals, consts)
+    return d_consts, jax.tree.unflatten(structure, places)
+
+
+_map.defvjp(_map_forward, _map_backward, symbolic_zeros=True)
+
+
+def _starts(length: int, size: int) -> Int[Array, "count"]:
+    """Where chunks of ``size`` positions begin; the last one ends with the sequence."""
+    return jnp.minimum(size * jnp.arange(-(-length // size)), length - size)
+
+
+def _at(arrays: PyTree[Array], start: Int[Array, ""] | int, size: int) -> PyTree[Array]:
+    """A chunk of arrays."""
+    return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, start, size, axis=1), arrays)
+
+
+def _put(array: Array, chunk: Array, start: Int[Array, ""]) -> Array:
+    """The array with a chunk in its place."""
+    return lax.dynamic_update_slice_in_dim(array, chunk, start, axis=1)
+
+
+def _where(positions: Bool[Array, "size"], a: Array, b: Array | float) -> Array:
+    """One or the other, by position."""
+    return jnp.where(positions.reshape(1, -1, *[1] * (a.ndim - 2)), a, b)
+
+
+def _blank(kind: Array | jax.ShapeDtypeStruct, length: int, beside: PyTree[Array]) -> Array:
+    """A place for the chunks of a result of this kind, which starts to exist after ``beside``.
+
+    Compilers make one array of all zeros of a program, and keep it from the first use to the last.
+    """
+    zero, _ = lax.optimization_barrier((jnp.zeros((), kind.dtype), beside))
+    zeros = jnp.broadcast_to(zero, (kind.shape[0], length, *kind.shape[2:]))
+    return varying_over(varying(kind), zeros)
 
 
 def sum_of_chunks(
@@ -107,13 +224,18 @@ def _combine(some: PyTree, others: PyTree) -> PyTree:
 
 
 def even(length: int, most: int) -> int:
-    """The size of as few chunks of at most ``most`` positions as there can be, and as equal.
+    """The size of few chunks of at most ``most`` positions, as equal as there can be.
 
-    The last one is filled up, and computed like the others: of 130 positions, 2 chunks of 128 would
-    compute 256. A multiple of 8 where there can be one, as matrix units want it.
+    Where a size of at least three quarters of ``most`` divides the length, it is that: nothing is
+    filled up, or copied to be filled up. Otherwise of as few as there can be, the last of which is
+    computed like the others: of 130 positions, 2 chunks of 128 would compute 256. A multiple of 8
+    where there can be one, as matrix units want it.
     """
     if length <= most:
         return length
+    for size in range(most - most % 8, 3 * most // 4, -8):
+        if length % size == 0:
+            return size
     size = -(-length // -(-length // most))
     return min(most, -(-size // 8) * 8)
 

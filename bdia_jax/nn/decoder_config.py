@@ -107,8 +107,9 @@ class DecoderConfig(ReversibleSettings):
     NVIDIA's fused one, in bfloat16 or float16; segments are a length × length mask to both). auto:
     cudnn where it can be had, chunked elsewhere."""
     ffn_chunk: int | None = None
-    """The feed-forward network's hidden layer is computed for this many positions at a time, and
-    once more in the backward pass: less memory, more time. None for all positions."""
+    """All of a block but attention itself is computed for this many positions at a time, and the
+    hidden layer of the feed-forward network once more in the backward pass: less memory, more
+    time. None for all positions."""
     param_dtype: ParamDtype = "float32"
     """What the parameters are kept in."""
 

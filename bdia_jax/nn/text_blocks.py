@@ -110,7 +110,16 @@ class DecoderBlock(Block):
         """The update ``h(x)``; ``consts`` are those of :meth:`attend`."""
         if self.parallel:
             return self.attend(x, *consts) + self.feed_forward(x)
-        return super().__call__(x, *consts)
+        drops = self.dropout.rate and not self.dropout.deterministic
+        if self.ffn_chunk is None or drops:
+            return super().__call__(x, *consts)
+
+        # In one go over the chunks, so that a, x + a and ffn(…) are never whole arrays.
+        def update(x, attended):
+            a = self._attention_update(attended)
+            return a + self._feed_forward_update(x + a)
+
+        return by_chunks(update, x, self.attended(x, *consts), size=self.ffn_chunk)
 
     def attend(
         self,
@@ -119,18 +128,38 @@ class DecoderBlock(Block):
         segments: Int[Array, "batch length"] | None = None,
     ) -> Float[Array, "batch length width"]:
         """``attn(norm(x))``."""
-        a = self.attention(_normed(self.attention_norm, x), angles, segments)
-        return self.dropout(_normed(self.attention_update_norm, a))
+        return self.dropout(self._attention_update(self.attended(x, angles, segments)))
+
+    def _attention_update(self, attended):
+        return _normed(self.attention_update_norm, self.attention.mixed(attended))
+
+    def attended(
+        self,
+        x: Float[Array, "batch length width"],
+        angles: Angles | None = None,
+        segments: Int[Array, "batch length"] | None = None,
+    ) -> Float[Array, "batch length head dim"]:
+        """What the heads of attention find; arguments are those of :meth:`attend`."""
+
+        def projected(x, angles):
+            z = _normed(self.attention_norm, x)
+            q = self.attention.queries(z, angles)
+            # As wide as x, in most models: then the cotangent of one can overwrite the other's.
+            return q.reshape(*q.shape[:2], -1), self.attention.keys_values(z, angles)
+
+        angles = self.attention.angles_of_block(angles)
+        q, keys_values = by_chunks(projected, x, angles, size=self.ffn_chunk)
+        q = q.reshape(*q.shape[:2], -1, self.attention.head_dim)
+        return self.attention.attend(q, keys_values, segments, segments)
 
     def feed_forward(
         self, x: Float[Array, "batch length width"], *_consts
     ) -> Float[Array, "batch length width"]:
         """``ffn(norm(x))``; a chunk of positions at a time, if so configured."""
+        return self.dropout(by_chunks(self._feed_forward_update, x, size=self.ffn_chunk))
 
-        def update(x):
-            return _normed(self.ffn_update_norm, self.ffn(_normed(self.ffn_norm, x)))
-
-        return self.dropout(by_chunks(update, x, self.ffn_chunk))
+    def _feed_forward_update(self, x):
+        return _normed(self.ffn_update_norm, self.ffn(_normed(self.ffn_norm, x)))
 
     def extend(
         self,
@@ -197,7 +226,7 @@ class CrossBlock(Block):
         self, x: Float[Array, "batch length width"], *_consts
     ) -> Float[Array, "batch length width"]:
         """``ffn(norm(x))``; a chunk of positions at a time, if so configured."""
-        h = by_chunks(lambda x: self.ffn(self.ffn_norm(x)), x, self.ffn_chunk)
+        h = by_chunks(lambda x: self.ffn(self.ffn_norm(x)), x, size=self.ffn_chunk)
         return self.dropout(h)
 
     def extend(

@@ -24,7 +24,7 @@ from bdia_jax.train.settings import TrainSettings
 Config = TypeVar("Config", bound=ReversibleSettings)
 
 FFN_CHUNK = 128
-"""Positions of a chunk, where the feed-forward network goes in chunks."""
+"""Positions of a chunk, where blocks go over them in chunks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Way:
     by: Callable[[ReversibleStack], nnx.Module] | None = None
     """What runs the blocks instead of their stack, which it is given; as the model's ``blocks``."""
     chunks: bool = False
-    """The feed-forward network goes over the positions in chunks; of decoders."""
+    """All of a block but attention itself goes over the positions in chunks; of decoders."""
     update_in_backward: bool = False
 
     def config(self, config: Config, length: int = 1) -> Config:
@@ -113,7 +113,7 @@ WAYS: dict[str, Way] = {
     ),
 }
 """By the name that a row of a table has. Blocks are updated in the backward pass by the optimizer;
-"chunks" are of the feed-forward network; "parts" are attention and feed-forward network, each a
+"chunks" are of all of a block but attention; "parts" are attention and feed-forward network, each a
 step, or a checkpoint, of its own. Nested checkpoints are kept of √K groups of blocks."""
 
 

@@ -129,13 +129,25 @@ class GroupedQueryAttention(nnx.Module):
           memory: another sequence, and the segments in it.
         """
         other, other_segments = (x, segments) if memory is None else memory
+        angles = self.angles_of_block(angles)
+        keys_values = self.keys_values(other, angles)
+        attended = self.attend(self.queries(x, angles), keys_values, segments, other_segments)
+        return self.mixed(attended)
+
+    def attend(
+        self,
+        q: Float[Array, "batch length head dim"],
+        keys_values: KeysValues,
+        segments: Int[Array, "batch length"] | None,
+        other_segments: Int[Array, "batch other"] | None,
+    ) -> Float[Array, "batch length head dim"]:
+        """What the heads find, for queries, and keys and values, that are there."""
         both = None
         if segments is not None and other_segments is not None:
             both = segments, other_segments
-        angles = self._of_block(angles)
-        q, (k, v) = self.queries(x, angles), self.keys_values(other, angles)
+        k, v = keys_values
         dropping = self.dropout.rate and not self.dropout.deterministic
-        attended = attend(
+        return attend(
             q,
             k,
             v,
@@ -148,7 +160,12 @@ class GroupedQueryAttention(nnx.Module):
             dropout=self.dropout.rate if dropping else 0.0,
             key=self.dropout.rngs() if dropping and self.dropout.rngs is not None else None,
         )
-        return self._out(attended)
+
+    def mixed(
+        self, attended: Float[Array, "batch length head dim"]
+    ) -> Float[Array, "batch length width"]:
+        """The update, from what the heads found."""
+        return self.out(attended.reshape(*attended.shape[:2], -1))
 
     def extend(
         self,
@@ -167,7 +184,7 @@ class GroupedQueryAttention(nnx.Module):
           start: a number of slots.
           present: 0 for slots that hold padding, 1 for others.
         """
-        angles = self._of_block(angles)
+        angles = self.angles_of_block(angles)
         q, new = self.queries(x, angles), self.keys_values(x, angles)
         k, v = (
             jax.lax.dynamic_update_slice_in_dim(old, y.astype(old.dtype), start, axis=1)
@@ -184,7 +201,7 @@ class GroupedQueryAttention(nnx.Module):
             scale=self.scale,
             cap=self.cap,
         )
-        return self._out(attended), (k, v)
+        return self.mixed(attended), (k, v)
 
     def look_up(
         self,
@@ -203,9 +220,9 @@ class GroupedQueryAttention(nnx.Module):
         k, v = (y.astype(q.dtype) for y in keys_values)
         segments = jnp.ones(x.shape[:2], jnp.int32), present
         attended = chunked_attention(q, k, v, segments=segments, scale=self.scale, cap=self.cap)
-        return self._out(attended)
+        return self.mixed(attended)
 
-    def _of_block(self, angles):
+    def angles_of_block(self, angles: Angles | None) -> tuple[Array, Array] | None:
         """Those of this block's kind."""
         if angles is None or self.rotation is None:
             return angles
@@ -215,6 +232,3 @@ class GroupedQueryAttention(nnx.Module):
 
     def _window(self) -> Int[Array, ""] | int | None:
         return self.window[...] if isinstance(self.window, PerBlock) else self.window
-
-    def _out(self, attended):
-        return self.out(attended.reshape(*attended.shape[:2], -1))
