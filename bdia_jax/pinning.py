@@ -144,7 +144,7 @@ def barrier(tree: PyTree[Array]) -> PyTree[Array]:
     return jax.tree.unflatten(structure, leaves)
 
 
-def varying(array: Array | jax.ShapeDtypeStruct) -> frozenset[str]:
+def varying(array: Array) -> frozenset[str]:
     """The mesh axes over which ``array`` is known to differ between devices (``shard_map``)."""
     aval = jax.typeof(array)
     return aval.vma if hasattr(aval, "vma") else aval.manual_axis_type.varying
@@ -156,13 +156,10 @@ def alike(*arrays: Array) -> list[Array]:
     So their cotangents are summed over the axes over which an array does not vary by itself.
     """
     axes = frozenset().union(*map(varying, arrays))
-    return [varying_over(axes, a) for a in arrays]
-
-
-def varying_over(axes: frozenset[str], array: Array) -> Array:
-    """``array``, which then counts as one that differs over these mesh axes, too."""
-    more = tuple(sorted(axes - varying(array)))
-    return lax.pcast(array, more, to="varying") if more else array
+    return [
+        lax.pcast(a, tuple(sorted(axes - varying(a))), to="varying") if axes - varying(a) else a
+        for a in arrays
+    ]
 
 
 def reduce_to(axes: frozenset[str], array: Array, reduction) -> Array:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from bdia_jax.gradients import is_zero, perturbed
 from bdia_jax.grid import accumulator
-from bdia_jax.pinning import alike, varying, varying_over
+from bdia_jax.pinning import alike
 
 
 def by_chunks(
@@ -57,10 +57,10 @@ def _map(function, size, consts, arrays):
 
     def step(results, start):
         found = function(consts, _at(arrays, start, size))
-        return jax.tree.map(lambda r, f: _put(r, f, start), results, found), None
+        return jax.tree.map(lambda r, f: _put(r, alike(f, r)[0], start), results, found), None
 
     shapes = jax.eval_shape(function, consts, _at(arrays, 0, size))
-    results = jax.tree.map(lambda s: _blank(s, length, arrays), shapes)
+    results = jax.tree.map(lambda s: _blank(s, length, arrays, (consts, arrays)), shapes)
     return lax.scan(step, results, _starts(length, size))[0]
 
 
@@ -83,9 +83,9 @@ def _map_backward(function, size, saved, cotangents):
     wanted, structure = jax.tree.flatten(arrays)
     for a in wanted:
         fitting = (n for n, c in free.items() if (c.shape, c.dtype) == (a.shape, a.dtype))
-        sources.append(next(fitting, None))
-        place = _blank(a, length, (a, cotangents)) if sources[-1] is None else free.pop(sources[-1])
-        places.append(place)
+        sources.append(source := next(fitting, None))
+        blank = source not in free
+        places.append(_blank(a, length, (a, cotangents), a) if blank else free.pop(source))
 
     def step(carry, inputs):
         totals, places = carry
@@ -138,14 +138,17 @@ def _where(positions: Bool[Array, "size"], a: Array, b: Array | float) -> Array:
     return jnp.where(positions.reshape(1, -1, *[1] * (a.ndim - 2)), a, b)
 
 
-def _blank(kind: Array | jax.ShapeDtypeStruct, length: int, beside: PyTree[Array]) -> Array:
+def _blank(
+    kind: Array | jax.ShapeDtypeStruct, length: int, beside: PyTree[Array], like: PyTree[Array]
+) -> Array:
     """A place for the chunks of a result of this kind, which starts to exist after ``beside``.
 
     Compilers make one array of all zeros of a program, and keep it from the first use to the last.
+    Under ``shard_map``, it varies over the mesh axes over which any of ``like`` does.
     """
     zero, _ = lax.optimization_barrier((jnp.zeros((), kind.dtype), beside))
     zeros = jnp.broadcast_to(zero, (kind.shape[0], length, *kind.shape[2:]))
-    return varying_over(varying(kind), zeros)
+    return alike(zeros, *jax.tree.leaves(like))[0]
 
 
 def sum_of_chunks(
