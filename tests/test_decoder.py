@@ -1,6 +1,7 @@
 """Decoders: attention in chunks, cross-entropy in chunks, families, packing, low-rank updates."""
 
 import dataclasses
+import itertools
 import typing
 
 import jax
