@@ -768,7 +768,7 @@ FAULTS = [
         ("test_chunks",),
     ),
     Fault(
-        "gradients of chunks are summed in their own dtype",
+        "what is closed over gets gradients that are summed in its own dtype",
         "nn/chunks",
         "totals = jax.tree.map(lambda c: jnp.zeros_like(c, accumulator(c.dtype)), consts)",
         "totals = jax.tree.map(jnp.zeros_like, consts)",
