@@ -229,7 +229,7 @@ def _combine(some: PyTree, others: PyTree) -> PyTree:
 def even(length: int, most: int) -> int:
     """The size of few chunks of at most ``most`` positions, as equal as there can be.
 
-    Where a size of at least three quarters of ``most`` divides the length, it is that: nothing is
+    Where a size of more than three quarters of ``most`` divides the length, it is that: nothing is
     filled up, or copied to be filled up. Otherwise of as few as there can be, the last of which is
     computed like the others: of 130 positions, 2 chunks of 128 would compute 256. A multiple of 8
     where there can be one, as matrix units want it.

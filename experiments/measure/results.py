@@ -124,7 +124,7 @@ STAGES: dict[str, Stage] = {
         ("tfds",),
     ),
     "vision-few": Stage(
-        "ViT against BDIA-ViT on images that they know by heart, 3 seeds",
+        "ViT against BDIA-ViT on few images, seen often, with and without dropout, 3 seeds",
         "an hour",
         ("vision_tables.py --scale few --data-dir DATA/tfds --table over-fitting",),
         ("tfds",),
