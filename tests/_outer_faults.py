@@ -962,7 +962,7 @@ FAULTS = [
         "nn/chunks",
         "size = -(-length // -(-length // most))",
         "size = most",
-        ("test_decoder::test_chunks_are_few_and_even",),
+        ("test_chunks::test_sizes_are_even",),
     ),
     Fault(
         "samples go where weights are",
@@ -977,6 +977,27 @@ FAULTS = [
         "module.place(placement)",
         "pass",
         SHARDED,
+    ),
+    Fault(
+        "gradients of blocks are added up chunk by chunk",
+        "train/mesh",
+        "return self.total(jax.tree.map(lambda leaf: self.gathered(leaf, (1,)), tree))",
+        "return jax.tree.map(lambda leaf: self.gathered(leaf, (1,)), tree)",
+        ("test_sharding::test_every_device_has_its_own_sums_over_chunks",),
+    ),
+    Fault(
+        "the head's gradient is added up chunk by chunk",
+        "nn/chunks",
+        "        d_shared = placement.total(d_shared)\n",
+        "        pass\n",
+        ("test_sharding::test_every_device_has_its_own_sums_over_chunks",),
+    ),
+    Fault(
+        "chunks of a loss are of all devices",
+        "nn/losses",
+        "max(1, chunk * devices // batch)",
+        "max(1, chunk // batch)",
+        ("test_sharding::test_every_device_has_its_own_sums_over_chunks",),
     ),
     Fault(
         "gradients stay whole",

@@ -16,6 +16,7 @@ import concurrent.futures
 import os
 import pathlib
 import queue
+import re
 import shutil
 import subprocess
 import sys
@@ -28,6 +29,15 @@ from _fault import Fault
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 LIMIT_SECONDS = 900
 FAULTS = [*_core_faults.FAULTS, *_outer_faults.FAULTS]
+
+
+def check_test(test: str) -> None:
+    """An error if a test that is named does not exist."""
+    file, _, name = test.partition("::")
+    if not re.search(
+        rf"^def {name}" if name else "", (ROOT / "tests" / f"{file}.py").read_text(), re.M
+    ):
+        raise ValueError(f"there is no test {test}")
 
 
 def text_with(fault: Fault) -> str:
@@ -102,6 +112,8 @@ def main() -> int:
     faults = [f for f in FAULTS if given.only in f.name or given.only in f.file]
     for fault in faults:
         compile(text_with(fault), fault.file, "exec")
+        for test in fault.tests:
+            check_test(test)
     print(f"{len(faults)} faults can be put in", flush=True)
     if given.list:
         return 0

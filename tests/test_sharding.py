@@ -37,6 +37,7 @@ from bdia_jax.nn import (
 from bdia_jax.nn.blocks import FeedForward
 from bdia_jax.nn.chunks import by_chunks
 from bdia_jax.nn.losses import logits
+from bdia_jax.planning import targets
 from bdia_jax.train import LanguageModelling, TrainSettings
 from bdia_jax.train.programs import Programs
 
@@ -592,6 +593,70 @@ def test_a_training_step_sends_weights_and_their_gradients(mesh, changes, record
         assert math.prod(shape) <= 24 or not of_samples, f"{name} of {kind}{list(shape)}"
         assert len(shape) <= 2, f"{name} of {kind}{list(shape)}: of more than one block"
     record_property("collectives", str(collectives(compiled)))
+
+
+def in_chunks(mesh, devices=None):
+    """A compiled training step whose gradients are sums over chunks."""
+    config = DecoderConfig(
+        vocab_size=96,
+        max_length=40,
+        width=32,
+        depth=7,
+        heads=4,
+        hidden=64,
+        attention="chunked",
+        ffn_chunk=8,
+        dtype="bfloat16",
+        param_dtype="bfloat16",
+    )
+    text = np.arange(400, dtype=np.int32) % 96
+    task = LanguageModelling(TextData("numbers", text, text[:100], 96), 40)
+
+    class InChunks(Decoder):
+        def loss(self, *arguments, **options):
+            return super().loss(*arguments, **options, chunk=8)
+
+    model = nnx.eval_shape(lambda: InChunks(config, rngs=nnx.Rngs(0)))
+    settings = TrainSettings(batch_size=8, mesh=mesh)
+    return Programs(model, task, settings, devices=devices).compiled_step(
+        QUICK if devices is None else None
+    )
+
+
+@pytest.mark.parametrize("mesh", ["fsdp=8", pytest.param("data=2,fsdp=4", marks=pytest.mark.slow)])
+def test_every_device_has_its_own_sums_over_chunks(mesh):
+    """And not an eighth of all devices' sums, to which they would send theirs chunk by chunk."""
+    sums = set()
+    for line in in_chunks(mesh).as_text().replace("/*index=", "/*").splitlines():
+        loop = re.search(r"= (\(.*?\)) while\(", line)
+        if loop and '"known_trip_count":{"n":"5"}' in line:
+            sums |= {shape for kind, shape in arrays(loop[1]) if kind == "f32" and len(shape) == 2}
+    assert sums == {(96, 32), (32, 32), (32, 64), (64, 32)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["fsdp=8", "data=2,fsdp=4"])
+def test_gpus_add_up_their_sums_after_the_loop(mesh):
+    """Those of a block once a block; those of the loss once."""
+    try:
+        devices = targets.devices("h100:8")
+    except ImportError as error:
+        pytest.skip(str(error))
+    name, loops, most = "", collections.defaultdict(list), collections.Counter()
+    for line in in_chunks(mesh, devices).as_text().replace("/*index=", "/*").splitlines():
+        if heading := re.match(r"(?:ENTRY )?(%[\w.-]+) \(.*{$", line):
+            name = heading[1]
+        elif loop := re.search(r" while\(.*body=(%[\w.-]+)", line):
+            loops[name].append(loop[1])
+        elif (match := COLLECTIVE.search(line)) and "reduce" in match["name"]:
+            size = max(math.prod(shape) for _, shape in arrays(match["types"]))
+            most[name] = max(most[name], size)
+    # The last computation is the program.
+    inner = [body for outer in loops[name] for body in loops[outer]]
+    assert len(inner) >= 4, loops
+    assert not any(most[body] for body in inner), most
+    assert max(most[body] for body in loops[name]) >= 32 * 64, most
+    assert most[name] >= 96 * 32, most
 
 
 @pytest.mark.buffers

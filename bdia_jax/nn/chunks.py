@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from bdia_jax.gradients import is_zero, perturbed
 from bdia_jax.grid import accumulator
+from bdia_jax.nn.placement import Placement
 from bdia_jax.pinning import alike
 
 
@@ -155,6 +156,7 @@ def sum_of_chunks(
     function: Callable[[Any, Any], tuple[Float[Array, ""], PyTree[Array]]],
     shared: PyTree[Array],
     chunks: PyTree[Shaped[Array, "count ..."]],
+    placement: Placement | None = None,
 ) -> tuple[Float[Array, ""], PyTree[Array]]:
     """The sum of ``function(shared, chunk)`` over all chunks, a chunk at a time.
 
@@ -167,21 +169,23 @@ def sum_of_chunks(
         told of a chunk, which is not differentiated.
       shared: what all chunks read.
       chunks: as :func:`cut` makes them.
+      placement: where samples are; None for one device.
 
     Returns:
       The sum, and what was told, stacked.
     """
     leaves, structure = jax.tree.flatten((shared, chunks))
-    return _sum(function, *jax.tree.unflatten(structure, alike(*leaves)))
+    return _sum(function, placement, *jax.tree.unflatten(structure, alike(*leaves)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _sum(function, shared, chunks):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sum(function, placement, shared, chunks):
+    del placement
     values, told = lax.map(lambda chunk: function(shared, chunk), chunks)
     return jnp.sum(values), told
 
 
-def _sum_forward(function, shared, chunks):
+def _sum_forward(function, placement, shared, chunks):
     (shared, chunks), wanted = perturbed((shared, chunks))
     shared, fixed = _partition(shared, wanted[0])
     chunks = _partition(chunks, wanted[1])
@@ -199,12 +203,14 @@ def _sum_forward(function, shared, chunks):
     # In float32 (float64), of which a sum of many parts loses nothing.
     start = jax.tree.map(lambda s: jnp.zeros_like(s, accumulator(s.dtype)), shared)
     d_shared, (values, told, d_chunks) = lax.scan(step, start, chunks)
+    if placement is not None:
+        d_shared = placement.total(d_shared)
     d_shared = jax.tree.map(lambda d, s: d.astype(s.dtype), d_shared, shared)
     return (jnp.sum(values), told), (d_shared, d_chunks)
 
 
-def _sum_backward(function, saved, cotangents):
-    del function
+def _sum_backward(function, placement, saved, cotangents):
+    del function, placement
     d, _ = cotangents
     if is_zero(d):
         return None, None

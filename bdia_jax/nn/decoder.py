@@ -16,7 +16,7 @@ from bdia_jax.nn.losses import Sums, cross_entropy, logits
 from bdia_jax.nn.positions import Angles, lookup, rotary_angles
 from bdia_jax.nn.settings import DTYPES
 from bdia_jax.nn.stack import ReversibleStack
-from bdia_jax.nn.stacked import PerBlock
+from bdia_jax.nn.stacked import PerBlock, placement_of
 from bdia_jax.nn.text_blocks import DecoderBlock, make_norm
 
 
@@ -99,8 +99,15 @@ class Decoder(nnx.Module):
           chunk: number of tokens; None as in :func:`cross_entropy`.
         """
         x = self.features(tokens, segments=segments, positions=positions, key=key)
-        cap = self.config.logit_cap
-        return cross_entropy(x, self.output_matrix(), targets, weights, cap=cap, chunk=chunk)
+        return cross_entropy(
+            x,
+            self.output_matrix(),
+            targets,
+            weights,
+            cap=self.config.logit_cap,
+            chunk=chunk,
+            placement=placement_of(self),
+        )
 
     def new_cache(self, batch: int, slots: int) -> tuple[Array, Array]:
         """Room for the keys and values of ``slots`` positions, of all blocks."""

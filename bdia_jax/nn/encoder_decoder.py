@@ -16,6 +16,7 @@ from bdia_jax.nn.losses import Sums, cross_entropy, logits
 from bdia_jax.nn.positions import lookup, sinusoids
 from bdia_jax.nn.settings import DTYPES
 from bdia_jax.nn.stack import ReversibleStack
+from bdia_jax.nn.stacked import placement_of
 from bdia_jax.nn.text_blocks import CrossBlock, DecoderBlock, make_norm
 
 
@@ -148,7 +149,13 @@ class EncoderDecoder(nnx.Module):
         """
         x = self.features(sources, tokens, **options)
         return cross_entropy(
-            x, self.output_matrix(), targets, weights, label_smoothing=label_smoothing, chunk=chunk
+            x,
+            self.output_matrix(),
+            targets,
+            weights,
+            label_smoothing=label_smoothing,
+            chunk=chunk,
+            placement=placement_of(self),
         )
 
     # What generation asks of a network.

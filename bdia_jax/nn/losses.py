@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from bdia_jax.grid import accumulator
 from bdia_jax.nn.caps import soft_cap
 from bdia_jax.nn.chunks import cut, even, sum_of_chunks, together
+from bdia_jax.nn.placement import Placement
 from bdia_jax.pinning import alike
 
 METRICS: dict[str, Callable[[Array, Array], Array]] = {
@@ -89,6 +90,7 @@ def cross_entropy(
     label_smoothing: float = 0.0,
     cap: float | None = None,
     chunk: int | None = None,
+    placement: Placement | None = None,
 ) -> Sums:
     """Cross-entropy of ``targets`` under the logits ``features matrixᵀ``, in chunks of tokens.
 
@@ -103,13 +105,14 @@ def cross_entropy(
       weights: of the positions; None for 1.
       label_smoothing: share of the target that is spread over the vocabulary, in [0, 1).
       cap: of the logits (:func:`bdia_jax.nn.caps.soft_cap`); None for no cap.
-      chunk: number of tokens whose logits exist at once (at least one per sequence); None for
-        1,024, or fewer if these have more than 2^25 logits.
+      chunk: number of tokens whose logits exist at once on a device (at least one per sequence);
+        None for 1,024, or fewer if these have more than 2^25 logits.
+      placement: where samples are; None for one device.
     """
     if not 0 <= label_smoothing < 1:
         raise ValueError(f"label_smoothing must lie in [0, 1); got {label_smoothing}")
-    chunks, weights = _in_chunks(features, matrix, targets, weights, chunk)
-    loss, values = sum_of_chunks(_CrossEntropy(label_smoothing, cap), matrix, chunks)
+    chunks, weights = _in_chunks(features, matrix, targets, weights, chunk, placement)
+    loss, values = sum_of_chunks(_CrossEntropy(label_smoothing, cap), matrix, chunks, placement)
     metrics = {
         name: jnp.sum(weights * together(value, targets.shape[1]).astype(weights.dtype))
         for name, value in values.items()
@@ -125,18 +128,21 @@ def log_likelihoods(
     *,
     cap: float | None = None,
     chunk: int | None = None,
+    placement: Placement | None = None,
 ) -> Float[Array, " batch"]:
     """The log-probability of each sequence, in chunks of tokens; in float32 (float64).
 
     The derivative computes logits again: a chunk's depends on what comes of all of a sequence.
     Arguments are those of :func:`cross_entropy`.
     """
-    chunks, _ = _in_chunks(features, matrix, targets, weights, chunk)
-    return _log_likelihoods(cap, *alike(matrix, *chunks))
+    chunks, _ = _in_chunks(features, matrix, targets, weights, chunk, placement)
+    return _log_likelihoods(cap, placement, *alike(matrix, *chunks))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _log_likelihoods(cap, matrix, features, targets, weights):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _log_likelihoods(cap, placement, matrix, features, targets, weights):
+    del placement
+
     def of_chunk(chunk):
         features, targets, weights = chunk
         each = soft_cap(logits(features, matrix), cap)
@@ -145,17 +151,17 @@ def _log_likelihoods(cap, matrix, features, targets, weights):
     return jnp.sum(lax.map(of_chunk, (features, targets, weights)), axis=0)
 
 
-def _log_likelihoods_forward(cap, *arguments):
-    return _log_likelihoods(cap, *arguments), arguments
+def _log_likelihoods_forward(cap, placement, *arguments):
+    return _log_likelihoods(cap, placement, *arguments), arguments
 
 
-def _log_likelihoods_backward(cap, arguments, d):
+def _log_likelihoods_backward(cap, placement, arguments, d):
     """The gradient of a cross-entropy, whose weights are times the cotangents of the sequences."""
     matrix, features, targets, weights = arguments
 
     def total(matrix, features, weights):
         chunks = features, targets, -d[:, None] * weights
-        return sum_of_chunks(_CrossEntropy(0.0, cap), matrix, chunks)[0]
+        return sum_of_chunks(_CrossEntropy(0.0, cap), matrix, chunks, placement)[0]
 
     d_matrix, d_features, d_weights = jax.grad(total, (0, 1, 2))(matrix, features, weights)
     return d_matrix, d_features, None, d_weights
@@ -164,7 +170,7 @@ def _log_likelihoods_backward(cap, arguments, d):
 _log_likelihoods.defvjp(_log_likelihoods_forward, _log_likelihoods_backward)
 
 
-def _in_chunks(features, matrix, targets, weights, chunk):
+def _in_chunks(features, matrix, targets, weights, chunk, placement):
     """Chunks of features, targets and weights; and all weights.
 
     Raises:
@@ -192,7 +198,8 @@ def _in_chunks(features, matrix, targets, weights, chunk):
         raise ValueError(f"weights must have the shape {targets.shape}; got {weights.shape}")
     weights = weights.astype(wide)
     batch, length, _ = features.shape
-    size = even(length, max(1, chunk // batch))
+    devices = 1 if placement is None else placement.devices
+    size = even(length, max(1, chunk * devices // batch))
     return tuple(cut(a, size) for a in (features, targets, weights)), weights
 
 

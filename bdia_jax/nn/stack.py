@@ -136,7 +136,7 @@ class ReversibleStack(StackedBlocks):
           ValueError: for ``key=None`` where something is drawn, and for blocks that write to
             variables.
         """
-        if (placement := self._placed()) is not None:
+        if (placement := self.placement) is not None:
             x = placement.samples(x)
         block, stacked_params = self.functional()
         return reversible_scan(

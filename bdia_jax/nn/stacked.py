@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 from flax import nnx
 from jaxtyping import Array, PyTree
 
+from bdia_jax.nn.placement import Placement
 from bdia_jax.nn.pure import as_function
 
 
 class PerBlock(nnx.Variable):
     """A number that differs from block to block, and is not trained."""
-
-
-class Placement(Protocol):
-    """Says where the arrays of a block are, when a model runs on several devices."""
-
-    def weights(self, tree: PyTree[Array]) -> PyTree[Array]:
-        """Those of one block, as the block computes with them."""
-        ...
-
-    def samples(self, x: Array) -> Array:
-        """An array with a batch axis."""
-        ...
 
 
 class StackedBlocks(nnx.Module):
@@ -47,7 +35,7 @@ class StackedBlocks(nnx.Module):
         without the block axis.
         """
         function, params = as_function(self.stacked, call)
-        placement = self._placed()
+        placement = self.placement
         if placement is None:
             return function, params
 
@@ -61,8 +49,16 @@ class StackedBlocks(nnx.Module):
         # Past nnx, which would look for arrays in it: it goes with this copy, and is no state.
         object.__setattr__(self, "_placement", placement)
 
-    def _placed(self) -> Placement | None:
+    @property
+    def placement(self) -> Placement | None:
+        """Where blocks compute; None for one device."""
         return getattr(self, "_placement", None)
+
+
+def placement_of(model: nnx.Module) -> Placement | None:
+    """Where the blocks of a model compute; None for one device."""
+    stacks = (m for _, m in nnx.iter_modules(model) if isinstance(m, StackedBlocks))
+    return next((stack.placement for stack in stacks), None)
 
 
 def is_stacked(path: tuple) -> bool:

@@ -112,13 +112,30 @@ class OnMesh:
 
     mesh: Mesh
 
+    @property
+    def devices(self) -> int:
+        """Over how many a batch is split."""
+        return self.mesh.size
+
     def weights(self, tree: PyTree[Array]) -> PyTree[Array]:
         """Gathered; those of a block are split as in the stack, where an axis comes before."""
-        return jax.tree.map(lambda leaf: self.gathered(leaf, (1,)), tree)
+        # The derivative of a constraint is the same constraint: a block that goes over its
+        # positions in chunks has totals for cotangents.
+        return self.total(jax.tree.map(lambda leaf: self.gathered(leaf, (1,)), tree))
 
     def samples(self, x: Array) -> Array:
         """Split over all devices."""
         return lax.with_sharding_constraint(x, batch_sharding(self.mesh))
+
+    def total(self, tree: PyTree[Array]) -> PyTree[Array]:
+        """On every device. A partitioner would split a sum as what becomes of it is split.
+
+        Devices would then add up what each pass of a loop finds, in that pass; of a sum that is
+        whole, XLA sees that it need not be added up before the loop ends.
+        """
+        return jax.tree.map(
+            lambda leaf: lax.with_sharding_constraint(leaf, replicated(self.mesh)), tree
+        )
 
     def gathered(self, leaf: Array, before: tuple[int, ...] = ()) -> Array:
         """On every device; its cotangent is split as the leaf is.

@@ -17,10 +17,11 @@ from bdia_jax.nn.decoder import Decoder
 from bdia_jax.nn.gamma import reversible_stacks
 from bdia_jax.nn.lora import freeze
 from bdia_jax.nn.losses import Sums, logits
+from bdia_jax.nn.stacked import placement_of
 from bdia_jax.train.tasks.text import PackedTexts, Tokens
 
 CHUNK = 1024
-"""Tokens whose logits, of both networks, exist at a time."""
+"""Tokens whose logits, of both networks, exist at a time on a device."""
 
 
 class Distilled(nnx.Module):
@@ -74,7 +75,9 @@ class Distillation(PackedTexts):
         student = model.student.features(batch.tokens, key=key, **where)
         teacher = lax.stop_gradient(model.teacher.features(batch.tokens, **where))
         weights = jnp.ones(batch.tokens.shape) if batch.weights is None else batch.weights
-        size = even(batch.tokens.shape[1], max(1, CHUNK // len(batch.tokens)))
+        placement = placement_of(model)
+        devices = 1 if placement is None else placement.devices
+        size = even(batch.tokens.shape[1], max(1, CHUNK * devices // len(batch.tokens)))
         of_chunk = _OfChunk(
             self.alpha,
             self.temperature,
@@ -82,7 +85,7 @@ class Distillation(PackedTexts):
         )
         chunks = tuple(cut(a, size) for a in (student, teacher, batch.targets, weights))
         matrices = model.student.output_matrix(), model.teacher.output_matrix()
-        loss, metrics = sum_of_chunks(of_chunk, matrices, chunks)
+        loss, metrics = sum_of_chunks(of_chunk, matrices, chunks, placement)
         return Sums(loss, jnp.sum(weights), jax.tree.map(jnp.sum, metrics))
 
     def evaluate(self, model: Distilled, batch: Tokens) -> Sums:

@@ -16,6 +16,7 @@ from bdia_jax.data.examples import Example
 from bdia_jax.data.packing import pack
 from bdia_jax.nn.decoder import Decoder
 from bdia_jax.nn.losses import Sums, log_likelihoods
+from bdia_jax.nn.stacked import placement_of
 from bdia_jax.train.placing import merged, mesh_of, split
 from bdia_jax.train.tasks.task import eval_rows
 
@@ -131,6 +132,7 @@ def log_probabilities(model: Decoder, rivals: Rivals, key) -> Float[Array, "pair
         targets,
         weights,
         cap=model.config.logit_cap,
+        placement=placement_of(model),
     )
     return found.reshape(two, pairs).T
 
