@@ -35,11 +35,16 @@ class Dropout(nnx.Dropout):
                 f"{self.broadcast_dims}"
             )
 
+    @property
+    def drops(self) -> bool:
+        """Whether it drops anything: in training mode, with a rate above 0."""
+        return self.rate > 0 and not self.deterministic
+
     def __call__(
         self, x: Float[Array, "*shape"], *, rngs: Key[Array, ""] | nnx.RngStream | None = None
     ) -> Float[Array, "*shape"]:
         """``x`` with elements dropped in training mode, otherwise ``x``."""
-        if self.rate == 0 or self.deterministic:
+        if not self.drops:
             return x
         stream = self.rngs if rngs is None else rngs
         if stream is None:

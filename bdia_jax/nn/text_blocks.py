@@ -110,8 +110,7 @@ class DecoderBlock(Block):
         """The update ``h(x)``; ``consts`` are those of :meth:`attend`."""
         if self.parallel:
             return self.attend(x, *consts) + self.feed_forward(x)
-        drops = self.dropout.rate and not self.dropout.deterministic
-        if self.ffn_chunk is None or drops:
+        if self.ffn_chunk is None or self.dropout.drops:
             return super().__call__(x, *consts)
 
         # In one go over the chunks, so that a, x + a and ffn(…) are never whole arrays.

@@ -58,6 +58,7 @@ DEPENDS = (
     *sources.MODELS,
     *sources.STEP,
     "bdia_jax/planning/*.py",
+    "bdia_jax/train/mesh.py",
     *(
         f"experiments/measure/{n}.py"
         for n in ("costs", "cost_times", "ways", "networks", "memory", "timing", "side_by_side")

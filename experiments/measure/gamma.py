@@ -160,7 +160,7 @@ def gradient(model: Decoder, way: Way):
     def of(params, batch, key):
         def loss(params):
             model = nnx.merge(graph, params, rest)
-            way.install(model)
+            set_step(model, way.step, way.adjoint)
             return model.loss(batch.tokens, batch.targets, key=key).loss
 
         return jax.grad(loss)(params)

@@ -129,6 +129,12 @@ STAGES: dict[str, Stage] = {
         ("vision_tables.py --scale few --data-dir DATA/tfds --table over-fitting",),
         ("tfds",),
     ),
+    "vision-moved": Stage(
+        "where γ = 1/2 is ahead: by depth, size, γ and signs, 3 seeds",
+        "an hour and a half",
+        ("vision_tables.py --scale moved --data-dir DATA/tfds --table depth capacity signs",),
+        ("tfds",),
+    ),
     "vision-digits": Stage(
         "ResNet against BDIA-ResNet on digits, 3 seeds",
         "half an hour",

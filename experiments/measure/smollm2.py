@@ -15,8 +15,7 @@ from flax import nnx
 
 from bdia_jax import Adjoint, Step, interop
 from bdia_jax.data import Tokenizer, completion, pack
-from bdia_jax.nn import Decoder, add_lora
-from bdia_jax.nn.gamma import reversible_stacks
+from bdia_jax.nn import Decoder, add_lora, set_step
 from bdia_jax.nn.quantized import Kind
 from bdia_jax.train import PackedTexts, TrainSettings, train
 from measure import e2e_data, records
@@ -69,12 +68,6 @@ class Way:
     lora: tuple[str, ...] = ()
     """Layers that get low-rank updates, which alone are trained; none trains all weights."""
 
-    def install(self, model: Decoder) -> None:
-        """Into a model that is loaded for BDIA."""
-        for stack in reversible_stacks(model):
-            stack.step = self.step
-            stack.adjoint = self.adjoint or stack.adjoint
-
 
 def run_of(
     name: str,
@@ -103,7 +96,7 @@ def run_of(
         model, tokenizer = smollm2(quantize=way.base)
         if way.lora:
             add_lora(model, RANK, targets=way.lora, rngs=nnx.Rngs(seed))
-        way.install(model)
+        set_step(model, way.step, way.adjoint)
         result = train(model, task, settings, place / "run", resume=True, progress=False)
         return {
             "loss": result.last("eval", "loss"),

@@ -37,7 +37,7 @@ AUDIT = ("bdia_jax/check.py",)
 COUPLED = ("bdia_jax/coupling.py", "bdia_jax/nn/coupled.py")
 LAYERS = (
     *(f"bdia_jax/nn/{n}.py" for n in ("stacked", "stack", "updates", "pure", "blocks", "dropout")),
-    *(f"bdia_jax/nn/{n}.py" for n in ("chunks", "configs")),
+    *(f"bdia_jax/nn/{n}.py" for n in ("chunks", "configs", "placement")),
     *(f"bdia_jax/nn/{n}.py" for n in ("settings", "decoder_config", "positions", "rotary_scaling")),
     *("bdia_jax/nn/linear.py", "bdia_jax/nn/attention/*.py"),
 )

@@ -90,6 +90,9 @@ SCALES = {
     ),
 }
 SCALES["few"] = dataclasses.replace(SCALES["reduced"], epochs=100)
+SCALES["moved"] = dataclasses.replace(
+    SCALES["few"], augment=True, vit=dataclasses.replace(SCALES["few"].vit, dropout=0.0)
+)
 
 
 class Cell(NamedTuple):

@@ -9,7 +9,8 @@ Scales: ``paper`` is the published setting (CIFAR-10, 6 blocks of width 512, bat
 400 epochs; a GPU's work). ``reduced`` is what 2 cores can do with CIFAR-10: large patches, narrow
 blocks, a fiftieth of the images, as they are and seen often, so that networks over-fit as the
 published ones do after hundreds of epochs; it shows orderings, not the published numbers. ``few``
-goes on for twice as long, until networks know their images by heart. ``digits`` is smaller still.
+goes on for twice as long, until networks know their images by heart. ``moved`` is ``few`` with
+images moved and mirrored, and without dropout. ``digits`` is smaller still.
 ``--quick`` trains every system once on digits, and fails if one stays under 90 %.
 
 A run is one network, trained from one seed; a run that two tables have in common is run once. What
@@ -87,7 +88,7 @@ class VisionTables:
 
     table: tuple[Table, ...] = ("baselines",)
     """Which tables."""
-    scale: Literal["paper", "reduced", "few", "digits"] = "digits"
+    scale: Literal["paper", "reduced", "few", "moved", "digits"] = "digits"
     """How large everything is."""
     quick: bool = False
     """Every system, once, on digits; the exit status is 1 if one stays under 90 %."""

@@ -146,7 +146,7 @@ class GroupedQueryAttention(nnx.Module):
         if segments is not None and other_segments is not None:
             both = segments, other_segments
         k, v = keys_values
-        dropping = self.dropout.rate and not self.dropout.deterministic
+        drops = self.dropout.drops
         return attend(
             q,
             k,
@@ -157,8 +157,8 @@ class GroupedQueryAttention(nnx.Module):
             window=self._window(),
             scale=self.scale,
             cap=self.cap,
-            dropout=self.dropout.rate if dropping else 0.0,
-            key=self.dropout.rngs() if dropping and self.dropout.rngs is not None else None,
+            dropout=self.dropout.rate if drops else 0.0,
+            key=self.dropout.rngs() if drops and self.dropout.rngs is not None else None,
         )
 
     def mixed(
