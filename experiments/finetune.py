@@ -133,6 +133,7 @@ class FineTune(FineTuning, Given):
     epochs are given."""
 
     def __post_init__(self):
+        super().__post_init__()
         if self.samples < 0:
             raise ValueError(f"samples must be 0 or more; got {self.samples}")
         if self.quantize is not None and not self.lora:

@@ -96,6 +96,7 @@ class FineTuneVision(FineTuning, Given):
     """How to train; 500 steps, unless steps or epochs are given."""
 
     def __post_init__(self):
+        super().__post_init__()
         if self.method == "bdia" and self.gamma == "auto" and not self.head_images:
             raise ValueError(
                 "a head of zeros has the same loss with every γ: give gamma, or head_images above "

@@ -101,6 +101,16 @@ class FineTuning:
     resume: bool = False
     """Continue the run in the folder, if there is one."""
 
+    def __post_init__(self):
+        if self.gamma_tolerance <= 0:
+            raise ValueError(f"gamma_tolerance must be positive; got {self.gamma_tolerance}")
+        measured = self.method == "bdia" and self.gamma == "auto"
+        if measured and self.signs is not None and self.signs not in FAIR:
+            raise ValueError(
+                f"gamma='auto' chooses from the signs {', '.join(FAIR)}: give a gamma with "
+                f"signs={self.signs!r}"
+            )
+
     @property
     def of_network(self) -> dict[str, Any]:
         """Settings of the network that do not come from its folder."""

@@ -3,11 +3,13 @@
 import copy
 import dataclasses
 import datetime
+import functools
 import itertools
 import json
 
 import pytest
 import tokenizers
+from test_tokenizers import llama_2
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from bdia_jax import data, interop
@@ -78,29 +80,53 @@ CHATS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def inner():
+SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot|>"]
+
+
+def of_bytes():
     made = tokenizers.Tokenizer(models.BPE())
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(vocab_size=350, initial_alphabet=alphabet, show_progress=False)
     made.train_from_iterator(["the cat sat on the mat\n\nassistant user system " * 20], trainer)
-    made.add_special_tokens(["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot|>"])
+    made.add_special_tokens(SPECIAL)
     return made
 
 
-@pytest.fixture(scope="module", params=TEMPLATES)
-def folder(request, inner, tmp_path_factory):
+def of_llama_2(rstrip=False):
+    """Which puts a space behind special tokens, or with ``rstrip`` drops one."""
+    made = llama_2()
+    made.add_special_tokens(
+        [tokenizers.AddedToken(token, normalized=False, rstrip=rstrip) for token in SPECIAL]
+    )
+    return made
+
+
+VOCABULARIES = {
+    "bytes": of_bytes,
+    "llama 2": of_llama_2,
+    "llama 2, rstrip": functools.partial(of_llama_2, rstrip=True),
+}
+
+
+@pytest.fixture(scope="module")
+def inner():
+    return of_bytes()
+
+
+@pytest.fixture(scope="module", params=itertools.product(TEMPLATES, VOCABULARIES), ids=", ".join)
+def folder(request, tmp_path_factory):
+    name, vocabulary = request.param
     folder = tmp_path_factory.mktemp("model")
-    inner.save(str(folder / "tokenizer.json"))
+    VOCABULARIES[vocabulary]().save(str(folder / "tokenizer.json"))
     described = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": {"__type": "AddedToken", "content": "<s>", "special": True},
         "eos_token": "</s>",
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(described))
-    (folder / "chat_template.jinja").write_text(TEMPLATES[request.param])
+    (folder / "chat_template.jinja").write_text(TEMPLATES[name])
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     return folder
 
@@ -145,8 +171,12 @@ def test_every_answer_is_learned_after_what_transformers_asks_with(folder, their
                 else len(example.tokens)
             )
             said = tokenizer.decode(example.tokens[start:stop])
-            content = messages[i]["content"]
-            assert said.strip() in (content.strip(), content.split("</think>")[-1].strip())
+            # What a vocabulary can say of it.
+            content = tokenizer.decode(tokenizer.encode(messages[i]["content"]))
+            thought = tokenizer.decode(
+                tokenizer.encode(messages[i]["content"].split("</think>")[-1])
+            )
+            assert said.strip() in (content.strip(), thought.strip())
             assert example.tokens[stop - 1] in tokenizer.special
             found += 1
     assert found == len(answers)

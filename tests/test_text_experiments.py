@@ -338,6 +338,18 @@ def test_what_is_refused_before_anything_is_read(folder, tmp_path, change, error
         finetune.check_before(given, folder, config)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"signs": "minus"}, "chooses from the signs block, sample: give a gamma"),
+        ({"gamma_tolerance": 0.0}, "gamma_tolerance must be positive; got 0.0"),
+    ],
+)
+def test_what_cannot_be_measured(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        finetune.FineTune(model="none", data=tmp_path, out=tmp_path / "run", **change)
+
+
 def test_a_disk_without_room_for_the_model(folder, tmp_path, monkeypatch):
     given = finetune.FineTune(model=str(folder), data=tmp_path, out=tmp_path / "run")
     usage = type(shutil.disk_usage(tmp_path))

@@ -220,18 +220,39 @@ def conversed(
     check_messages(messages)
     found = []
     for text, spans in template.generated(messages, tools):
-        example = _example(tokenizer, text, spans)
-        found.append((example, example.tokens != tokenizer.encode(text)))
+        cuts = [0, *itertools.chain.from_iterable(spans), len(text)]
+        whole, pieces = tokenizer.encode(text), _apart(tokenizer, text, cuts)
+        if [*itertools.chain(*pieces)] != whole:
+            pieces = _in_turn(tokenizer, text, cuts)
+        example = _example(tokenizer, pieces)
+        found.append((example, example.tokens != whole))
     return found
 
 
-def _example(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) -> Example:
-    cuts = [0, *itertools.chain.from_iterable(spans), len(text)]
+def _apart(tokenizer: Tokenizer, text: str, cuts: Sequence[int]) -> list[list[int]]:
+    """The tokens of the parts between ``cuts``, each by itself."""
+    encode = itertools.chain([tokenizer.encode], itertools.repeat(tokenizer.continuation))
+    return [f(text[start:stop]) for f, (start, stop) in zip(encode, itertools.pairwise(cuts))]
+
+
+def _in_turn(tokenizer: Tokenizer, text: str, cuts: Sequence[int]) -> list[list[int]]:
+    """The same, each as what a text up to its end has more than a text up to its beginning.
+
+    Some vocabularies put a space behind special tokens, or drop one, so that a part by itself has
+    other tokens. Where a token is across a cut, the part is by itself nevertheless.
+    """
+    upto = [tokenizer.encode(text[:cut]) for cut in cuts]
+    return [
+        whole[len(given) :] if whole[: len(given)] == given else alone
+        for (given, whole), alone in zip(itertools.pairwise(upto), _apart(tokenizer, text, cuts))
+    ]
+
+
+def _example(tokenizer: Tokenizer, pieces: Sequence[list[int]]) -> Example:
+    """Of the tokens of prompts and answers, in turn."""
     tokens: list[int] = []
     learned: list[bool] = []
-    for number, (start, stop) in enumerate(itertools.pairwise(cuts)):
-        encode = tokenizer.continuation if number else tokenizer.encode
-        piece = encode(text[start:stop])
+    for number, piece in enumerate(pieces):
         until = _written(tokenizer, piece) if number % 2 else 0
         tokens += piece
         learned += [i < until for i in range(len(piece))]
