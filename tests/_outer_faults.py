@@ -90,8 +90,8 @@ FAULTS = [
     Fault(
         "the norm leaves out the blocks",
         "train/in_backward",
-        "jnp.sqrt(squares + optax.tree.norm(d_others) ** 2)",
-        "optax.tree.norm(d_others) + 0 * squares",
+        "jnp.sqrt(squares + global_norm(d_others) ** 2)",
+        "(global_norm(d_others) + 0 * squares)",
         IN_BACKWARD,
     ),
     Fault(
@@ -118,7 +118,7 @@ FAULTS = [
     Fault(
         "a block takes a step with NaN",
         "train/in_backward",
-        "fine = jnp.isfinite(optax.tree.norm(grads))",
+        "fine = jnp.isfinite(global_norm(grads))",
         "fine = jnp.bool_(True)",
         IN_BACKWARD,
     ),
@@ -421,7 +421,7 @@ FAULTS = [
     Fault(
         "edited data are the same",
         "train/run_folder",
-        "fingerprint(task.arrays())",
+        "fingerprint(arrays)",
         '"same"',
         ("test_run_folder",),
     ),
@@ -977,6 +977,48 @@ FAULTS = [
         "module.place(placement)",
         "pass",
         SHARDED,
+    ),
+    Fault(
+        "the loss of float16 blocks is differentiated as it is",
+        "train/programs",
+        'return LOSS_SCALE if "float16" in dtypes else 1.0',
+        "return 1.0",
+        ("test_accumulation::test_gradients_of_float16_blocks",),
+    ),
+    Fault(
+        "an optimizer that is given is clipped, too",
+        "train/programs",
+        "            settings = dataclasses.replace(settings, clip_norm=None)\n",
+        "            pass\n",
+        ("test_in_backward::test_an_optimizer_that_is_given_clips_by_itself",),
+    ),
+    Fault(
+        "the norm of a gradient is summed in its own dtype",
+        "train/norms",
+        "return optax.tree.norm(_wide(tree))",
+        "return optax.tree.norm(tree)",
+        ("test_optimizers::test_the_norm_of_bfloat16_is_summed_in_float32",),
+    ),
+    Fault(
+        "of equals, the last is kept",
+        "train/checkpoints",
+        '-metrics["step"])',
+        'metrics["step"])',
+        ("test_feedback::test_the_first_of_equals_is_the_best",),
+    ),
+    Fault(
+        "frozen weights may be any",
+        "train/run_folder",
+        "fingerprint(some_of_frozen(model))",
+        "fingerprint({})",
+        ("test_run_folder::test_other_weights_that_are_not_trained",),
+    ),
+    Fault(
+        "an answer is tokenized by itself",
+        "data/chats",
+        "            pieces = _in_turn(tokenizer, text, cuts)\n",
+        "            pass\n",
+        ("test_chats::test_every_answer_is_learned_after_what_transformers_asks_with",),
     ),
     Fault(
         "gradients of blocks are added up chunk by chunk",

@@ -56,6 +56,36 @@ def after_a_step(model, task, settings):
     return dict(nnx.to_flat_state(taken)), jax.device_get(report)
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_gradients_of_float16_blocks(parts, in_backward):
+    """A mean over many tokens has derivatives below the smallest number of float16."""
+    if parts > 1 and in_backward:
+        pytest.skip("blocks are not updated before all parts of a batch are seen")
+    rows = pack([Example([*range(1, 34)], [True] * 33)] * 128, 32)
+    task, found = PackedTexts("rows", rows, rows), {}
+    for dtype in ("float32", "float16"):
+        changes = TINY | {"method": "standard-checkpoint", "dtype": dtype}
+        model = Decoder(
+            DecoderConfig(vocab_size=40, max_length=32, depth=2, **changes), rngs=nnx.Rngs(0)
+        )
+        settings = dataclasses.replace(
+            SETTINGS, batch_size=128, accumulate=parts, update_in_backward=in_backward
+        )
+        # As of 32 times as many tokens.
+        task.loss = lambda m, batch, key: (s := PackedTexts.loss(task, m, batch, key))._replace(
+            weight=32 * s.weight
+        )
+        found[dtype], report = after_a_step(model, task, settings)
+        assert report.grad_norm > 0
+    for path, expected in found["float32"].items():
+        if path[-2:] == ("k", "bias"):
+            # It changes nothing, and its derivative is 0 but for roundings.
+            continue
+        a, b = (np.float64(v.get_value()).ravel() for v in (expected, found["float16"][path]))
+        assert a @ b > 0.999 * np.linalg.norm(a) * np.linalg.norm(b), path
+
+
 def in_float64(case):
     """Gradient and means of the whole batch; and the mean of the gradients of its rows."""
     with jax.enable_x64(True):

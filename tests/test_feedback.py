@@ -31,7 +31,8 @@ from bdia_jax.train import (
 )
 from bdia_jax.train import pace as paces
 from bdia_jax.train.pace import Pace
-from bdia_jax.train.result import best_of, without_better
+from bdia_jax.train.programs import Programs
+from bdia_jax.train.result import best_of, evaluations, without_better
 from bdia_jax.train.run_folder import logging_to
 
 UNSTEADY = {
@@ -301,6 +302,18 @@ def test_the_best_evaluation_has_a_checkpoint(tmp_path):
     assert restore_best(folder, model) == best
     _, expected = _toy.run(tmp_path / "expected", stop_at=best, **UNSTEADY)
     assert _toy.digest(model) == _toy.digest(expected)
+
+
+@pytest.mark.slow
+def test_the_first_of_equals_is_the_best(tmp_path, monkeypatch):
+    """It is what is told, and what is kept and restored."""
+    same = iter([0.5, 0.25, 0.25, 0.5, 0.25, 0.5])
+    monkeypatch.setattr(Programs, "evaluate", lambda self, params: {"loss": next(same)})
+    every = {"steps": 6, "eval_every": 1, "checkpoint_every": 1, "keep_last": 1}
+    result, model = _toy.run(tmp_path / "run", **every)
+    assert best_of(evaluations(result.history), "-loss")["step"] == 2
+    assert (result.best_step, steps_in(tmp_path / "run")) == (2, [2, 6])
+    assert restore_best(tmp_path / "run", model) == 2
 
 
 @pytest.mark.slow

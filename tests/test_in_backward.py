@@ -206,6 +206,36 @@ def test_training_is_the_same_to_the_bit(optimizer, make):
     assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))
 
 
+def test_an_optimizer_that_is_given_clips_by_itself():
+    settings = dataclasses.replace(FEW, clip_norm=1e-3)
+    changed = []
+    for way in (False, True):
+        model = decoder(dropout=0.0)
+        some = dataclasses.replace(settings, update_in_backward=way)
+        programs = Programs(model, TASK, some, optax.sgd(1.0))
+        state = programs.first_state(model)
+        before = jax.device_get(state.params)
+        state, report = programs.step(state)
+        change = jax.tree.map(np.subtract, jax.device_get(state.params), before)
+        assert float(optax.tree.norm(change)) == pytest.approx(float(report.grad_norm), rel=1e-4)
+        changed.append(change)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *changed)
+
+
+@pytest.mark.parametrize("clip_norm", [None, 1.0])
+def test_a_step_in_float64(clip_norm):
+    """Of 64 bits are the weights; what is told of blocks and kept of a norm has 32 as ever."""
+    with jax.enable_x64(True):
+        model = decoder(dtype="float64", param_dtype="float64", method="standard-checkpoint")
+        settings = dataclasses.replace(FEW, clip_norm=clip_norm)
+        step, state = training_step(model, TASK, settings)
+        kinds = jax.tree.map(lambda a: a.dtype, state)
+        for _ in range(2):
+            state, report = step(state)
+        assert np.isfinite(report.grad_norm)
+        assert jax.tree.map(lambda a: a.dtype, state) == kinds
+
+
 @pytest.mark.parametrize("method", ["bdia", "standard-checkpoint"])
 def test_a_gradient_that_is_not_finite_changes_nothing(method):
     model = _toy.Toy(method=method, dropout=0.0)

@@ -11,10 +11,22 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from bdia_jax import BDIA, BackwardReport, Checkpoint, Direct, Euler
-from bdia_jax.nn import Dropout, Probe, ReversibleSettings, ReversibleStack, ViT, ViTConfig
+from bdia_jax.nn import (
+    Dropout,
+    Probe,
+    ReversibleSettings,
+    ReversibleStack,
+    ViT,
+    ViTConfig,
+    add_lora,
+    expand_base,
+    merge_lora,
+    quantize_base,
+)
 from bdia_jax.nn.blocks import LayerNorm, RMSNorm
 from bdia_jax.nn.dropout import keep_mask
 from bdia_jax.nn.linear import dot_general, product
+from bdia_jax.nn.lora import LowRankLinear
 from bdia_jax.nn.vit import patches, shifted
 
 KEY = jax.random.key(0)
@@ -251,6 +263,31 @@ def test_options_of_the_vit(options):
     y, grads, _ = gradients(model, jax.random.normal(KEY, (2, 8, 8, 1)))
     assert y.shape == (2, 10)
     assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(grads))
+
+
+@pytest.mark.parametrize("attention", ["full", "linear"])
+def test_low_rank_updates_and_few_bits_of_a_vit(attention):
+    """Its attention splits kernels by itself; of others, what the layer computes."""
+    images = jax.random.normal(KEY, (2, 8, 8, 1))
+    config = dataclasses.replace(SMALL, attention=attention, projection=2)
+    model = ViT(config, rngs=nnx.Rngs(0))
+    model.eval()
+    expected = model(images)
+    add_lora(model, 2, targets=("qkv", "attention.out"), rngs=nnx.Rngs(1))
+    model.eval()
+    np.testing.assert_allclose(model(images), expected, atol=1e-5)
+    for _, layer in nnx.iter_modules(model):
+        if isinstance(layer, LowRankLinear):
+            layer.b[...] = jax.random.normal(KEY, layer.b.shape)
+    changed = model(images)
+    assert np.abs(changed - expected).max() > 1e-2
+    merge_lora(model)
+    np.testing.assert_allclose(model(images), changed, atol=1e-4)
+    pytest.importorskip("qwix", reason="few bits need qwix")
+    quantize_base(model, "int8")
+    few = model(images)
+    expand_base(model)
+    np.testing.assert_allclose(model(images), few, atol=1e-4)
 
 
 def test_patches_and_shifts_are_what_loops_say():

@@ -9,6 +9,7 @@ from flax import nnx
 
 from bdia_jax.train import TrainSettings, make_optimizer
 from bdia_jax.train.blockwise import Blockwise
+from bdia_jax.train.norms import clip_by_global_norm, global_norm
 from bdia_jax.train.optimizers import OPTIMIZERS, make_blockwise
 from bdia_jax.train.schedules import make_schedule
 from bdia_jax.train.wording import about_decay
@@ -89,6 +90,21 @@ def test_a_step_is_optax_s_of_each_block(name):
         else:
             expected = after(of_others, p, grads[path])
         np.testing.assert_allclose(found[path], expected, rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+def test_the_norm_of_bfloat16_is_summed_in_float32():
+    """In bfloat16, what is small beside the largest array would not count."""
+    rng = np.random.default_rng(0)
+    values = [rng.normal(size=(64, 64)) * (20 if i == 3 else 1) for i in range(24)]
+    grads = [jnp.asarray(v, jnp.bfloat16) for v in values]
+    expected = np.sqrt(sum(np.sum(np.float64(g) ** 2) for g in grads))
+    np.testing.assert_allclose(global_norm(grads), expected, rtol=1e-5)
+    clip = clip_by_global_norm(1.0)
+    clipped, _ = clip.update(grads, clip.init(grads))
+    assert {c.dtype for c in clipped} == {grads[0].dtype}
+    for c, g in zip(clipped, grads, strict=True):
+        # Rounded once.
+        np.testing.assert_allclose(np.float64(c), np.float64(g) / expected, rtol=2**-8)
 
 
 def test_muon_takes_a_convolution_as_a_matrix():

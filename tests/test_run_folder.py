@@ -1,6 +1,7 @@
 """The folder of a run: what is refused before anything takes long, whose run it is, and its log."""
 
 import collections
+import dataclasses
 import json
 import logging
 import os
@@ -13,13 +14,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from bdia_jax.data import TextData
+from bdia_jax.nn import Decoder, DecoderConfig, add_lora, quantize_base
 from bdia_jax.train import (
+    LanguageModelling,
+    TrainSettings,
     check_batch_size,
     check_run_folder,
     eval_batch_size,
     read_metrics,
     run_folder,
+    train,
 )
 from bdia_jax.train.run_folder import check_room, fingerprint
 
@@ -112,6 +119,32 @@ def test_other_data_under_the_same_name(tmp_path):
     assert before == {p: p.read_bytes() for p in folder.glob("*.json*")}
     result, _ = _toy.run(folder, steps=2, resume=True)
     assert result.step == 2
+
+
+@pytest.mark.slow
+def test_other_weights_that_are_not_trained(tmp_path):
+    """Low-rank updates of another network; and of the same one in few bits."""
+    folder = tmp_path / "run"
+    settings = TrainSettings(
+        steps=2, batch_size=2, log_every=1, eval_every=2, checkpoint_every=1, warmup_steps=0
+    )
+    tokens = np.arange(100, dtype=np.int32) % 20
+    task = LanguageModelling(TextData("numbers", tokens, tokens, 20), 8)
+    config = DecoderConfig(vocab_size=20, max_length=8, width=16, depth=2, heads=2)
+
+    def run(seed, few_bits=False, **changes):
+        model = Decoder(config, rngs=nnx.Rngs(seed))
+        if few_bits:
+            quantize_base(model, "int8")
+        add_lora(model, 2, rngs=nnx.Rngs(0))
+        return train(model, task, dataclasses.replace(settings, **changes), folder, resume=True)
+
+    run(0, stop_at=1)
+    with pytest.raises(ValueError, match=r"frozen.sha256: .*weights that are not trained are not"):
+        run(1)
+    with pytest.raises(ValueError, match=r"frozen.sha256"):
+        run(0, few_bits=True)
+    assert run(0).step == 2
 
 
 def test_fingerprints():

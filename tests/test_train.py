@@ -464,7 +464,7 @@ def test_an_inverse_that_is_not_exact_stops_the_run(tmp_path):
     before = {name: value.copy() for name, value in _toy.parameters(model).items()}
     with pytest.raises(
         InexactInverseError,
-        match=r"step 1: .* through stack, the input of block \d .* for 8 samples"
+        match=r"step 1: .* through stack, the step of block \d was not undone .* for 8 samples"
         r".*tolerance_bits=1.*xla_gpu_deterministic_ops",
     ):
         _toy.run(tmp_path / "run", model=model)

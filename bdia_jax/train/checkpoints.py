@@ -95,8 +95,9 @@ class Checkpoints:
             self._remove_half_deleted()
         policy = checkpoint_managers.preservation_policy
 
-        def rank(metrics: dict[str, float]) -> float:
-            return score(best, metrics) if metrics else -math.inf
+        def rank(metrics: dict[str, float]) -> Any:
+            # To sort by: the first one of equals, as in all that is told of the run.
+            return (score(best, metrics), -metrics["step"]) if metrics else (-math.inf, 0)
 
         self._rank = rank
         options = ocp.CheckpointManagerOptions(
@@ -132,7 +133,7 @@ class Checkpoints:
     def best_score(self) -> float:
         """The :func:`score` of that checkpoint; -inf if there is none."""
         best = self.manager.best_step()
-        return -math.inf if best is None else self._rank(self.manager.metrics(best) or {})
+        return -math.inf if best is None else self._rank(self.manager.metrics(best) or {})[0]
 
     def save(
         self, step: int, state: State, about: dict[str, Any], metrics: dict[str, float]
@@ -152,7 +153,7 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state), about=ocp.args.JsonSave(about)
                 ),
-                metrics=metrics,
+                metrics=metrics and {**metrics, "step": step},
             )
         except Exception as error:
             raise self._failed(error) from error

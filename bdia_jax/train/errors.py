@@ -34,7 +34,8 @@ def raise_if_wrong(step: int, report: StepReport) -> None:
         raise NonFiniteError(
             f"step {step}: the gradient is not finite, the loss is ({loss:.4g}); the step was not "
             "taken. All states were reconstructed exactly: the derivative of a block overflows "
-            "(lower the learning rate, or compute in bfloat16 or float32)"
+            "(lower the learning rate, or compute in bfloat16 or float32), or a sample of weight 0 "
+            "left the range of the grid, ±2**(30 - frac_bits) (lower frac_bits)"
         )
 
 
@@ -66,8 +67,8 @@ def reversibility(report: StepReport) -> str:
 def _inexact(step: int, stack: str, backward: BackwardReport) -> str:
     wrong = np.flatnonzero(backward.mismatched)
     return (
-        f"step {step}: in the backward pass through {stack.removesuffix('.probe')}, the input of "
-        f"block {wrong[-1]} was not reconstructed to the last bit for "
+        f"step {step}: in the backward pass through {stack.removesuffix('.probe')}, the step of "
+        f"block {wrong[-1]} was not undone to the last bit for "
         f"{int(backward.mismatched[wrong[-1]])} samples (mismatches in {len(wrong)} of "
         f"{backward.mismatched.size} blocks: an error is passed down). The gradients are NaN, and "
         "the step was not taken. The block was computed differently the second time: set "

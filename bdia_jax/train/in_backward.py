@@ -32,7 +32,8 @@ from bdia_jax.train.blockwise import (
     with_moments,
     without,
 )
-from bdia_jax.train.step import Recipe, State, StepReport, draw, judge, keep_if, shard
+from bdia_jax.train.norms import global_norm
+from bdia_jax.train.step import Recipe, State, StepReport, draw, judge, keep_if, scaled, shard
 
 
 class Slot(NamedTuple):
@@ -91,7 +92,7 @@ def updating_step(
     }
     others_state = whole | {"stacks": rest_of_stacks}
     slots = {
-        path: Slot(below(state.params, path), moments(own[path]), jnp.zeros(blocks))
+        path: Slot(below(state.params, path), moments(own[path]), jnp.zeros(blocks, jnp.float32))
         for path, blocks in stacks.items()
     }
 
@@ -105,9 +106,9 @@ def updating_step(
             model = meshes.merged(recipe.mesh, recipe.graph, params, probes, rest)
             for path, slot in slots.items():
                 step = None if scale is None else BlockStep(optimizer.blocks, own[path], scale)
-                install(model, path, slot, step, updated)
+                install(model, path, slot, step, recipe.loss_scale, updated)
             sums = recipe.task.loss(model, batch, key)
-            return sums.means()["loss"], sums
+            return recipe.loss_scale * sums.means()["loss"], sums
 
         (_, sums), grads = jax.value_and_grad(mean_loss, argnums=(0, 1, 2), has_aux=True)(
             others, recipe.probes, slots
@@ -119,11 +120,12 @@ def updating_step(
                 f"update_in_backward: the loss does not depend on {names}; "
                 "freeze its weights (bdia_jax.nn.freeze), or set update_in_backward=False"
             )
-        return sums, *grads
+        d_others, *of_stacks = grads
+        return sums, scaled(d_others, 1 / recipe.loss_scale), *of_stacks
 
     def norm_of(d_others, slots) -> Float[Array, ""]:
         squares = sum(jnp.sum(slot.squares) for slot in slots.values())
-        return jnp.sqrt(squares + optax.tree.norm(d_others) ** 2)
+        return jnp.sqrt(squares + global_norm(d_others) ** 2).astype(jnp.float32)
 
     scale = 1.0
     if clip_norm is not None:
@@ -164,23 +166,29 @@ class BlockStep(NamedTuple):
         """New parameters and moments; the old ones, if the gradient is not finite."""
         grads = scaled(grads, self.scale)
         updates, state = self.optimizer.update(grads, with_moments(self.state, own), params)
-        fine = jnp.isfinite(optax.tree.norm(grads))
+        fine = jnp.isfinite(global_norm(grads))
         return keep_if(fine, (optax.apply_updates(params, updates), moments(state)), (params, own))
 
 
 def install(
-    model: nnx.Module, path: Path, slot: Slot, step: BlockStep | None, updated: set[Path]
+    model: nnx.Module,
+    path: Path,
+    slot: Slot,
+    step: BlockStep | None,
+    loss_scale: float,
+    updated: set[Path],
 ) -> None:
     """Has the backward pass of a stack take a step of each block, in a model that is traced.
 
-    Without ``step``, only the sums of squares are new. ``updated`` gets the path when the backward
-    pass is traced.
+    The gradient that it is given is that of the loss times ``loss_scale``. Without ``step``, only
+    the sums of squares are new. ``updated`` gets the path when the backward pass is traced.
     """
 
     def function(params, grads, state):
         updated.add(path)
         own, _ = state
-        squares = optax.tree.norm(grads) ** 2
+        grads = scaled(grads, 1 / loss_scale)
+        squares = global_norm(grads) ** 2
         if step is not None:
             params, own = step(params, grads, own)
         return params, (own, squares.astype(jnp.float32))
@@ -209,8 +217,3 @@ def guard(params: nnx.State, path: Path) -> nnx.State:
 
     same.defvjp(lambda params: (params, None), backward)
     return same(params)
-
-
-def scaled(grads: nnx.State, scale: Float[Array, ""] | float) -> nnx.State:
-    """The gradient, scaled in its own dtype."""
-    return jax.tree.map(lambda d: d * jnp.asarray(scale, d.dtype), grads)

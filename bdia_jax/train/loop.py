@@ -95,7 +95,7 @@ def train(
     if main:
         weights_and_biases.check_installed(settings.wandb)
     settings = in_steps(settings, task)
-    described = describe_run(settings, task, about, optimizer is not None)
+    described = describe_run(settings, model, task, about, optimizer is not None)
     check_same_run(folder, described, settings)
 
     programs = Programs(model, task, settings, optimizer)

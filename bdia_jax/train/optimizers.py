@@ -17,6 +17,7 @@ from jaxtyping import PyTree
 from bdia_jax.nn.stacked import is_stacked
 from bdia_jax.optim import set_adam
 from bdia_jax.train.blockwise import Blockwise
+from bdia_jax.train.norms import clip_by_global_norm
 from bdia_jax.train.rounding import with_stochastic_rounding
 
 Optimizer = Literal["adam", "adamw", "set-adam", "sgd", "lion", "muon", "adafactor"]
@@ -107,7 +108,7 @@ def make_optimizer(
     optimizer = blockwise.as_optax() if OPTIMIZERS[name].blockwise else blockwise.others
     if clip_norm is None:
         return optimizer
-    return optax.chain(optax.clip_by_global_norm(clip_norm), optimizer)
+    return optax.chain(clip_by_global_norm(clip_norm), optimizer)
 
 
 def make_blockwise(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from bdia_jax.train import gap, in_backward
 from bdia_jax.train import mesh as meshes
 from bdia_jax.train.blockwise import Blockwise, without
 from bdia_jax.train.settings import TrainSettings
-from bdia_jax.train.step import Recipe, State, StepReport, train_step
+from bdia_jax.train.step import LOSS_SCALE, Recipe, State, StepReport, train_step
 from bdia_jax.train.tasks import FED, Fed, Task
 
 
@@ -37,6 +38,9 @@ class Programs:
         devices: Sequence[jax.Device] | None = None,
     ):
         """``optimizer``: instead of that of the settings. ``devices``: that need not be there."""
+        if optimizer is not None:
+            # It clips, or does not, by itself.
+            settings = dataclasses.replace(settings, clip_norm=None)
         self.task, self.settings, self.devices = task, settings, devices
         self.mesh = mesh = meshes.parse_mesh(settings.mesh, devices)
         meshes.check_batch(mesh, settings.mesh, settings.batch_size // settings.accumulate)
@@ -55,7 +59,7 @@ class Programs:
             schedule, used = None, optimizer
             if settings.update_in_backward:
                 used = Blockwise(optimizer, optimizer)
-        self.recipe = Recipe(graph, probes, task, settings, used, schedule, mesh)
+        self.recipe = Recipe(graph, probes, task, settings, used, schedule, mesh, loss_scale(model))
 
         self._shapes = jax.eval_shape(self._new_state, params)
         self._shardings = None if mesh is None else meshes.state_shardings(mesh, self._shapes)
@@ -205,6 +209,13 @@ class Programs:
             tree,
             shardings,
         )
+
+
+def loss_scale(model: nnx.Module) -> float:
+    """What the loss of a model is multiplied by before it is differentiated."""
+    configs = (getattr(module, "config", None) for _, module in nnx.iter_modules(model))
+    dtypes = {getattr(config, "dtype", None) for config in configs}
+    return LOSS_SCALE if "float16" in dtypes else 1.0
 
 
 _INDEX = jax.ShapeDtypeStruct((), jnp.int32)

@@ -58,7 +58,7 @@ def write_report(
             f"# Run {title}",
             ending,
             "## What was run",
-            _table(("", ""), what_was_run(model, task, settings)),
+            _table(("", ""), what_was_run(model, task, described["train"]["optimizer"], settings)),
             "## Evaluations",
             evaluation_table(result.history, task.best),
             f"![Losses]({CURVES})",
@@ -73,7 +73,9 @@ def write_report(
         log.warning("%s could not be written: %s", folder / REPORT, error)
 
 
-def what_was_run(model: nnx.Module, task: Task, settings: TrainSettings) -> list[tuple[str, str]]:
+def what_was_run(
+    model: nnx.Module, task: Task, optimizer: str, settings: TrainSettings
+) -> list[tuple[str, str]]:
     """Rows about model, data, machine and command."""
     trained = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
     # Stacks of one network have the same step, as a rule.
@@ -81,13 +83,15 @@ def what_was_run(model: nnx.Module, task: Task, settings: TrainSettings) -> list
     devices = jax.devices()
     packages = {"bdia_jax": bdia_jax, "jax": jax, "flax": flax, "optax": optax}
     versions = [f"{name} {package.__version__}" for name, package in packages.items()]
+    own = optimizer != settings.optimizer
+    rate = "" if own else f", learning rate {number(settings.learning_rate)}"
     parts = "" if settings.accumulate == 1 else f", in {settings.accumulate} parts"
     return [
         ("model", f"{type(model).__name__}, {trained:,} parameters trained"),
         *(("method", step) for step in steps),
         ("data", f"{task.name}, {task.eval_samples:,} {task.unit} for evaluation"),
         ("batches", f"{settings.batch_size:,} {task.unit}{parts}"),
-        ("optimizer", f"{settings.optimizer}, learning rate {number(settings.learning_rate)}"),
+        ("optimizer", optimizer + rate),
         ("device", f"{len(devices)} × {devices[0].device_kind}"),
         ("versions", ", ".join([f"Python {platform.python_version()}", *versions])),
         ("command", f"`{shlex.join(['python', *sys.argv])}`"),

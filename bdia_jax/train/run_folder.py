@@ -23,11 +23,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
 from bdia_jax.data import fingerprint
 from bdia_jax.files import write_json
+from bdia_jax.nn.lora import Frozen
+from bdia_jax.nn.quantized import Quantized
 from bdia_jax.train import settings_file
 from bdia_jax.train.settings import TrainSettings
 from bdia_jax.train.tasks import Task
@@ -38,6 +43,8 @@ SETTINGS = "settings.json"
 LOG = "log.txt"
 INDEX = "index"
 """Made before the run, and taken from there when it is resumed."""
+SOME = 8
+"""Elements along each axis, at least, by which frozen weights are told from others."""
 
 
 def check_run_folder(folder: str | pathlib.Path, resume: bool = False) -> pathlib.Path:
@@ -114,15 +121,48 @@ def check_disk(folder: pathlib.Path, size: int, what: str) -> tuple[int, str] | 
 
 
 def describe_run(
-    settings: TrainSettings, task: Task, about: dict[str, Any] | None, own_optimizer: bool
+    settings: TrainSettings,
+    model: nnx.Module,
+    task: Task,
+    about: dict[str, Any] | None,
+    own_optimizer: bool,
 ) -> dict[str, Any]:
     """What decides the weights that come out, as it comes back from JSON."""
     training = settings.described()
     if own_optimizer:
         training["optimizer"] = "one given to train()"
-    data = {"name": task.name, "best": task.best, "sha256": fingerprint(task.arrays())}
-    everything = {"train": training, "data": data, **(about or {})}
+    # A task that computes some of its arrays has another name for what it was given.
+    arrays = getattr(task, "given", task.arrays)()
+    data = {"name": task.name, "best": task.best, "sha256": fingerprint(arrays)}
+    frozen = {"sha256": fingerprint(some_of_frozen(model))}
+    everything = {"train": training, "data": data, "frozen": frozen, **(about or {})}
     return json.loads(json.dumps(everything, default=str))
+
+
+def some_of_frozen(model: nnx.Module) -> dict[str, np.ndarray]:
+    """Some elements of every weight that is not trained, by its path.
+
+    Of other weights, some are others; and all of a large network would take long to read.
+    """
+    state = nnx.state(model, (Frozen, Quantized))
+    found = {
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
+
+    @jax.jit
+    def some(arrays):
+        return {
+            name: a[tuple(slice(None, None, -(-n // SOME)) for n in a.shape)].astype(
+                jnp.float32 if jnp.issubdtype(a.dtype, jnp.floating) else jnp.int32
+            )
+            for name, a in arrays.items()
+        }
+
+    picked = some(found)
+    if jax.process_count() > 1:
+        picked = multihost_utils.process_allgather(picked, tiled=True)
+    return jax.device_get(picked)
 
 
 def check_same_run(
@@ -130,6 +170,8 @@ def check_same_run(
 ) -> None:
     """A ``ValueError`` if there is a run in the folder, and it is another one than this."""
     if (found := _run_in(folder)) is not None:
+        # A run of a version that did not write it.
+        found.setdefault("frozen", described["frozen"])
         _refuse_differences(folder, found, described, settings)
 
 
@@ -177,11 +219,12 @@ def _refuse_differences(
         if name not in harmless
     ]
     if differences:
-        data = any(difference.startswith("data.sha256") for difference in differences)
         edited = ""
-        if data:
+        if any(difference.startswith("data.sha256") for difference in differences):
             name = described["data"]["name"]
             edited = f" (the data named {name} are not those it was started with)"
+        if any(difference.startswith("frozen.sha256") for difference in differences):
+            edited += " (the weights that are not trained are not those it was started with)"
         raise ValueError(f"the run in {folder} is another one: {'; '.join(differences)}{edited}")
 
 

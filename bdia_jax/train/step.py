@@ -14,6 +14,7 @@ from bdia_jax import BackwardReport
 from bdia_jax.nn.losses import Sums
 from bdia_jax.train import mesh as meshes
 from bdia_jax.train.blockwise import Blockwise
+from bdia_jax.train.norms import global_norm
 from bdia_jax.train.settings import TrainSettings
 from bdia_jax.train.tasks import Task
 
@@ -30,6 +31,11 @@ class State(NamedTuple):
     params: nnx.State
     opt_state: PyTree[Array]
     key: UInt32[Array, "words"]
+
+
+LOSS_SCALE = 1024.0
+"""For blocks in float16. Of a mean over thousands of tokens, most derivatives would be below its
+smallest number. A power of two changes no digit of the others."""
 
 
 class StepReport(NamedTuple):
@@ -57,6 +63,8 @@ class Recipe(NamedTuple):
     optimizer: optax.GradientTransformation | Blockwise
     schedule: optax.Schedule | None
     mesh: jax.sharding.Mesh | None
+    loss_scale: float
+    """The loss is differentiated times this power of two: 1, or :data:`LOSS_SCALE`."""
 
 
 def train_step(recipe: Recipe, state: State, rest, arrays) -> tuple[State, StepReport]:
@@ -72,7 +80,7 @@ def train_step(recipe: Recipe, state: State, rest, arrays) -> tuple[State, StepR
     grads, sums, probes = gradient(recipe, state.params, rest, batch, keys)
     updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    fine, report = judge(recipe, state.step, sums, optax.tree.norm(grads), probes)
+    fine, report = judge(recipe, state.step, sums, global_norm(grads), probes)
     params, opt_state = keep_if(fine, (params, opt_state), (state.params, state.opt_state))
     return State(state.step + fine.astype(jnp.int32), params, opt_state, state.key), report
 
@@ -109,13 +117,13 @@ def gradient(recipe: Recipe, params: nnx.State, rest, batch, keys):
     def mean_loss(params, probes, part, key):
         model = meshes.merged(recipe.mesh, recipe.graph, params, probes, rest)
         sums = recipe.task.loss(model, part, key)
-        return sums.means()["loss"], sums
+        return recipe.loss_scale * sums.means()["loss"], sums
 
     def of_part(part, key):
         (_, sums), (grads, probes) = jax.value_and_grad(mean_loss, argnums=(0, 1), has_aux=True)(
             params, recipe.probes, shard(recipe, part), key
         )
-        return grads, sums, probes
+        return scaled(grads, 1 / recipe.loss_scale), sums, probes
 
     if recipe.settings.accumulate == 1:
         return of_part(batch, keys[0])
@@ -135,6 +143,11 @@ def gradient(recipe: Recipe, params: nnx.State, rest, batch, keys):
     weight = sums.weight + (sums.weight == 0)
     grads = jax.tree.map(lambda t, p: (t / weight.astype(t.dtype)).astype(p.dtype), total, params)
     return grads, sums, probes
+
+
+def scaled(grads: PyTree[Array], scale: Float[Array, ""] | float) -> PyTree[Array]:
+    """A gradient, scaled in its own dtype."""
+    return jax.tree.map(lambda d: d * jnp.asarray(scale, d.dtype), grads)
 
 
 def of_all(reports: BackwardReport) -> BackwardReport:

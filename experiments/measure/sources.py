@@ -49,7 +49,7 @@ TEXT_LAYERS = (
 MODELS = (*TEXT_LAYERS, "bdia_jax/nn/encoder_decoder.py", "bdia_jax/nn/vit.py")
 STEP = tuple(
     f"bdia_jax/train/{n}.py"
-    for n in ("step", "in_backward", "optimizers", "blockwise", "rounding", "schedules")
+    for n in ("step", "in_backward", "norms", "optimizers", "blockwise", "rounding", "schedules")
 )
 """A training step. The loop around it changes nothing that is measured."""
 TEXTS = tuple(f"bdia_jax/data/{n}.py" for n in ("text", "tokenizers", "packing", "batches"))

@@ -31,6 +31,10 @@ class MultiHead(nnx.Module):
         self, x: Float[Array, "batch length width"]
     ) -> Iterator[Float[Array, "batch head length head_dim"]]:
         """Queries, keys and values."""
+        if type(self.qkv) is not nnx.Linear:
+            # With low-rank updates, or quantized.
+            found = self.qkv(x).reshape(*x.shape[:2], 3, self.heads, self.head_dim)
+            return (jnp.moveaxis(found[:, :, i], 1, 2) for i in range(3))
         kernel = self.qkv.kernel[...].astype(self.dtype)
         kernel = kernel.reshape(-1, 3, self.heads, self.head_dim)
         x = x.astype(self.dtype)
@@ -40,6 +44,8 @@ class MultiHead(nnx.Module):
         self, x: Float[Array, "batch head length head_dim"]
     ) -> Float[Array, "batch length width"]:
         """Attended values, projected to the width of the stream."""
+        if type(self.out) is not nnx.Linear:
+            return self.out(jnp.moveaxis(x, 1, 2).reshape(x.shape[0], x.shape[2], -1))
         kernel = self.out.kernel[...].astype(self.dtype).reshape(self.heads, self.head_dim, -1)
         merged = jnp.einsum("bhld,hdw->blw", x, kernel)
         assert self.out.bias is not None

@@ -91,6 +91,14 @@ class Preferences:
         """Both splits."""
         return {"train": self.train, "eval": self.evaluation}
 
+    def given(self) -> dict[str, Rivals]:
+        """Both splits without what the reference says, which rounds otherwise on other devices."""
+        return jax.tree.map(
+            lambda rivals: rivals._replace(reference=np.zeros(0, np.float32)),
+            self.arrays(),
+            is_leaf=lambda leaf: isinstance(leaf, Rivals),
+        )
+
     def batch(self, arrays, key, step, size) -> Rivals:
         """Pairs, each once in an epoch."""
         rows = batch_indices(key, step, size, self.samples)
