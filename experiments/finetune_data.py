@@ -88,7 +88,27 @@ def every_tenth(records: list[list[Example]], name: str) -> tuple[list[Example],
             f"{name} has {len(records)} texts, of which every tenth would be for evaluation: give "
             "more, or eval_data"
         )
-    return flat(r for i, r in enumerate(records) if i % 10 != 9), flat(records[9::10])
+    learned = [record for i, record in enumerate(records) if i % 10 != 9]
+    tell_repeated(learned, records[9::10])
+    return flat(learned), flat(records[9::10])
+
+
+def tell_repeated(learned: list[list[Example]], held_out: list[list[Example]]) -> None:
+    """Says how many of the records that are held out are learned, too, if any are.
+
+    Data may have a record several times; the loss of such a one says little of others.
+    """
+    known = {_hash(record) for record in learned}
+    if repeated := sum(_hash(record) in known for record in held_out):
+        print(
+            f"{repeated:,} of {len(held_out):,} held-out records are also among the training "
+            "records"
+        )
+
+
+def _hash(record: list[Example]) -> int:
+    """Of all its tokens: a number per record takes no memory to speak of."""
+    return hash(tuple(tuple(example.tokens) for example in record))
 
 
 def flat(records: Iterable[list[Example]]) -> list[Example]:

@@ -1,6 +1,7 @@
 """Conversations: transformers' text and tokens of them, and what of that is learned."""
 
 import copy
+import csv
 import dataclasses
 import datetime
 import functools
@@ -13,7 +14,7 @@ from test_tokenizers import llama_2
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from bdia_jax import data, interop
-from bdia_jax.data.chats import ChatTemplate, conversation, read_chat_template
+from bdia_jax.data.chats import TOOL_USE, ChatTemplate, conversation, read_chat_template
 
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -386,27 +387,92 @@ def test_an_input_is_read_wherever_it_is(inner, tmp_path):
             assert source.read(range(source.blocks)) == data.read_examples(path, tokenizer, 500)
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet"])
-def test_what_would_be_left_out_of_instructions_is_refused(name, inner, tmp_path):
+KINDS = {
+    "messages": {"messages": chat("the", "cat")},
+    "pairs": {"prompt": "the", "completion": " cat"},
+    "instructions": {"instruction": "the", "output": "cat"},
+}
+UNREAD = {
+    "system": ("be kind", r'as a message, \{"role": "system", .* in \{"messages": '),
+    "history": ([["the", "cat"]], r'as messages before the others, in \{"messages": '),
+    "chat_template_kwargs": ({"thinking": False}, r"into the .*jinja, .* \{% set enable_thinking"),
+}
+
+
+@pytest.mark.parametrize("field", UNREAD)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet"])
+def test_what_would_be_left_out_is_refused(name, kind, field, inner, tmp_path):
     tokenizer, path = data.Tokenizer(inner, inner.token_to_id("</s>")), tmp_path / name
-    record = {"instruction": "the", "output": "cat", "system": "be kind"}
-    if name == "a.jsonl":
-        # Empty, it says nothing.
-        written(path, [record | {"system": ""}, record])
-    elif name == "a.csv":
-        path.write_text("instruction,output,system\nthe,cat,\nthe,cat,be kind\n")
-    else:
+    (value, how), template = UNREAD[field], ChatTemplate(CHATML)
+    # Empty, it says nothing.
+    rows = [KINDS[kind], KINDS[kind] | {field: type(value)()}, KINDS[kind] | {field: value}]
+
+    def write(rows):
+        if name == "a.jsonl":
+            written(path, rows)
+        elif name == "a.json":
+            path.write_text(json.dumps(rows))
+        elif name == "a.csv":
+            with open(path, "w", newline="") as file:
+                table = csv.DictWriter(file, list(rows[-1]))
+                table.writeheader()
+                table.writerows(rows)
+        else:
+            parquet = pytest.importorskip("pyarrow.parquet")
+            import pyarrow
+
+            schema = pyarrow.Table.from_pylist([KINDS[kind] | {field: value}]).schema
+            parquet.write_table(pyarrow.Table.from_pylist(rows, schema), path)
+
+    if (name, kind) == ("a.csv", "messages"):
+        pytest.skip("tables have no messages")
+    reads = [
+        lambda: data.read_examples(path, tokenizer, 500, template=template),
+        lambda: data.TextsOnDisk([path], tokenizer, 500, template=template),
+    ]
+    write(rows)
+    for read in reads[: 1 if name == "a.json" else 2]:
+        with pytest.raises(ValueError, match=rf"(line|record) [34]: {field} would be left .*{how}"):
+            read()
+    write(rows[:2])
+    assert len(reads[0]()) == 2
+    # All of a text is learned, and what is said of it beside it is not.
+    written(tmp_path / "b.jsonl", [{"text": "the cat", field: value}])
+    data.read_examples(tmp_path / "b.jsonl", tokenizer, 500)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_answers_that_are_not_to_be_learned_are_refused(name, inner, tmp_path):
+    """Weights of OpenAI's format: a conversation is learned as a whole."""
+    tokenizer, path = data.Tokenizer(inner, inner.token_to_id("</s>")), tmp_path / name
+    template, messages = ChatTemplate(CHATML), chat("the", "cat", "sat", "on")
+
+    def write(*weights):
+        said = [
+            m if weight is None else m | {"weight": weight} for m, weight in zip(messages, weights)
+        ]
+        if name == "a.jsonl":
+            written(path, [{"messages": said}])
+            return
         parquet = pytest.importorskip("pyarrow.parquet")
         import pyarrow
 
-        rows = [record | {"system": None}, record]
-        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    for read in (
-        lambda: data.read_examples(path, tokenizer, 500),
-        lambda: data.TextsOnDisk([path], tokenizer, 500),
-    ):
-        with pytest.raises(ValueError, match=r"(line|record) [23]: system of an .* left out"):
-            read()
+        parquet.write_table(pyarrow.Table.from_pylist([{"messages": said}]), path)
+
+    expected = conversation(tokenizer, template, messages)
+    # A message of the user is never learned.
+    for weights in ((None, 1, None, None), (0, 1, 0, 1.0)):
+        write(*weights)
+        assert data.read_examples(path, tokenizer, 500, template=template) == expected
+    for weights, which in (((None, 0, None, 1), "2 has the weight 0,"), ((1, 1, 1, 0.5), "4 has")):
+        write(*weights)
+        for read in (
+            lambda: data.read_examples(path, tokenizer, 500, template=template),
+            lambda: data.TextsOnDisk([path], tokenizer, 500, template=template),
+        ):
+            with pytest.raises(ValueError, match=rf"(line|record) 1: message {which}"):
+                read()
 
 
 def test_an_end_that_is_written_and_an_answer_that_is_empty(inner, tmp_path, caplog):
@@ -475,6 +541,64 @@ def test_tools_are_given_to_the_template(inner, tmp_path):
     written(paths[0], [{"messages": CALLS, "tools": {"add": 1}}])
     with pytest.raises(ValueError, match="line 1: tools must be a list; got"):
         data.read_examples(paths[0], tokenizer, 500, template=template)
+
+
+@pytest.mark.parametrize("where", ["settings", "files", "both", "one file"])
+def test_tools_have_a_template_of_their_own(where, inner, tmp_path):
+    """That ``transformers`` takes; of names in the settings and files, too."""
+    transformers = pytest.importorskip("transformers", reason="parity needs transformers")
+    inner.save(str(tmp_path / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    several = {"default": CHATML, "tool_use": WITH_TOOLS, "rag": "{{ documents }}"}
+    if where in ("settings", "both", "one file"):
+        listed = [{"name": name, "template": source} for name, source in several.items()]
+        settings["chat_template"] = listed
+    if where != "settings":
+        (tmp_path / "chat_template.jinja").write_text("tools: " * (where == "both") + CHATML)
+    if where in ("files", "both"):
+        (tmp_path / TOOL_USE).parent.mkdir()
+        (tmp_path / TOOL_USE).write_text("!" * (where == "both") + WITH_TOOLS)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text("{}")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    found = interop.load_chat_template(tmp_path)
+    calls, said = CALLS[2:], {"tokenize": False}
+    assert found.text(calls) == theirs.apply_chat_template(calls, **said)
+    if where == "one file":
+        # With it, the settings do not count, and it says nothing of tools.
+        assert found.tool_use is None
+        assert theirs.chat_template == found.source
+        with pytest.raises(ValueError, match=r"does not read tools, so .* got \[\{'type'"):
+            found.text(calls, tools=TOOLS)
+        return
+    assert found.text(CALLS, tools=TOOLS) == theirs.apply_chat_template(CALLS, tools=TOOLS, **said)
+    assert found.tool_use != found.source
+    # As it is learned.
+    tokenizer = data.load_tokenizer(tmp_path)
+    path = written(tmp_path / "a.jsonl", [{"messages": CALLS, "tools": TOOLS}])
+    (example,) = data.read_examples(path, tokenizer, 500, template=found)
+    assert example.tokens == theirs.apply_chat_template(CALLS, tools=TOOLS).input_ids
+    # Data that are streamed are others with another template.
+    digests = {
+        data.TextsOnDisk([path], tokenizer, 500, template=each).digest
+        for each in (found, dataclasses.replace(found, tool_use=None))
+    }
+    assert len(digests) == 2
+
+
+def test_tools_that_a_template_does_not_read_are_refused(inner, tmp_path):
+    tokenizer = data.Tokenizer(inner, inner.token_to_id("</s>"))
+    record = {"messages": chat("the", "cat")}
+    path = written(tmp_path / "a.jsonl", [record | {"tools": []}, record | {"tools": TOOLS}])
+    source = data.TextsOnDisk([path], tokenizer, 500, template=ChatTemplate(CHATML))
+    for read in (
+        lambda: data.read_examples(path, tokenizer, 500, template=ChatTemplate(CHATML)),
+        lambda: source.read(range(2)),
+    ):
+        with pytest.raises(ValueError, match=r"(line|record) 2: the chat template does not read"):
+            read()
+    with pytest.raises(ValueError, match="no template in Jinja"):
+        ChatTemplate(CHATML, tool_use="{% if %}")
 
 
 def test_an_answer_that_nothing_leads_to(inner):

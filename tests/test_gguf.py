@@ -388,6 +388,14 @@ def test_byte_level(pre):
     assert begins == (pre == "llama-bpe")
 
 
+def test_a_template_for_tools(tmp_path):
+    _, made = network("llama")
+    named = {"tokenizer.chat_template.tool_use": "{{ tools }}"}
+    path = write(tmp_path / "a.gguf", made, tokenizer=without_architecture(byte_level(**named)))
+    found = interop.load_chat_template(path)
+    assert (found.source, found.tool_use) == (TEMPLATE, "{{ tools }}")
+
+
 def test_splits_are_those_of_the_models():
     """Where transformers' own reading of GGUF files is not what it does with these models."""
     transformers = pytest.importorskip("transformers", reason="parity needs transformers")

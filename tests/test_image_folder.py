@@ -25,10 +25,12 @@ from bdia_jax.data import (
     Augmentation,
     class_names,
     load_image_folder,
+    load_images,
     rand_augment,
     read_image,
 )
 from bdia_jax.data.augmentation import center_crop, crop_and_resize, mix, random_resized_crop
+from bdia_jax.data.batches import batch_indices
 from bdia_jax.nn import VisionTower, VisionTowerConfig
 from bdia_jax.train import ResizedImages, TrainSettings, evaluate, fit_head
 
@@ -100,14 +102,20 @@ def test_depths_and_modes(tmp_path):
         "grey": read_image(save(Image.fromarray(grey), tmp_path / "a.png"), 12),
         "16 bits": read_image(save(deep, tmp_path / "b.png"), 12),
         "16 bits, TIFF": read_image(save(deep, tmp_path / "c.tif"), 12),
+        "16 bits, PGM": read_image(save(deep, tmp_path / "g.pgm"), 12),
         "palette": read_image(save(Image.fromarray(grey).convert("P"), tmp_path / "d.gif"), 12),
     }
     for name, image in found.items():
         np.testing.assert_array_equal(image, expected, err_msg=name)
     clear = Image.new("RGBA", (5, 5), (0, 0, 0, 0))
     assert np.all(read_image(save(clear, tmp_path / "e.png"), 5) == 255)
-    with pytest.raises(ValueError, match="must have 8 or 16 bits; got F"):
-        read_image(save(Image.fromarray(np.float32(grey)), tmp_path / "f.tif"), 12)
+    # Whatever the numbers: those of 32 bits may be of 8, of 16, or of anything.
+    for kind in (np.float32, np.int32):
+        for scale in (1, 257, 2**16):
+            image = Image.fromarray((grey.astype(np.int64) * scale).astype(kind))
+            name = {np.float32: "F", np.int32: "I"}[kind]
+            with pytest.raises(ValueError, match=rf"must have 8 or 16 bits; got 32 \({name}\), "):
+                read_image(save(image, tmp_path / "f.tif"), 12)
 
 
 def test_turned_by_the_camera(tmp_path):
@@ -262,6 +270,31 @@ def test_random_crops(monkeypatch):
     assert stats.kstest(area[inside], stats.uniform(0.1, 0.6).cdf).pvalue > 1e-3
     log = np.log(ratio[inside]) / np.log(4 / 3)
     assert stats.kstest(log, stats.uniform(-1, 2).cdf).pvalue > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "flip", "expected"),
+    [
+        ("digits", None, False),
+        ("emnist/letters", None, False),
+        ("cifar10", None, True),
+        ("digits", True, True),
+        ("cifar10", False, False),
+    ],
+)
+def test_characters_are_not_mirrored(name, flip, expected):
+    """Unless it is asked for."""
+    images = dataclasses.replace(load_images("digits"), name=name)
+    zero, one = np.zeros(1), np.ones(1)
+    task = ResizedImages(images, 8, zero, one, augmentation=Augmentation(smallest=1, flip=flip))
+    seen = task.batch(jax.device_put(task.arrays()), jax.random.key(0), jnp.int32(0), 64)[0]
+    order = jax.random.split(jax.random.key(0))[0]
+    rows = batch_indices(order, jnp.int32(0), 64, task.samples)
+    given = images.train_images[np.asarray(rows)].astype(np.float32)
+    same = [np.allclose(a, b, atol=1e-3) for a, b in zip(seen, given)]
+    mirrored = [np.allclose(a, b[:, ::-1], atol=1e-3) for a, b in zip(seen, given)]
+    assert np.all(np.logical_or(same, mirrored))
+    assert expected == (not np.all(same))
 
 
 def test_mixing():

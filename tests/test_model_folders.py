@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from bdia_jax import interop
+from bdia_jax.data.chats import TOOL_USE
 from bdia_jax.interop import hub, replacing, saving
 from bdia_jax.interop.folder import Folder
 from bdia_jax.nn import Decoder, DecoderConfig, llama
@@ -326,6 +328,9 @@ def test_what_is_downloaded(monkeypatch, tmp_path):
         "tokenizer.model",
         "chat_template.jinja",
         "chat_template.json",
+        "additional_chat_templates/tool_use.jinja",
+        "preprocessor_config.json",
+        "processor_config.json",
         "adapter_config.json",
     }
     others = {
@@ -538,6 +543,33 @@ def test_files_from_before_that_a_loader_would_prefer(tmp_path):
     assert sorted(contents(folder)) == [*names, "tokenizer_config.json"]
     assert (folder / "tokenizer.json").read_text() == '{"new": true}'
     assert interop.load(folder)
+
+
+def test_the_template_for_tools_is_kept(tmp_path):
+    """In a folder of its own, or, where a model is written anew, in the settings."""
+    transformers = pytest.importorskip("transformers", reason="parity needs transformers")
+    source = tmp_path / "source"
+    interop.save(model(0), source)
+    (source / "tokenizer.json").write_text(tokenizers.Tokenizer(tokenizers.models.BPE()).to_str())
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>"}
+    (source / "tokenizer_config.json").write_text(json.dumps(settings))
+    (source / "chat_template.jinja").write_text("plain")
+    (source / TOOL_USE).parent.mkdir()
+    (source / TOOL_USE).write_text("{{ tools }}")
+    expected = transformers.AutoTokenizer.from_pretrained(source).chat_template
+    assert expected == {"default": "plain", "tool_use": "{{ tools }}"}
+    for folder in (tmp_path / "new", source):
+        interop.save(model(1), folder, like=source)
+        found = interop.load_chat_template(folder)
+        assert {"default": found.source, "tool_use": found.tool_use} == expected
+        assert transformers.AutoTokenizer.from_pretrained(folder).chat_template == expected
+    # Of another model, it would be taken for this one's.
+    with pytest.raises(interop.FolderError, match=r"tool_use\.jinja is of another model.* remove"):
+        interop.save(model(1), source, like=tmp_path / "new")
+    (source / TOOL_USE).rename(tmp_path / "elsewhere")
+    (source / TOOL_USE).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(interop.FolderError, match=r"a symbolic link to .*elsewhere, outside"):
+        interop.load_chat_template(source)
 
 
 def test_a_folder_can_be_saved_like_itself(tmp_path):

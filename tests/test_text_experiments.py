@@ -380,6 +380,27 @@ def test_answers_of_a_conversation_are_not_on_both_sides(tmp_path):
     assert len(train) + len(evaluation) == 60
 
 
+@pytest.mark.parametrize("weights", [None, (1.0,)])
+def test_held_out_records_that_are_learned_too_are_told(weights, tmp_path, capsys):
+    def told(texts):
+        path = tmp_path / "texts.jsonl"
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+        f = finetune.FineTune(
+            model="none", data=(path,), out=tmp_path / "run", length=8, weights=weights
+        )
+        finetune_data.task_of(f, data.byte_tokenizer(), f.length, None)
+        return capsys.readouterr().out
+
+    different = [f"{i:02}" for i in range(40)]
+    assert "held-out" not in told(different)
+    # Those at the places 9 and 29, of 9, 19, 29 and 39; a part of a text is another text.
+    repeated = [*different[:39], "3"]
+    repeated[30] = repeated[29]
+    repeated[9] = repeated[8]
+    line = "2 of 4 held-out records are also among the training records\n"
+    assert line in told(repeated)
+
+
 def test_a_tokenizer_with_special_tokens_that_the_model_lacks(tmp_path):
     """As that of Gemma 3's text models; an ordinary token would be another tokenizer's."""
     tokenizer = data.byte_tokenizer()

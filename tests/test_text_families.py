@@ -151,6 +151,8 @@ def test_long_factors(tmp_path):
         ("qwen3", {"use_sliding_window": True, "max_window_layers": 0}),
         ("qwen3", {"use_sliding_window": False, "sliding_window": 8}),
         ("smollm3", {}),
+        ("smollm3", {"no_rope_layer_interval": 2}),
+        ("smollm3", {"no_rope_layer_interval": 2, "use_sliding_window": True}),
         ("smollm3", {"no_rope_layer_interval": 2, "use_sliding_window": True} | WINDOWS),
         ("smollm3", {"no_rope_layer_interval": 2, "use_sliding_window": True, "sliding_window": 8}),
         ("gemma", {}),

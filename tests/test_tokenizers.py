@@ -283,6 +283,96 @@ def test_a_vocabulary_with_merges_begins_as_its_settings_say(tmp_path):
         assert ours.prompt_tokens("the cat") == theirs("the cat").input_ids
 
 
+ADDED = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>")
+PLAIN = {"normalized": False, "lstrip": False, "rstrip": False, "single_word": False}
+
+
+def merges_with(folder, settings, in_vocabulary, **files):
+    """A folder in GPT-2's format, whose settings are made of the number of its first new token."""
+    gpt_2().model.save(str(folder))
+    vocab = json.loads((folder / "vocab.json").read_text())
+    count = len(vocab)
+    if in_vocabulary:
+        vocab |= {text: count + i for i, text in enumerate(ADDED)}
+    (folder / "vocab.json").write_text(json.dumps(vocab))
+    given = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "<|im_end|>"}
+    for name, made in {"tokenizer_config": settings, **files}.items():
+        more = given if name == "tokenizer_config" else {}
+        (folder / f"{name}.json").write_text(json.dumps(more | made(count)))
+
+
+def decoder(first, **flags):
+    """As transformers writes it, but with some flags of the second token."""
+    some = [PLAIN | {"content": text, "special": text != "<think>"} for text in ADDED]
+    some[1] |= flags
+    return {"added_tokens_decoder": {str(first + i): token for i, token in enumerate(some)}}
+
+
+def listed(first):
+    return {text: first + i for i, text in enumerate(ADDED)}
+
+
+BESIDE = {
+    "in the settings": (decoder, {}),
+    "with flags": (lambda n: decoder(n, rstrip=True, lstrip=True), {}),
+    "in a file": (lambda n: {}, {"added_tokens": listed}),
+    "named in another file": (
+        lambda n: {},
+        {
+            "added_tokens": listed,
+            "special_tokens_map": lambda n: {
+                "additional_special_tokens": ["<|im_start|>"],
+                "pad_token": {"content": "<think>", **PLAIN},
+            },
+        },
+    ),
+    "named alone": (
+        lambda n: {"bos_token": {"__type": "AddedToken", "content": "<|im_start|>", **PLAIN}},
+        {},
+    ),
+    "a space before a text": (lambda n: decoder(n) | {"add_prefix_space": True}, {}),
+}
+
+
+@pytest.mark.parametrize("in_vocabulary", [True, False])
+@pytest.mark.parametrize("where", BESIDE)
+def test_tokens_beside_a_vocabulary_with_merges(where, in_vocabulary, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="parity needs transformers")
+    if where == "named alone" and not in_vocabulary:
+        pytest.skip("transformers would make new ones, which a model does not know")
+    settings, files = BESIDE[where]
+    merges_with(tmp_path, settings, in_vocabulary, **files)
+    ours = data.load_tokenizer(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "the <|im_start|> cat sat<|im_end|>\n<think> 1 + 1<|endoftext|><|im_start|>yes"
+    for each in (text, "the cat", "<|im_start|> the"):
+        assert ours.encode(each) == theirs(each).input_ids
+    assert ours.end == theirs.eos_token_id
+    assert ours.size == len(theirs)
+    assert ours.special >= {*theirs.all_special_ids}
+    if where == "in the settings":
+        assert ours.special == {theirs.convert_tokens_to_ids(token) for token in ADDED[:3]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (lambda n: {"tokenizer_class": "Qwen2Tokenizer"}, "got Qwen2Tokenizer: convert the "),
+        (lambda n: {"tokenizer_class": None}, "got none, and the model_type qwen2: convert the"),
+        (lambda n: decoder(n + 2), r"<\|endoftext\|> must have the number \d+; .* would have \d+"),
+        (lambda n: {"added_tokens_decoder": {"a": {}}}, "the tokenizer at .* cannot be read"),
+    ],
+)
+def test_vocabularies_with_merges_that_are_refused(settings, message, tmp_path):
+    """What they need is not in their files, or contradicts itself."""
+    merges_with(tmp_path, settings, False, config=lambda n: {"model_type": "qwen2"})
+    with pytest.raises(ValueError, match=message):
+        data.load_tokenizer(tmp_path)
+    # Once converted, the file says it all.
+    saved(gpt_2(), tmp_path)
+    assert data.load_tokenizer(tmp_path).end == 2
+
+
 def test_a_saved_tokenizer_still_begins_so(folder, tmp_path):
     tokenizer = data.load_tokenizer(folder)
     tokenizer.save(tmp_path)

@@ -1,6 +1,7 @@
 """Pretrained vision towers: what transformers computes, in and out, at other sizes, reversibly."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from _rows import fast
 from flax import nnx
 
 from bdia_jax import interop
+from bdia_jax.data.image_folder import Scaling
 from bdia_jax.interop.vision import families
 from bdia_jax.nn import VisionTower, VisionTowerConfig, add_lora, merge_lora, unfreeze
 
@@ -229,6 +231,69 @@ def test_normalization(tmp_path):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"rescale_factor": 1}))
     with pytest.raises(interop.FolderError, match="must scale pixels by 1/255; got rescale_factor"):
         interop.load_normalization(tmp_path)
+
+
+def processor_of(kind, **settings):
+    """What transformers makes ready images and texts with; it writes one file for both."""
+    transformers = pytest.importorskip("transformers", reason="parity needs transformers")
+    tokenizers = pytest.importorskip("tokenizers", reason="a processor has a tokenizer")
+    words = tokenizers.models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>")
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(words), unk_token="<unk>", pad_token="a"
+    )
+    images = getattr(transformers, f"{kind}ImageProcessor")(**settings)
+    return getattr(transformers, f"{kind}Processor")(image_processor=images, tokenizer=tokenizer)
+
+
+def sees_as(transformers, place, **scaling):
+    """Whether images are read as transformers reads them, and are scaled in this way."""
+    theirs, found = transformers.AutoImageProcessor.from_pretrained(place), interop.load_scaling
+    assert found(place) == Scaling(resample=theirs.resample, **scaling)
+    mean, std = interop.load_normalization(place)
+    np.testing.assert_allclose(mean / 255, theirs.image_mean, rtol=1e-6)
+    np.testing.assert_allclose(std / 255, theirs.image_std, rtol=1e-6)
+    size, crop = theirs.size, theirs.crop_size
+    return (size.height or size.shortest_edge), crop and crop.height
+
+
+@pytest.mark.parametrize("folder", ["clip", "siglip"], indirect=True)
+def test_how_images_are_prepared_is_found_where_transformers_looks(folder, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="parity needs transformers")
+    kind, _, place = folder
+    place = shutil.copytree(place, tmp_path / "theirs")
+    given = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6], "resample": 2}
+    if kind == "clip":
+        given |= {"size": {"shortest_edge": 30}, "crop_size": {"height": 24, "width": 24}}
+    else:
+        given |= {"size": {"height": 24, "width": 24}}
+    processor_of({"clip": "CLIP", "siglip": "Siglip"}[kind], **given).save_pretrained(place)
+    assert not (place / "preprocessor_config.json").exists()
+    how = {"clip": {"edge": 30 / 24}, "siglip": {"squash": True}}[kind]
+    sizes = {"clip": (30, 24), "siglip": (24, None)}[kind]
+    assert sees_as(transformers, place, **how) == sizes
+    # It counts where there are both files.
+    other = given | {"image_processor_type": "ViTImageProcessor", "image_mean": [0.7] * 3}
+    (place / "preprocessor_config.json").write_text(json.dumps(other))
+    assert sees_as(transformers, place, **how) == sizes
+    # What is saved for images of another size says so in both.
+    tower = interop.load_vision(place, num_classes=3, image_size=48)
+    interop.save_vision(tower, tmp_path / "ours", like=place)
+    assert sees_as(transformers, tmp_path / "ours", **how) == {(30, 24): (60, 48)}.get(
+        sizes, (48, None)
+    )
+    one, both = (
+        json.loads((tmp_path / "ours" / f"{name}_config.json").read_text())
+        for name in ("preprocessor", "processor")
+    )
+    assert one["size"] == both["image_processor"]["size"]
+    assert both["processor_class"] == f"{'CLIP' if kind == 'clip' else 'Siglip'}Processor"
+    # A file of older versions says nothing of images.
+    (place / "processor_config.json").write_text('{"processor_class": "CLIPProcessor"}')
+    assert interop.load_normalization(place).mean == pytest.approx([0.7 * 255] * 3)
+    wrong = {"image_processor": given | {"rescale_factor": 1}}
+    (place / "processor_config.json").write_text(json.dumps(wrong))
+    with pytest.raises(interop.FolderError, match=r": processor_config\.json must scale pixels"):
+        interop.load_normalization(place)
 
 
 BAD = {

@@ -25,8 +25,9 @@ class Augmentation:
     scratch, 0.08 is usual.)"""
     stretch: float = 4 / 3
     """The largest ratio of a crop's sides."""
-    flip: bool = True
-    """Mirror every other image, left to right."""
+    flip: bool | None = None
+    """Mirror every other image, left to right; None for: unless they are of characters, by the name
+    of the set."""
     mixup: float = 0.0
     """Parameter of the beta distribution that shares of two images are drawn from; 0 for no mixing.
     (Zhang, Cissé, Dauphin, Lopez-Paz, "mixup: Beyond Empirical Risk Minimization", 2018.)"""
@@ -126,14 +127,14 @@ def augment_to(
       key: chooses crops, mirrors and operations.
       images: values from 0 to 255.
       size: height and width of what comes out.
-      how: what is done.
+      how: what is done; they are mirrored unless it says no.
     """
     crop_key, flip_key, operations_key = jax.random.split(key, 3)
     if how.smallest < 1:
         images = random_resized_crop(crop_key, images, size, how.smallest, how.stretch)
     else:
         images = center_crop(images, 1.0, size)
-    if how.flip:
+    if how.flip is not False:
         images = random_flip(flip_key, images)
     if how.operations:
         images = rand_augment(operations_key, images, how.operations, how.magnitude)

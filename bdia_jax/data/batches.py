@@ -91,5 +91,9 @@ def augment(
     """
     crop_key, flip_key = jax.random.split(key)
     images = random_crop(crop_key, images, max(1, min(images.shape[1:3]) // 8))
-    characters = re.split("[/:]", name)[0] in _CHARACTERS
-    return images if characters else random_flip(flip_key, images)
+    return images if of_characters(name) else random_flip(flip_key, images)
+
+
+def of_characters(name: str) -> bool:
+    """Whether a set of this name has images of characters, which are not to be mirrored."""
+    return re.split("[/:]", name)[0] in _CHARACTERS

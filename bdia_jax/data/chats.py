@@ -31,6 +31,9 @@ Span = tuple[int, int]
 
 GENERATED = "assistant"
 """The role whose messages a model writes."""
+TEMPLATE, TOOL_USE = "chat_template.jinja", "additional_chat_templates/tool_use.jinja"
+"""Files of a model's folder: its template, and the one for conversations with tools, if it is
+another one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,13 +46,16 @@ class ChatTemplate:
 
     source: str
     """In Jinja."""
+    tool_use: str | None = dataclasses.field(default=None, kw_only=True)
+    """In Jinja, for conversations with tools; None if it is ``source`` for them, too."""
     tokens: tuple[tuple[str, str], ...] = ()
     """Special tokens by the names that a template calls them, such as ``("bos_token", "<s>")``."""
     now: datetime.datetime | None = None
     """For templates that write the day's date; None for the time at which they do."""
 
     def __post_init__(self):
-        _ = self._compiled
+        for source in filter(None, (self.source, self.tool_use)):
+            _compiled(source)
 
     def text(
         self,
@@ -66,7 +72,7 @@ class ChatTemplate:
           tools: descriptions of those that the model may call.
 
         Raises:
-          ValueError: for messages that the template refuses.
+          ValueError: for messages that the template refuses, and for tools that it does not read.
         """
         return self._rendered(messages, prompt, tools)[0]
 
@@ -109,20 +115,27 @@ class ChatTemplate:
             consistent &= whole.startswith(until)
         return [(whole, spans)] if consistent and spans else turns
 
-    @functools.cached_property
-    def _compiled(self) -> jinja2.Template:
-        try:
-            return _environment().from_string(self.source)
-        except jinja2.TemplateError as error:
-            raise ValueError(f"the chat template is no template in Jinja: {error}") from error
+    def _chosen(self, tools: Sequence[Any] | None) -> str:
+        """The source for a conversation, with tools or without."""
+        if tools is None:
+            return self.source
+        source = self.source if self.tool_use is None else self.tool_use
+        if tools and "tools" not in source:
+            raise ValueError(
+                "the chat template does not read tools, so that they would be left out: give a "
+                f"model whose template does, or add one as {TOOL_USE} to its folder, or leave the "
+                f"tools out; got {repr(tools)[:80]}"
+            )
+        return source
 
     def _rendered(
         self, messages: Sequence[Message], prompt: bool, tools: Sequence[Any] | None
     ) -> tuple[str, list[Span]]:
         mark, now = secrets.token_hex(16), self.now or datetime.datetime.now()
+        template = _compiled(self._chosen(tools))
         try:
             # Copies: a template may change neither the messages nor what they hold.
-            text = self._compiled.render(
+            text = template.render(
                 **dict(self.tokens),
                 messages=json.loads(json.dumps(messages)),
                 add_generation_prompt=prompt,
@@ -143,30 +156,52 @@ def read_chat_template(files: Mapping[str, bytes]) -> ChatTemplate | None:
     """The template among the files of a model's folder; None if there is none.
 
     Args:
-      files: contents by name; ``chat_template.jinja``, or else ``chat_template`` in
-        ``tokenizer_config.json``: a text, or several by name, of which ``default`` is taken.
-        Names of special tokens are in that file, or in ``special_tokens_map.json``.
+      files: contents by name; ``chat_template.jinja``, and perhaps
+        ``additional_chat_templates/tool_use.jinja``, or else ``chat_template`` in
+        ``tokenizer_config.json``: a text, or several by name, of which ``default`` is taken, and
+        ``tool_use`` for conversations with tools. Names of special tokens are in that file, or in
+        ``special_tokens_map.json``.
 
     Raises:
       ValueError: for files that are damaged.
     """
     config = _object_in(files, "tokenizer_config.json")
-    source = config.get("chat_template")
-    if isinstance(source, list):
-        named = {each.get("name"): each.get("template") for each in source}
-        source = named.get("default")
-    if (file := files.get("chat_template.jinja")) is not None:
-        source = file.decode()
+    named = named_templates(files, config)
+    source, tool_use = named.get("default"), named.get("tool_use")
     if not source:
         return None
-    if not isinstance(source, str):
-        raise ValueError(f"chat_template must be a text; got {repr(source)[:80]}")
+    for each in (source, tool_use):
+        if each is not None and not isinstance(each, str):
+            raise ValueError(f"chat_template must be a text; got {repr(each)[:80]}")
     tokens = {}
     for name, token in (_object_in(files, "special_tokens_map.json") | config).items():
         text = token.get("content") if isinstance(token, dict) else token
         if name.endswith("_token") and isinstance(text, str):
             tokens[name] = text
-    return ChatTemplate(source, tuple(tokens.items()))
+    return ChatTemplate(source, tuple(tokens.items()), tool_use=tool_use)
+
+
+def named_templates(files: Mapping[str, bytes], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Templates by name, among the files of a folder and in its ``tokenizer_config.json``.
+
+    As in ``transformers``: with a file for the default one, those of the settings do not count.
+    """
+    places = {"default": TEMPLATE, "tool_use": TOOL_USE}
+    found = {name: files[at].decode() for name, at in places.items() if at in files}
+    given = config.get("chat_template")
+    if "default" in found or given is None:
+        return found
+    if isinstance(given, list):
+        return {each.get("name"): each.get("template") for each in given} | found
+    return {"default": given} | found
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(source: str) -> jinja2.Template:
+    try:
+        return _environment().from_string(source)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template is no template in Jinja: {error}") from error
 
 
 def _object_in(files: Mapping[str, bytes], name: str) -> dict[str, Any]:
@@ -268,7 +303,7 @@ def _written(tokenizer: Tokenizer, answer: list[int]) -> int:
 
 
 def check_messages(messages: Any) -> None:
-    """A ``ValueError`` for what is no list of messages, or has no answer."""
+    """A ``ValueError`` for no list of messages, no answer, or an answer that is not learned."""
     shape = '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise ValueError(f"messages must be a list such as {shape}; got {repr(messages)[:80]}")
@@ -289,6 +324,13 @@ def check_messages(messages: Any) -> None:
                 raise ValueError(
                     f"message {number}: {field} has a lone surrogate, half of a character"
                 ) from None
+        # OpenAI's format has 0 for an answer that is not to be learned.
+        if fields.get("role") == GENERATED and (weight := fields.get("weight")) not in (None, 1):
+            raise ValueError(
+                f"message {number} has the weight {weight!r}, but every answer of a conversation "
+                "is learned, with the weight 1: leave the weight out, or give prompt and "
+                "completion, of which the completion alone is learned"
+            )
     if all(message["role"] != GENERATED for message in messages):
         raise ValueError(
             f"messages must have an answer, of the role {GENERATED}; got the roles "

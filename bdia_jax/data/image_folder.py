@@ -24,6 +24,8 @@ SUFFIXES = (
     *(".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
 )
 """Of files that are taken for images."""
+SIXTEEN_BITS = ("PNG", "PPM")
+"""Pillow's names of formats whose numbers it gives 32 bits, though they have at most 16."""
 TRAINING = ("train", "training")
 EVALUATION = ("validation", "valid", "val", "dev", "evaluation", "eval", "test", "testing")
 """Names, in any case, of the folders of both splits; of each the first that is there."""
@@ -237,13 +239,14 @@ def read_image(
       ValueError: for one whose white is not known: numbers of 32 bits.
     """
     with Image.open(path) as image:
+        in_sixteen = image.format in SIXTEEN_BITS
         image = ImageOps.exif_transpose(image)
         if image.mode[0] in "IF":
             values = np.asarray(image)
-            if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+            if image.mode == "F" or (image.mode == "I" and not in_sixteen):
                 raise ValueError(
-                    f"pixels must have 8 or 16 bits; got {image.mode} from {values.min():g} to "
-                    f"{values.max():g}"
+                    f"pixels must have 8 or 16 bits; got 32 ({image.mode}), from {values.min():g} "
+                    f"to {values.max():g}"
                 )
             image = Image.fromarray(np.uint8(np.round(values / 257)))
         if image.has_transparency_data:

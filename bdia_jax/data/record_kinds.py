@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from bdia_jax.data.json_text import json_object, unlike
@@ -12,8 +12,15 @@ INSTRUCTION = ("instruction", "input", "output")
 """Fields of the kinds of records that are learned. Of instructions: as of Stanford's Alpaca."""
 OPTIONAL = ("input", "tools")
 """Fields of these that a record may lack."""
-UNREAD = ("system", "history")
-"""Fields that others give instructions, and that would be missed if they were left out."""
+UNREAD = {
+    "system": 'as a message, {{"role": "system", "content": "..."}}, in {shape}',
+    "history": "as messages before the others, in {shape}",
+    "chat_template_kwargs": "into the model's chat_template.jinja, whose first line may be "
+    "{{% set enable_thinking = false %}}",
+}
+"""Fields that others have, which would be missed if they were left out; and how to write them."""
+_NOTHING = ("", "[]", "{}", "null")
+"""Texts of a table in which nothing stands."""
 
 
 def kind_of(fields: Iterable[str]) -> tuple[str, ...]:
@@ -52,10 +59,12 @@ def messages_of(value: Any, name: str, where: str) -> tuple[Any, Any]:
       where: where in the file the record is, for messages.
 
     Raises:
-      ValueError: for a record without messages, or with tools that are no list.
+      ValueError: for a record without messages, with tools that are no list, or with fields that
+        would be left out.
     """
     if not isinstance(value, dict) or "messages" not in value:
         raise unlike(name, where, shape_of(MESSAGES), f"got {repr(value)[:80]}")
+    refuse_unread(f"{name}, {where}", MESSAGES, value)
     tools = value.get("tools")
     if isinstance(tools, str):
         # As sets in Parquet have them, whose objects all have the same keys.
@@ -76,14 +85,14 @@ def texts_of(value: Any, name: str, where: str, fields: tuple[str, ...]) -> tupl
 
     Raises:
       ValueError: for a record without one of them, one that is no text, a text that is not
-        Unicode, or an instruction with fields that would be left out.
+        Unicode, or a pair or an instruction with fields that would be left out.
     """
     got, shape = repr(value)[:80], shape_of(fields)
     if not isinstance(value, dict):
         raise unlike(name, where, shape, f"got {got}")
     if missing := [f for f in fields if f not in value and f not in OPTIONAL]:
         raise unlike(name, where, shape, f"{' and '.join(missing)} is missing; got {got}")
-    refuse_unread(f"{name}, {where}", fields, (field for field in value if value[field]))
+    refuse_unread(f"{name}, {where}", fields, value)
     values = tuple(
         (value.get(field) or "") if field in OPTIONAL else value[field] for field in fields
     )
@@ -101,13 +110,30 @@ def texts_of(value: Any, name: str, where: str, fields: tuple[str, ...]) -> tupl
     return values
 
 
-def refuse_unread(name: str, fields: tuple[str, ...], given: Iterable[str]) -> None:
-    """A ``ValueError`` for fields of an instruction that would be left out."""
-    if fields == INSTRUCTION and (unread := {*UNREAD} & {*given}):
-        raise ValueError(
-            f"{name}: {' and '.join(sorted(unread))} of an instruction would be left out: write it "
-            f"as {shape_of(MESSAGES)}"
-        )
+def refuse_unread(name: str, fields: tuple[str, ...], given: Mapping[str, Any]) -> None:
+    """A ``ValueError`` for fields of a record that would be left out, if something is in them.
+
+    Args:
+      name: of the file, and where in it the record is.
+      fields: of the record's kind.
+      given: all fields of the record.
+    """
+    if fields not in (MESSAGES, PAIR, INSTRUCTION):
+        return
+    for field, how in UNREAD.items():
+        if _says_something(given.get(field)):
+            write = how.format(shape=shape_of(MESSAGES))
+            raise ValueError(
+                f"{name}: {field} would be left out: write it {write}; got "
+                f"{repr(given[field])[:80]}"
+            )
+
+
+def _says_something(value: Any) -> bool:
+    """Whether a field is more than a place for it: rows of Parquet have every field of others."""
+    if isinstance(value, str):
+        return value.strip() not in _NOTHING
+    return bool(_without_none(value))
 
 
 def shape_of(fields: tuple[str, ...]) -> str:

@@ -161,6 +161,8 @@ class TextsOnDisk:
             template if template is None else (template.source, template.tokens, _shown(template)),
             (length, too_long, self.every),
         ]
+        if template is not None and template.tool_use is not None:
+            made_of.append(template.tool_use)
         self.digest = hashlib.sha256(repr(made_of).encode()).hexdigest()
 
     def read(self, blocks: Iterable[int]) -> list[Example]:

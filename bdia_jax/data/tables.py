@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import itertools
 import threading
 from collections.abc import Iterable, Iterator
 
@@ -31,7 +30,7 @@ def table(
 
     Raises:
       ValueError: for a first line without these names; for a record of another number of columns,
-        with a quote that is not doubled, or with fields of an instruction that would be left out.
+        with a quote that is not doubled, or with fields that would be left out.
     """
     # The line ends are the reader's to judge: they may be part of a text.
     rows = csv.reader(lines, delimiter=separator, strict=True)
@@ -58,7 +57,7 @@ def table(
                     )
                 else:
                     at = f"line {rows.line_num}"
-                    refuse_unread(f"{name}, {at}", fields, itertools.compress(columns, row))
+                    refuse_unread(f"{name}, {at}", fields, dict(zip(columns, row)))
                     yield at, tuple("" if i is None else row[i] for i in where)
         except csv.Error as error:
             raise ValueError(

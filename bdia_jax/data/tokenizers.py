@@ -17,6 +17,11 @@ from bdia_jax.files import leads_out, write_json
 
 END = "<|endoftext|>"
 """The end of a text, in the vocabularies that are made here."""
+_OF_GPT2 = ("GPT2Tokenizer", "GPT2TokenizerFast")
+"""Classes of ``transformers`` that cut texts into words as GPT-2 does."""
+_FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
+"""Of added tokens: where in a text they are found, and which blanks around belong to them."""
+_CONVERT = "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -134,7 +139,8 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 
     Args:
       path: a ``tokenizer.json``; or a folder with that, or with ``vocab.json`` and ``merges.txt``
-        (GPT-2's format). The end of a text is the ``eos_token`` of ``tokenizer_config.json`` or
+        (GPT-2's format, with tokens that ``tokenizer_config.json`` or ``added_tokens.json`` add).
+        The end of a text is the ``eos_token`` of ``tokenizer_config.json`` or
         ``special_tokens_map.json``, or the ``eos_token_id`` of ``generation_config.json`` or
         ``config.json``, or, where none is named, ``<|endoftext|>``.
 
@@ -151,7 +157,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     if not file.exists() and not has_merges:
         convert = (
             "; the tokenizer.model of SentencePiece must be converted first, by transformers: "
-            "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
+            f"{_CONVERT}"
         )
         raise FileNotFoundError(
             f"a tokenizer is a tokenizer.json, or a folder with one or with vocab.json and "
@@ -177,18 +183,98 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
 
 
 def _of_gpt2(vocab: pathlib.Path, merges: pathlib.Path, folder: pathlib.Path):
+    _check_cuts_as_gpt2(folder)
     inner = _byte_level(*tokenizers.models.BPE.read_file(str(vocab), str(merges)))
-    if inner.token_to_id(END) is not None:
-        # Not a new one, but never a part of a text.
-        inner.add_special_tokens([END])
+    config = _settings(folder / "tokenizer_config.json")
+    if config.get("add_prefix_space"):
+        inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
+    special = _special_tokens(folder)
+    added = _added_tokens(folder, special)
+    # All at once, and each once: its flags are those with which it is first added. Special ones of
+    # the vocabulary are not new, but never a part of a text.
+    others = [
+        token
+        for text, token in special.items()
+        if text not in added and inner.token_to_id(text) is not None
+    ]
+    inner.add_tokens([token for _, token in added.values()] + others)
+    for text, (number, _) in added.items():
+        if (found := inner.token_to_id(text)) != number:
+            raise ValueError(
+                f"the added token {text} must have the number {number}; after the tokens of "
+                f"vocab.json, it would have {found}: write it into vocab.json, with its number"
+            )
     # In a tokenizer.json, the processor says what is put before a text; here, a setting does.
-    if _setting(folder / "tokenizer_config.json", "add_bos_token"):
+    if config.get("add_bos_token"):
         begin = _named(folder, "bos_token") or END
         if (number := inner.token_to_id(begin)) is not None:
             inner.post_processor = tokenizers.processors.TemplateProcessing(
                 single=[begin, "$A"], special_tokens=[(begin, number)]
             )
     return inner
+
+
+def _check_cuts_as_gpt2(folder: pathlib.Path) -> None:
+    """A ``ValueError`` for a vocabulary with merges that is of another class.
+
+    The files do not say how a text is cut into words, within which tokens are merged.
+    """
+    name = _setting(folder / "tokenizer_config.json", "tokenizer_class")
+    name = name or _setting(folder / "config.json", "tokenizer_class")
+    kind = _setting(folder / "config.json", "model_type")
+    if name in _OF_GPT2 or (name is None and kind in (None, "gpt2")):
+        return
+    raise ValueError(
+        f"without a tokenizer.json, tokenizer_class must be {' or '.join(_OF_GPT2)}, as another "
+        f"may cut texts into other words; got {name or f'none, and the model_type {kind}'}: "
+        f"convert the tokenizer by transformers, {_CONVERT}"
+    )
+
+
+def _special_tokens(folder: pathlib.Path) -> dict[str, tokenizers.AddedToken]:
+    """Special tokens by their texts, as a folder names them; and GPT-2's end of a text."""
+    named: list[Any] = []
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        for name, token in _settings(folder / file).items():
+            if name.endswith("_special_tokens") and isinstance(token, list):
+                named += token
+            elif name.endswith("_token"):
+                named.append(token)
+    named.append(END)
+    texts = [{"content": token} if isinstance(token, str) else token for token in named]
+    # The first one counts; some settings that end so are no tokens.
+    return {
+        token["content"]: _added_token(token, special=True)
+        for token in reversed(texts)
+        if isinstance(token, dict)
+    }
+
+
+def _added_tokens(
+    folder: pathlib.Path, special: dict[str, tokenizers.AddedToken]
+) -> dict[str, tuple[int, tokenizers.AddedToken]]:
+    """Tokens beside the vocabulary, by their texts, with their numbers, in the order of these.
+
+    Args:
+      folder: with ``added_tokens_decoder`` in ``tokenizer_config.json``, or ``added_tokens.json``.
+      special: those that are named in it, which are special whatever is said of them there.
+    """
+    described: Any = _setting(folder / "tokenizer_config.json", "added_tokens_decoder")
+    if described is None:
+        numbers = _settings(folder / "added_tokens.json")
+        described = {number: {"content": text} for text, number in numbers.items()}
+    return {
+        token["content"]: (
+            int(number),
+            _added_token(token, special=token.get("special", False) or token["content"] in special),
+        )
+        for number, token in sorted(described.items(), key=lambda pair: int(pair[0]))
+    }
+
+
+def _added_token(described: dict[str, Any], special: bool) -> tokenizers.AddedToken:
+    flags = {flag: described[flag] for flag in _FLAGS if flag in described}
+    return tokenizers.AddedToken(described["content"], special=special, **flags)
 
 
 def _byte_names() -> list[str]:
@@ -261,12 +347,17 @@ def _named(folder: pathlib.Path, which: str) -> str | None:
 
 
 def _setting(file: pathlib.Path, name: str) -> Any:
+    return _settings(file).get(name)
+
+
+def _settings(file: pathlib.Path) -> dict[str, Any]:
+    """The object in a file; an empty one without the file."""
     try:
         settings = json.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
-        return None
+        return {}
     except ValueError as error:
         raise ValueError(f"{file} cannot be read: {error}") from error
     if not isinstance(settings, dict):
         raise ValueError(f"{file} must be an object in JSON; got {repr(settings)[:80]}")
-    return settings.get(name)
+    return settings

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from bdia_jax.data.chats import TOOL_USE
 from bdia_jax.files import leads_out
 from bdia_jax.interop import replacing
 from bdia_jax.interop.checkpoint import Checkpoint, FolderError
@@ -33,6 +34,7 @@ BESIDE = (
     "chat_template.json",
     "generation_config.json",
     "preprocessor_config.json",
+    "processor_config.json",
 )
 """Files that belong to the weights: of the tokenizer, of chats, of generation, of images."""
 NOT_READ = {
@@ -70,7 +72,11 @@ def file_in(folder: pathlib.Path, name: str) -> pathlib.Path:
     """
     if name in ("", ".", "..") or set(name) & {"/", "\\", "\0"}:
         raise FolderError(f"{folder}: {name!r} is not the name of a file in this folder")
-    path = replacing.newest(folder, name)
+    return _inside(replacing.newest(folder, name), folder)
+
+
+def _inside(path: pathlib.Path, folder: pathlib.Path) -> pathlib.Path:
+    """The path itself, unless a symbolic link leads out of the folder."""
     if (real := leads_out(path, folder)) is not None:
         raise FolderError(
             f"{path} is a symbolic link to {real}, outside the folder, and is not followed: put "
@@ -152,6 +158,8 @@ class Folder(Checkpoint):
 
     def beside(self) -> dict[str, bytes]:
         paths = {name: file_in(self.path, name) for name in BESIDE}
+        # The only one in a folder of its own: no name that the folder gives.
+        paths[TOOL_USE] = _inside(self.path / TOOL_USE, self.path)
         return {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
 
     def _weights(self) -> list[pathlib.Path]:

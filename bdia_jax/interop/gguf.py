@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tokenizers
 
+from bdia_jax.data.chats import TEMPLATE, TOOL_USE
 from bdia_jax.interop import families
 from bdia_jax.interop.checkpoint import Checkpoint, FolderError
 from bdia_jax.interop.gguf_tokenizer import read_tokenizer, tokenizer_config
@@ -167,7 +168,9 @@ class GGUF(Checkpoint):
             "tokenizer_config.json": json.dumps(described, indent=2) + "\n",
         }
         if (template := self.metadata.get("tokenizer.chat_template")) is not None:
-            files["chat_template.jinja"] = template
+            files[TEMPLATE] = template
+        if (tool_use := self.metadata.get("tokenizer.chat_template.tool_use")) is not None:
+            files[TOOL_USE] = tool_use
         return {name: text.encode() for name, text in files.items()}
 
     def tokenizer(self) -> tuple[tokenizers.Tokenizer, int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import pathlib
 import re
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from bdia_jax.data.chats import TEMPLATE, TOOL_USE, named_templates
 from bdia_jax.files import write_json
 from bdia_jax.interop import arrays, families
 from bdia_jax.interop.checkpoint import FolderError
@@ -33,6 +35,7 @@ from bdia_jax.nn import Decoder, DecoderConfig, Frozen
 from bdia_jax.nn.settings import DTYPES, check_dtype
 from bdia_jax.nn.stack import check_standard
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
 SHARD_BYTES = 2 * 2**30
 """Files are written up to this size, one in memory at a time."""
 _NOT_KEPT = ("auto_map", "transformers_weights")
@@ -144,6 +147,7 @@ def replace_model(
       FolderError: for a folder with an adapter, or with quantized weights.
     """
     check_kind(folder)
+    beside = None if beside is None else _flat(beside, folder)
     with new_files(folder) as new:
         before = _weights_before(folder)
         weights = _write_weights(tensors, new, avoid=before)
@@ -238,6 +242,31 @@ def _steps_of(
     if (folder / CONFIG).exists() and not together:
         steps.insert(0, Step("remove", CONFIG))
     return [*steps, *(Step("remove", name) for name in removed), Step("put", CONFIG)]
+
+
+def _flat(beside: Mapping[str, bytes], folder: pathlib.Path) -> dict[str, bytes]:
+    """Files without the one that is in a folder of its own, whose template others then hold.
+
+    With this file, ``transformers`` would not look for templates in the settings: a folder that has
+    it keeps it.
+
+    Raises:
+      FolderError: for a folder that has another one.
+    """
+    flat, there = {**beside}, folder / TOOL_USE
+    given = flat.pop(TOOL_USE, None)
+    if there.exists() and there.read_bytes() != given:
+        raise FolderError(
+            f"{there} is of another model, and would be used for conversations with tools: remove "
+            "it, or save to another folder"
+        )
+    if given is None or there.exists():
+        return flat
+    config = json.loads(flat.get(TOKENIZER_CONFIG, b"{}"))
+    named = named_templates(beside, config)
+    config["chat_template"] = [{"name": name, "template": named[name]} for name in named]
+    flat.pop(TEMPLATE, None)
+    return flat | {TOKENIZER_CONFIG: json.dumps(config, indent=2).encode()}
 
 
 def _same_network(old: pathlib.Path, new: pathlib.Path) -> bool:

@@ -146,7 +146,9 @@ def gradient(recipe: Recipe, params: nnx.State, rest, batch, keys):
 
 
 def scaled(grads: PyTree[Array], scale: Float[Array, ""] | float) -> PyTree[Array]:
-    """A gradient, scaled in its own dtype."""
+    """A gradient, scaled in its own dtype; untouched by a scale of 1 that is known before."""
+    if isinstance(scale, float) and scale == 1:
+        return grads
     return jax.tree.map(lambda d: d * jnp.asarray(scale, d.dtype), grads)
 
 

@@ -35,7 +35,8 @@ class SmolLM3(Llama):
 
     def windows(self, c: Config) -> dict[str, Any]:
         window = c.get("sliding_window") if c.get("use_sliding_window") else None
-        return read_windows(c, window, usual=tuple(not turned for turned in self._rotated(c)))
+        usual = tuple(window is not None and not turned for turned in self._rotated(c))
+        return read_windows(c, window, usual)
 
     def write_windows(self, config: DecoderConfig) -> dict[str, Any]:
         return {

@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +27,9 @@ from bdia_jax.nn.settings import DTYPES, check_dtype
 from bdia_jax.nn.stack import check_standard
 from bdia_jax.nn.vision import VisionTower, VisionTowerConfig
 
-PREPROCESSOR = "preprocessor_config.json"
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
+"""Files that say how images are prepared; the second one under :data:`NESTED`, if at all."""
+NESTED = "image_processor"
 HEAD = {
     "head.kernel": Source("classifier.weight", transposed=True),
     "head.bias": Source("classifier.bias"),
@@ -155,15 +157,16 @@ def read_vision_config(path: str | os.PathLike) -> VisionTowerConfig:
 
 
 def load_scaling(path: str | os.PathLike) -> Scaling:
-    """How images become squares, by ``preprocessor_config.json`` in a folder.
+    """How images become squares, by ``processor_config.json`` in a folder.
 
-    Where there is none: their middle is cut out.
+    Or by ``preprocessor_config.json``, where that says nothing of images. Where there is none:
+    their middle is cut out.
 
     Raises:
       FileNotFoundError: for a folder that does not exist.
     """
     with VisionFolder(resolve(path)) as folder:
-        c = json.loads(folder.beside().get(PREPROCESSOR, b"{}"))
+        _, c = _preparation(folder.beside())
     size, crop = c.get("size"), c.get("crop_size")
     if not c.get("do_center_crop", crop is not None):
         crop = None
@@ -174,15 +177,24 @@ def load_scaling(path: str | os.PathLike) -> Scaling:
     return plain._replace(squash=size is not None and crop is None)
 
 
+def _preparation(beside: Mapping[str, bytes]) -> tuple[str, dict[str, Any]]:
+    """The file that says how images are prepared, and what it says; as ``transformers`` looks."""
+    nested = json.loads(beside.get(PROCESSOR, b"{}")).get(NESTED)
+    if nested is not None:
+        return PROCESSOR, nested
+    return PREPROCESSOR, json.loads(beside.get(PREPROCESSOR, b"{}"))
+
+
 def _side(crop: Any) -> int | None:
     """Of a square that is cut out, which is written as a number, or as height and width."""
     return crop.get("height") if isinstance(crop, dict) else crop
 
 
 def load_normalization(path: str | os.PathLike) -> Normalization:
-    """How images are to be normalized, by ``preprocessor_config.json`` in a folder.
+    """How images are to be normalized, by ``processor_config.json`` in a folder.
 
-    Where there is none: as the family's own images were.
+    Or by ``preprocessor_config.json``, where that says nothing of images. Where there is none: as
+    the family's own images were.
 
     Raises:
       FileNotFoundError: for a folder that does not exist.
@@ -190,13 +202,13 @@ def load_normalization(path: str | os.PathLike) -> Normalization:
     """
     with VisionFolder(resolve(path)) as folder:
         family = families.family_of(folder.config)
-        c = json.loads(folder.beside().get(PREPROCESSOR, b"{}"))
+        file, c = _preparation(folder.beside())
     mean, std = c.get("image_mean", family.mean), c.get("image_std", family.std)
     if c.get("do_normalize", True) is False:
         mean, std = 0.0, 1.0
     if abs(c.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6 or c.get("do_rescale", True) is False:
         raise FolderError(
-            f"{folder.where}: {PREPROCESSOR} must scale pixels by 1/255; got rescale_factor = "
+            f"{folder.where}: {file} must scale pixels by 1/255; got rescale_factor = "
             f"{c.get('rescale_factor')!r}, do_rescale = {c.get('do_rescale')!r}"
         )
     channels = families.read(folder.config).channels
@@ -225,8 +237,8 @@ def save_vision(
     Args:
       model: without low-rank updates (:func:`bdia_jax.nn.merge_lora`).
       folder: is made; what is in it beside a model stays.
-      like: the folder that the model was loaded from, of which config.json and
-        preprocessor_config.json are kept, but for what they say of classes and sizes.
+      like: the folder that the model was loaded from, of which config.json, processor_config.json
+        and preprocessor_config.json are kept, but for what they say of classes and sizes.
       labels: names of the classes; None for those of ``like``, if it has as many, or numbers.
       dtype: float32, bfloat16, float16 or float64; by default that of the parameters.
 
@@ -253,8 +265,7 @@ def save_vision(
     _check_same(families.read(written), c)
     layout = family.layout(c, None) | HEAD
     parameters = parameters_of(model, layout)
-    if PREPROCESSOR in beside:
-        beside[PREPROCESSOR] = _for_size(beside[PREPROCESSOR], c.image_size)
+    beside |= _for_size(beside, c.image_size)
     tensors = _tensors(family, c, parameters, layout, DTYPES[dtype])
     replace_model(folder, tensors, written, beside)
 
@@ -277,17 +288,25 @@ def _check_same(written: VisionTowerConfig, config: VisionTowerConfig) -> None:
         )
 
 
-def _for_size(preprocessor: bytes, size: int) -> bytes:
-    """A preprocessor_config.json for images of another size."""
-    c = json.loads(preprocessor)
+def _for_size(beside: Mapping[str, bytes], size: int) -> dict[str, bytes]:
+    """The files that say how images are prepared, for images of another size."""
+    made = {}
+    if PREPROCESSOR in beside:
+        made[PREPROCESSOR] = _resized(json.loads(beside[PREPROCESSOR]), size)
+    processor = json.loads(beside.get(PROCESSOR, b"{}"))
+    if processor.get(NESTED) is not None:
+        made[PROCESSOR] = processor | {NESTED: _resized(processor[NESTED], size)}
+    return {name: json.dumps(c, indent=2).encode() for name, c in made.items()}
+
+
+def _resized(c: dict[str, Any], size: int) -> dict[str, Any]:
+    """Settings of an image processor, for images of another size."""
     square = {"height": size, "width": size}
     before, crop = c.get("size"), c.get("crop_size")
     if isinstance(before, dict) and "shortest_edge" in before:
         edge = _side(crop)
         ratio = before["shortest_edge"] / edge if edge else 1
-        c["size"] = {"shortest_edge": round(size * ratio)}
+        made = {"size": {"shortest_edge": round(size * ratio)}}
     else:
-        c["size"] = square
-    if crop is not None:
-        c["crop_size"] = square
-    return json.dumps(c, indent=2).encode()
+        made = {"size": square}
+    return c | made | ({} if crop is None else {"crop_size": square})

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from jaxtyping import Float
 
 from bdia_jax.data import batches
 from bdia_jax.data.augmentation import Augmentation, augment_to, center_crop, mix
+from bdia_jax.data.batches import of_characters
 from bdia_jax.data.images import ImageData, check_classes
 from bdia_jax.nn.losses import Sums
 from bdia_jax.train.tasks.images import ImageClassification
@@ -57,6 +60,8 @@ class ResizedImages(ImageClassification):
         )
         if not 0 < middle <= 1:
             raise ValueError(f"middle must lie in (0, 1]; got {middle}")
+        if augmentation is not None and augmentation.flip is None:
+            augmentation = dataclasses.replace(augmentation, flip=not of_characters(data.name))
         self.size, self.augmentation = size, augmentation
         self.mean, self.std = (np.asarray(values, np.float32) for values in (mean, std))
         self.middle = middle
