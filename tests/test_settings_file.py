@@ -26,7 +26,7 @@ MINE = finetune.FineTune(
     model="no",
     data=pathlib.Path("a/ü.jsonl"),
     out=pathlib.Path("runs/1"),
-    signs="minus",
+    signs="block",
     gamma=0.25,
     quantize="nf4",
     lora=LowRank(rank=4, alpha=8.0, targets=("q", "up")),
