@@ -1002,8 +1002,8 @@ FAULTS = [
     Fault(
         "of equals, the last is kept",
         "train/checkpoints",
-        '-metrics["step"])',
-        'metrics["step"])',
+        '-metrics.get("step", 0))',
+        'metrics.get("step", 0))',
         ("test_feedback::test_the_first_of_equals_is_the_best",),
     ),
     Fault(

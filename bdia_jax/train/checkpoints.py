@@ -96,8 +96,9 @@ class Checkpoints:
         policy = checkpoint_managers.preservation_policy
 
         def rank(metrics: dict[str, float]) -> Any:
-            # To sort by: the first one of equals, as in all that is told of the run.
-            return (score(best, metrics), -metrics["step"]) if metrics else (-math.inf, 0)
+            # To sort by: the first one of equals, as in all that is told of the run. (An older
+            # version's metrics do not say the step.)
+            return (score(best, metrics), -metrics.get("step", 0)) if metrics else (-math.inf, 0)
 
         self._rank = rank
         options = ocp.CheckpointManagerOptions(

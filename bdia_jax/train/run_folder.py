@@ -44,7 +44,7 @@ LOG = "log.txt"
 INDEX = "index"
 """Made before the run, and taken from there when it is resumed."""
 SOME = 8
-"""Elements along each axis, at least, by which frozen weights are told from others."""
+"""Elements along each axis, at most, by which frozen weights are told from others."""
 
 
 def check_run_folder(folder: str | pathlib.Path, resume: bool = False) -> pathlib.Path:
@@ -153,7 +153,7 @@ def some_of_frozen(model: nnx.Module) -> dict[str, np.ndarray]:
     @jax.jit
     def some(arrays):
         return {
-            name: a[tuple(slice(None, None, -(-n // SOME)) for n in a.shape)].astype(
+            name: a[tuple(slice(None, None, max(1, -(-n // SOME))) for n in a.shape)].astype(
                 jnp.float32 if jnp.issubdtype(a.dtype, jnp.floating) else jnp.int32
             )
             for name, a in arrays.items()
