@@ -55,7 +55,7 @@ DEPENDS = (
     "bdia_jax/nn/generation.py",
     "bdia_jax/data/pairs.py",
     *sources.TEXTS,
-    *sources.STEP,
+    *sources.ORDINARY_STEP,
     "bdia_jax/train/tasks/t*.py",
     "experiments/translate.py",
     "experiments/translator.py",

@@ -45,7 +45,7 @@ DEPENDS = (
     *sources.CORE,
     *sources.TEXT_LAYERS,
     *sources.TEXTS,
-    *sources.STEP,
+    *sources.ORDINARY_STEP,
     "bdia_jax/train/tasks/text.py",
     "experiments/measure/gpt2_small_data.py",
 )

@@ -47,10 +47,12 @@ TEXT_LAYERS = (
     *(f"bdia_jax/nn/{n}.py" for n in ("text_blocks", "positions", "decoder", "losses", "caps")),
 )
 MODELS = (*TEXT_LAYERS, "bdia_jax/nn/encoder_decoder.py", "bdia_jax/nn/vit.py")
-STEP = tuple(
+ORDINARY_STEP = tuple(
     f"bdia_jax/train/{n}.py"
-    for n in ("step", "in_backward", "norms", "optimizers", "blockwise", "rounding", "schedules")
+    for n in ("step", "norms", "optimizers", "blockwise", "rounding", "schedules")
 )
+"""A training step without updates in the backward pass."""
+STEP = (*ORDINARY_STEP, "bdia_jax/train/in_backward.py")
 """A training step. The loop around it changes nothing that is measured."""
 TEXTS = tuple(f"bdia_jax/data/{n}.py" for n in ("text", "tokenizers", "packing", "batches"))
 """Texts as batches of tokens."""

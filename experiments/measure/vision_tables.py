@@ -46,7 +46,7 @@ DEPENDS = (
     "bdia_jax/nn/resnet.py",
     "bdia_jax/data/images.py",
     "bdia_jax/data/batches.py",
-    *sources.STEP,
+    *sources.ORDINARY_STEP,
     "bdia_jax/train/tasks/images.py",
     "experiments/measure/vision_tables.py",
     "experiments/measure/vision_systems.py",
