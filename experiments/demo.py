@@ -56,7 +56,7 @@ class Demo:
     """A deep network, trained with checkpoints and with BDIA: accuracy, memory, time, exactness."""
 
     out: pathlib.Path = pathlib.Path("demo")
-    """Folder for figures, the table and the runs; emptied first."""
+    """Folder for figures, the table and the runs, which are made anew."""
     steps: int = 300
     """Optimizer steps of each run."""
     batch_size: int = 64

@@ -8,7 +8,8 @@
     python experiments/finetune.py ... --resume                            # continue
     python experiments/finetune.py --config runs/mine/settings.yaml --out runs/again   # the same
 
-The data is a file of records (``*.jsonl``, ``*.json``, ``*.csv``): conversations (``messages``), of
+The data is a file of records (``*.jsonl``, ``*.json``, ``*.csv``, ``*.tsv``,
+``*.parquet``): conversations (``messages``), of
 which the assistant's messages are learned, by the model's own chat template; a ``prompt`` and a
 ``completion``, which is learned; an ``instruction``, ``input`` and ``output``; or a ``text``. Or it
 is any text. Short texts are packed into full sequences, without attention from one to another.

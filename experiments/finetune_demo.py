@@ -39,7 +39,7 @@ class Demo:
     """Fine-tunes a real pretrained model: standard against reversible."""
 
     out: pathlib.Path = pathlib.Path("runs/finetune-demo")
-    """Folder of both runs; is made anew."""
+    """Folder of the data and of both runs, which are made anew."""
     steps: int = 16
     """Optimizer steps of each."""
     length: int = 128
@@ -70,7 +70,6 @@ def announcements(count: int) -> list[dict[str, str]]:
 
 def main(d: Demo) -> list[dict[str, float]]:
     """Runs both, and prints the table."""
-    shutil.rmtree(d.out, ignore_errors=True)
     data = d.out / "announcements.jsonl"
     write_text(data, "".join(json.dumps(r) + "\n" for r in announcements(d.count)))
     settings = TrainSettings(
@@ -94,6 +93,7 @@ def main(d: Demo) -> list[dict[str, float]]:
             method=method,
             train=settings,
         )
+        shutil.rmtree(f.out, ignore_errors=True)
         print(f"\n== {name} ==", flush=True)
         path = interop.packaged_model()
         tokenizer = finetune.tokenizer_of(path)

@@ -9,7 +9,7 @@
 
 Without a file of pairs, the data are English and French names and phrases from Unicode's locale
 data. Both languages share a byte-pair vocabulary, made from the training split and saved with the
-run. Several methods or seeds are compared in a table and in curves.
+run. Several methods or seeds are compared in a table.
 
 Writes translation-NAME-DEVICE.jsonl.
 

@@ -29,15 +29,19 @@ import translate
 import tyro
 import vit
 from measure import (
+    against_torch,
     chats,
     cost_times,
     costs,
     exactness,
     exactness_cases,
+    few_bits,
     finetune_e2e,
     gamma,
     gpt2_small_data,
+    long_texts,
     networks,
+    odd_files,
     pages,
     records,
     reliability,
@@ -155,12 +159,30 @@ def test_a_bar_in_a_cell_is_no_end_of_it():
     assert table.splitlines()[2] == r"| \|γ\| = 1 | known \| already |"
 
 
-def test_every_stage_has_a_command_with_its_options():
-    for name, stage in results.STAGES.items():
-        assert stage.gives, name
-        assert stage.takes, name
-        for line in stage.commands:
-            assert (sources.ROOT / "experiments" / line.split()[0]).exists(), line
+COMMANDS = {
+    "experiments/exactness.py": exactness.Exactness,
+    "experiments/translate.py": translate.Translate,
+    "experiments/vision_tables.py": vision_tables.VisionTables,
+    "experiments/measure/against_torch.py": against_torch.AgainstTorch,
+    "experiments/measure/chats.py": chats.Chats,
+    "experiments/measure/costs.py": costs.Costs,
+    "experiments/measure/few_bits.py": few_bits.FewBits,
+    "experiments/measure/gamma.py": gamma.Gamma,
+    "experiments/measure/gpt2_small_data.py": gpt2_small_data.SmallData,
+    "experiments/measure/long_texts.py": long_texts.LongTexts,
+    "experiments/measure/odd_files.py": odd_files.OddFiles,
+    "experiments/measure/same_kernels.py": same_kernels.SameKernels,
+}
+
+
+def test_every_result_can_be_made_again_by_its_command(capsys):
+    results.main(results.Results(list=True))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines
+    for line in lines:
+        python, script, *words = shlex.split(line.rpartition("  # ")[0])
+        assert python == "python"
+        assert tyro.cli(COMMANDS[script], args=words).out.as_posix() == "experiments/results"
 
 
 ACCELERATOR = {
@@ -222,19 +244,28 @@ def test_jobs_run_side_by_side_until_the_limit(tmp_path, monkeypatch, capfd):
         assert {"results/x-cpu.jsonl", "runs/twice-0.log"} <= {*archive.getnames()}
 
 
-def test_a_stage_writes_results_and_pages(tmp_path, monkeypatch, capsys):
-    stage = results.Stage("nothing", "no time", ("tool.py --text DATA/some",), ("some",))
-    monkeypatch.setattr(results, "STAGES", {"nothing": stage})
-    monkeypatch.setattr(records, "COMMITTED", tmp_path / "results")
-    monkeypatch.setattr(sources, "ROOT", tmp_path)
-    monkeypatch.setattr(pages, "main", lambda: print("pages"))
+def test_results_are_made_again_and_pages_written(tmp_path, monkeypatch, capfd):
+    folder = tmp_path / "results"
+    monkeypatch.setattr(records, "COMMITTED", folder)
+    monkeypatch.setattr(pages, "main", lambda: print("pages", flush=True))
     (tmp_path / "experiments").mkdir()
-    (tmp_path / "experiments/tool.py").write_text("import sys; print(sys.argv[1:], flush=True)")
-    results.main(results.Results(data_dir=tmp_path))
-    assert "left out without some" in capsys.readouterr().out
-    (tmp_path / "some").touch()
-    results.main(results.Results(data_dir=tmp_path))
-    assert "took 0 minutes\npages" in capsys.readouterr().out
+    (tmp_path / "experiments/tool.py").write_text(
+        "import sys; print(sys.argv[1:], flush=True); sys.exit(int(sys.argv[1]))"
+    )
+    # Two runs, of which the command found one finished, and a row that shows one of them again.
+    rows = [{"folder": f"run-{i % 2}", "seconds": 60.0} for i in range(3)]
+    for i, name in enumerate(("one", "other", "third")):
+        monkeypatch.setattr(sys, "argv", ["experiments/tool.py", str(i // 2)])
+        records.write(name, rows, ["bdia_jax/grid.py"], out=folder)
+    monkeypatch.setattr(sources, "ROOT", tmp_path)
+    results.main(results.Results(("one-cpu", "other-cpu")))
+    line = "python experiments/tool.py {}  # 2 minutes\n['{}']\npages\n"
+    assert capfd.readouterr().out == line.format(0, 0)
+    with pytest.raises(SystemExit, match=r"status 1: python experiments/tool\.py 1"):
+        results.main(results.Results())
+    assert capfd.readouterr().out == line.format(0, 0) + line.format(1, 1)
+    with pytest.raises(ValueError, match=r"results are one-cpu, .*; got none"):
+        results.main(results.Results(("none",)))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -686,10 +717,10 @@ def test_the_same_numbers_with_the_code_of_then_and_now(tmp_path, monkeypatch):
     monkeypatch.setattr(still, "HERE", tmp_path)
     about = {"commit": "HEAD", "command": "python experiments/some.py --out experiments/results"}
     then, now = still.both("some", about, still.Part("--seeds 1", "b"))
-    assert then == now == [{"name": "b", "loss": 3 * 0.1, "seconds": 5}]
+    assert then[1:] == now[1:] == [{"name": "b", "loss": 3 * 0.1, "seconds": 5}]
     (tmp_path / "bdia_jax/train.py").write_text(OLD["bdia_jax/train.py"].replace("*", "+"))
     then, now = still.both("some", about, still.Part("", "a|b"))
-    assert still.differences(then, now) == {
+    assert still.differences(then[1:], now[1:]) == {
         f"[{i}].{name}": share
         for i in range(2)
         for name, share in {"name": 0, "loss": (3.1 - 3 * 0.1) / 3.1}.items()
@@ -715,7 +746,9 @@ def test_a_result_that_was_shown_to_be_the_same_is_not_stale(tmp_path, monkeypat
     about = records.read(path).about
     code = about["code"]
     again = {"commit": "abcdefgh", "code": code, "numbers": 7, "within": 2e-6}
-    path.write_text(json.dumps(about | {"code": "0" * 16, "again": again}) + "\n")
+    # A module that it depends on may have been cut in two since.
+    again |= {"depends": about["depends"]}
+    path.write_text(json.dumps(about | {"depends": ["no.py"], "again": again}) + "\n")
     assert pages.stale(tmp_path) == []
     assert "(abcdefg: the same 7 numbers, to 2e-06, run short)" in pages.caption(
         records.read(path).about

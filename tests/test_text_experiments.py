@@ -23,7 +23,6 @@ from finetuning import LowRank
 from measure import (
     chat_tables,
     chats,
-    curves,
     e2e_data,
     e2e_metrics,
     finetune_e2e,
@@ -89,8 +88,6 @@ def test_gpt2_small_data(tmp_path):
     assert len(rows) == 2
     assert "work" not in about["settings"]
     assert pages.table_of("small-text-python-0.01")(rows) == text
-    curves.draw(rows, tmp_path / "curves.png")
-    assert is_png(tmp_path / "curves.png")
     saved = tmp_path / "work/python-0.01" / rows[1]["folder"] / "model"
     assert interop.load(saved).config.vocab_size == data.load_tokenizer(saved).size
     # What is there is not trained again, and gives the same table.

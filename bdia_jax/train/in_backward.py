@@ -21,6 +21,7 @@ from jaxtyping import Array, Float
 
 from bdia_jax import Checkpoint, Online, Update
 from bdia_jax.nn.stack import ReversibleStack
+from bdia_jax.pinning import fence
 from bdia_jax.train import mesh as meshes
 from bdia_jax.train.blockwise import (
     Blockwise,
@@ -187,7 +188,9 @@ def install(
     def function(params, grads, state):
         updated.add(path)
         own, _ = state
-        grads = scaled(grads, 1 / loss_scale)
+        # Laid out as weights and moments are: a compiler would copy all of these to another layout
+        # that a product or a collective prefers for the gradient.
+        grads = scaled(fence(grads), 1 / loss_scale)
         squares = global_norm(grads) ** 2
         if step is not None:
             params, own = step(params, grads, own)

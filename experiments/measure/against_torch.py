@@ -1,6 +1,6 @@
 """Time of a training step against PyTorch's, side by side: what a user would pick instead.
 
-    python experiments/measure/against_torch.py                     # half an hour, two idle cores
+    python experiments/measure/against_torch.py                     # 15 minutes, two idle cores
     taskset -c 0 python experiments/measure/against_torch.py        # on one core
 
 Two networks, in float32, on the CPU, all weights trained by AdamW without clipping:
@@ -43,7 +43,7 @@ from measure.networks import Network
 DEPENDS = (
     *sources.CORE,
     *sources.MODELS,
-    *sources.STEP,
+    *sources.ORDINARY_STEP,
     "experiments/measure/against_torch.py",
     "experiments/measure/timing.py",
 )

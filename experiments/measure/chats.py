@@ -8,7 +8,7 @@ model tolerates, get the same budget, with low-rank updates and with all weights
 loaded by ``transformers``, and the low-rank updates by ``peft``, and the logits are compared.
 
 The peak of memory is that of a whole training step, as compiled. Writes chats-DEVICE.jsonl; a run
-takes some ten minutes on two idle cores.
+takes some twenty minutes on two cores.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ DEPENDS = (
     *(f"bdia_jax/nn/{name}.py" for name in ("lora", "generation")),
     *sources.TEXTS,
     "bdia_jax/data/chats.py",
-    *sources.STEP,
+    *sources.ORDINARY_STEP,
     "bdia_jax/train/tasks/text.py",
     "bdia_jax/gamma.py",
     "bdia_jax/interop/gguf.py",

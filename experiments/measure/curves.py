@@ -1,17 +1,13 @@
-"""Networks trained on text, from several seeds: where their losses end, as a table and as curves.
+"""Networks trained on text, from several seeds: where their losses end.
 
 A row of a result has "network", "seed", "history" (the records of the run) and maybe "scores".
 """
 
 from __future__ import annotations
 
-import pathlib
 from typing import Any
 
-import numpy as np
-
 from bdia_jax.nn.settings import ReversibleSettings
-from bdia_jax.train.figures import COLOURS, figure
 from measure import records
 
 Rows = list[dict[str, Any]]
@@ -97,30 +93,3 @@ def table(rows: Rows) -> str:
             for name, runs in found.items()
         ],
     )
-
-
-def draw(rows: Rows, path: pathlib.Path) -> None:
-    """Training and validation loss over steps: means over seeds, and from lowest to highest."""
-    with figure(path, 2) as axes:
-        for axis, split in zip(axes, ("train", "eval"), strict=True):
-            for i, name in enumerate(dict.fromkeys(row["network"] for row in rows)):
-                runs = [
-                    {r["step"]: r["loss"] for r in row["history"] if r["split"] == split}
-                    for row in rows
-                    if row["network"] == name
-                ]
-                steps = sorted(set.intersection(*map(set, runs)))
-                found = np.array([[run[step] for step in steps] for run in runs])
-                axis.plot(steps, found.mean(0), label=name, color=COLOURS[i % len(COLOURS)])
-                axis.fill_between(
-                    steps,
-                    found.min(0),
-                    found.max(0),
-                    color=COLOURS[i % len(COLOURS)],
-                    alpha=0.2,
-                    linewidth=0,
-                )
-            axis.set_xlabel("step")
-            axis.set_title("training" if split == "train" else "validation")
-        axes[0].set_ylabel("loss, nats per token")
-        axes[1].legend()

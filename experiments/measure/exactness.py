@@ -1,12 +1,11 @@
 """Is every integer of every block reconstructed? Counted, for a covering set of settings.
 
-    python experiments/exactness.py                          # 100 million integers
+    python experiments/exactness.py                          # 270 million integers
     python experiments/exactness.py --quick --workers 16     # the same cases, small, side by side
 
 Every pair of settings (type of number, precision of products, dropout, m, signs, r, l, depth,
 block, parts as steps, update in the backward pass) meets in one of the cases; models of the library
-follow. For each case, three programs run forward
-and backward:
+follow. For each case, three programs run forward and backward:
 
 - *pinned audit*: ``bdia_jax.check_reversible`` compares every integer of every step with the
   state that the forward pass saw; every step starts from the true state, so that an error is

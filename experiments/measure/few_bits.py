@@ -6,9 +6,9 @@ The model, the data and the budget are those of gamma.py's fine-tuning. Parts:
 
 base         SmolLM2's blocks in float32, int8, int4 and nf4 (groups of 64): the loss before any
              training; and with low-rank updates of all linear layers trained on top, by
-             checkpoints and by BDIA, whose integers are compared (20 minutes on one core)
+             checkpoints and by BDIA, whose integers are compared (50 minutes on two cores)
 checkpoints  more seeds of checkpoints rounded to 4 bits and of BDIA at as many, which gamma.py
-             trains from one seed (half an hour on one core)
+             trains from one seed (40 minutes)
 
 Writes few-bits-PART-DEVICE.jsonl.
 """

@@ -49,7 +49,7 @@ DEPENDS = (
     "bdia_jax/nn/lora.py",
     "bdia_jax/nn/generation.py",
     *sources.TEXTS,
-    *sources.STEP,
+    *sources.ORDINARY_STEP,
     "bdia_jax/train/tasks/text.py",
     *(
         f"experiments/measure/{name}.py"

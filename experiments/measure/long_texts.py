@@ -34,7 +34,7 @@ from measure import records, sources
 DEPENDS = (
     *sources.CORE,
     *sources.TEXT_LAYERS,
-    *sources.STEP,
+    *sources.ORDINARY_STEP,
     *(f"bdia_jax/nn/{name}.py" for name in ("lora", "quantized")),
     "bdia_jax/planning/*.py",
     "experiments/measure/long_texts.py",

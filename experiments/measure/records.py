@@ -2,7 +2,7 @@
 
 The first line has the commit, whether the measured files were as in it (``clean``), a hash of their
 code (:mod:`measure.sources`), date, device, versions, command and settings. Commands write into
-runs/results; ``results.py`` alone writes into experiments/results, which is what pages show.
+runs/results, if not told to write into experiments/results, which is what pages show.
 """
 
 from __future__ import annotations

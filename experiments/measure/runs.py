@@ -147,7 +147,8 @@ def run_all(
         later = {}
         for run in waiting.values():
             folder = folders[run.name]
-            with claimed(folder.with_suffix(".lock")) as mine:
+            # with_suffix would cut a name off at the dot of a number.
+            with claimed(folder.with_name(f"{folder.name}.lock")) as mine:
                 if not mine:
                     later[run.name] = run
                     continue

@@ -32,6 +32,8 @@ HERE = pathlib.Path(__file__).resolve().parents[2]
 STEPS = 3
 CLOSE = 1e-3
 """Largest difference of two numbers, as a share of the larger one; 0 of integers and words."""
+NOTED = ("commit", "clean", "code", "depends", "date", "device", "cores")
+"""Of the short run with the code that is here, what a result notes."""
 MADE = re.compile("second|commit|clean|date|folder|versions|command|cores|error")
 """Fields that say how a row was made, and when."""
 
@@ -102,15 +104,15 @@ def main(s: Still) -> None:
         about = result.about
         print(f"{name}: {about['commit'][:7]} and the code that is here", flush=True)
         then, now = both(name, about, part)
-        shares = differences(then, now)
+        shares = differences(then[1:], now[1:])
         at = max(shares, key=lambda at: shares[at])
         if shares[at] > CLOSE:
-            old, new = (dict(numbers(rows)).get(at) for rows in (then, now))
+            old, new = (dict(numbers(lines[1:])).get(at) for lines in (then, now))
             raise ValueError(
                 f"{name}: the code that is here gives other numbers: {at}: {old!r}, now {new!r}"
             )
-        again = records.made(about["depends"])
-        del again["versions"], again["command"]
+        # Among them what the result depends on now: a module may have been cut in two.
+        again = {name: now[0][name] for name in NOTED}
         again |= {"words": part.words, "networks": part.networks, "steps": STEPS}
         again |= {"numbers": len(shares), "within": shares[at]}
         lines = [about | {"again": again}, *result.rows]
@@ -123,8 +125,8 @@ def part_of(name: str) -> Part | None:
     return next((part for start, part in PARTS.items() if name.startswith(start)), None)
 
 
-def both(name: str, about: dict[str, Any], part: Part) -> tuple[list[Any], list[Any]]:
-    """The rows of a short run with the code of a result's commit, and with the code here."""
+def both(name: str, about: dict[str, Any], part: Part) -> tuple[list[Any], ...]:
+    """The lines of a short run with the code of a result's commit, and with the code here."""
     with tempfile.TemporaryDirectory() as folder:
         old = pathlib.Path(folder) / "code"
         old.mkdir()
@@ -141,7 +143,7 @@ def both(name: str, about: dict[str, Any], part: Part) -> tuple[list[Any], list[
 def short_run(
     name: str, root: pathlib.Path, command: str, part: Part, folder: pathlib.Path
 ) -> list[dict[str, Any]]:
-    """The rows that a command writes in a folder, with the code in ``root``."""
+    """The lines that a command writes in a folder, with the code in ``root``."""
     folder.mkdir()
     (folder / "data").symlink_to((HERE / "data").resolve())
     _, script, *words = shlex.split(command)
@@ -155,7 +157,7 @@ def short_run(
     if done.returncode != 0 and (done.returncode, part.poor) != (1, True):
         done.check_returncode()
     (path,) = folder.glob(f"experiments/results/{name}.jsonl")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[1:]]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def shortened(root: pathlib.Path, networks: str, every: int, script: str, words: list[str]) -> None:

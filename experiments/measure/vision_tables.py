@@ -1,6 +1,6 @@
 """The vision experiments of the paper as tables, its figures beside ours.
 
-    python experiments/vision_tables.py --quick             # every system on digits; minutes
+    python experiments/vision_tables.py --quick             # every system on digits: 45 minutes
     python experiments/vision_tables.py --scale reduced --data-dir DIR --table gamma dropout
     python experiments/vision_tables.py --scale few --data-dir DIR --table over-fitting
     python experiments/vision_tables.py --scale paper --data-dir DIR --table baselines
