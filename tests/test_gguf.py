@@ -105,8 +105,8 @@ def write(path, made, *, kinds=("F32",), tokenizer=None, tensors=None, **metadat
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
     for name, value in metadata.items():
-        add = writer.add_uint32 if isinstance(value, int) else writer.add_string
-        add(name.replace("__", "."), value)
+        kinds_of = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
+        kinds_of.get(type(value), writer.add_string)(name.replace("__", "."), value)
     for name, value in (tokenizer or {}).items():
         if isinstance(value, list):
             writer.add_array(name, value)
@@ -308,6 +308,34 @@ def test_scaled_positions(tmp_path):
         interop.load(path)
 
 
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"llama__rope__scaling__type": "linear", "llama__rope__scaling__factor": 4.0},
+        # As llama.cpp reads files without a kind, and those from before there were kinds.
+        {"llama__rope__scaling__factor": 4.0},
+        {"llama__rope__scale_linear": 4.0},
+    ],
+)
+def test_positions_that_are_divided(metadata, tmp_path):
+    torch, made = network("llama")
+    import transformers
+
+    rope = {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}
+    config = transformers.LlamaConfig(**(made.config.to_dict() | {"rope_parameters": rope}))
+    scaled = transformers.LlamaForCausalLM(config).eval()
+    path = tmp_path / "model.gguf"
+    loaded = ours(write(path, scaled, **metadata))
+    np.testing.assert_allclose(loaded(jnp.asarray(TOKENS)), logits(torch, scaled), atol=1e-4)
+    none = {"llama__rope__scaling__type": "none", "llama__rope__scaling__factor": 4.0}
+    write(path, scaled, **none)
+    assert interop.read_config(path).rope_scaling is None
+    divisors = _divisors(1e4, 16, SCALING).astype(np.float32)
+    write(path, scaled, tensors={"rope_freqs.weight": divisors}, **metadata)
+    with pytest.raises(interop.FolderError, match=r"scaling.factor must be 1 with rope_freqs.*4"):
+        interop.load(path)
+
+
 def test_a_head_of_its_own_is_noticed(tmp_path):
     """One that repeats the embedding is tied, as the model was that the file was made of."""
     _, made = network("gpt2")
@@ -325,7 +353,10 @@ def test_files_that_are_not_read(tmp_path):
     for metadata, message in [
         ({"split__count": 3}, "is one of 3 files"),
         ({"llama__expert_count": 8}, "expert_count must be 0; got 8"),
-        ({"llama__rope__scaling__type": "yarn"}, "rope.scaling.type must be none; got 'yarn'"),
+        ({"llama__rope__scaling__type": "yarn"}, "must be none or linear; got 'yarn'"),
+        ({"llama__attention__causal": False}, "attention.causal must be True; got False"),
+        ({"llama__attention__sliding_window": 5}, "attention.sliding_window must be 0; got 5"),
+        ({"llama__attention__scale": 0.3}, "attention.scale must be 0 or 1; got 0.3"),
     ]:
         write(path, made, **metadata)
         with pytest.raises(interop.FolderError, match=message):

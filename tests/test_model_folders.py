@@ -319,6 +319,7 @@ def test_what_is_downloaded(monkeypatch, tmp_path):
         "model.safetensors.index.json",
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
+        "model.safetensors-00001-of-00002.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",
         "special_tokens_map.json",
@@ -329,6 +330,10 @@ def test_what_is_downloaded(monkeypatch, tmp_path):
         "chat_template.jinja",
         "chat_template.json",
         "additional_chat_templates/tool_use.jinja",
+        "additional_chat_templates/rag.jinja",
+        "tekken.json",
+        "vocab.txt",
+        "spiece.model",
         "preprocessor_config.json",
         "processor_config.json",
         "adapter_config.json",
@@ -345,7 +350,7 @@ def test_what_is_downloaded(monkeypatch, tmp_path):
         "checkpoint-1/model.safetensors",
         "checkpoint-1/model-00001-of-00002.safetensors",
         "model-parts/x.safetensors",
-        "additional_chat_templates/tool.jinja",
+        "additional_chat_templates/tool.txt",
     }
     asked = {}
 
@@ -557,14 +562,16 @@ def test_the_template_for_tools_is_kept(tmp_path):
     (source / TOOL_USE).parent.mkdir()
     (source / TOOL_USE).write_text("{{ tools }}")
     expected = transformers.AutoTokenizer.from_pretrained(source).chat_template
-    assert expected == {"default": "plain", "tool_use": "{{ tools }}"}
+    (source / TOOL_USE).with_name("rag.jinja").write_text("{{ documents }}")
+    expected = transformers.AutoTokenizer.from_pretrained(source).chat_template
+    assert expected == {"default": "plain", "tool_use": "{{ tools }}", "rag": "{{ documents }}"}
     for folder in (tmp_path / "new", source):
         interop.save(model(1), folder, like=source)
         found = interop.load_chat_template(folder)
-        assert {"default": found.source, "tool_use": found.tool_use} == expected
+        assert (found.source, found.tool_use) == (expected["default"], expected["tool_use"])
         assert transformers.AutoTokenizer.from_pretrained(folder).chat_template == expected
     # Of another model, it would be taken for this one's.
-    with pytest.raises(interop.FolderError, match=r"tool_use\.jinja is of another model.* remove"):
+    with pytest.raises(interop.FolderError, match=r"\.jinja is of another model.* remove"):
         interop.save(model(1), source, like=tmp_path / "new")
     (source / TOOL_USE).rename(tmp_path / "elsewhere")
     (source / TOOL_USE).symlink_to(tmp_path / "elsewhere")

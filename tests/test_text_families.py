@@ -1,6 +1,7 @@
 """Families of decoders whose blocks differ, or have norms, windows and caps of their own."""
 
 import copy
+import dataclasses
 import json
 import re
 
@@ -13,9 +14,10 @@ from safetensors.numpy import load_file, save_file
 from test_hugging_face import COMMON, LLAMA, WINDOWS, YARN, theirs
 
 from bdia_jax import BDIA, interop
-from bdia_jax.interop.families import FAMILIES
+from bdia_jax.interop.families import FAMILIES, read
+from bdia_jax.interop.families.family import kind_of
 from bdia_jax.interop.families.rotary import read_rope, write_rope, write_share
-from bdia_jax.nn import add_lora, choose_gamma, expand_base, generate, quantize_base
+from bdia_jax.nn import Decoder, add_lora, choose_gamma, expand_base, generate, quantize_base
 from bdia_jax.nn.stacked import PerBlock
 
 OLD_GEMMA3 = {
@@ -37,6 +39,7 @@ PHI = {
     },
 }
 """As configurations of Phi-4-mini are written."""
+ORIGINAL = {"original_max_position_embeddings": 16}
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +162,7 @@ def test_long_factors(tmp_path):
         ("gemma", {"hidden_act": "gelu"}),
         ("gemma2", {}),
         ("gemma2", {"attn_logit_softcapping": None, "final_logit_softcapping": None}),
+        ("gemma2", {"sliding_window_pattern": 3}),
         ("gemma3_text", {}),
         ("gemma3_text", OLD_GEMMA3),
         ("gemma3_text", WINDOWS | {"layer_types": ["full_attention"] * 3}),
@@ -169,6 +173,7 @@ def test_long_factors(tmp_path):
         ("gpt_neox", {"hidden_act": "gelu_fast"}),
         ("gpt_neox", {}),
         ("gpt_neox", {"rotary_pct": 0.5, "rotary_emb_base": 5000}),
+        ("gpt_neox", {"rope_parameters": {"rope_type": "default", "rope_theta": 50.0}}),
         ("gpt_neox", {"rope_scaling": {"type": "linear", "factor": 2.0}}),
         ("olmo2", {"rope_scaling": YARN}),
         ("olmo3", {}),
@@ -231,7 +236,7 @@ def test_other_networks_of_pythia(settings, tmp_path):
     ("family", "settings", "message"),
     [
         ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping must be None"),
-        ("gemma3_text", {"use_bidirectional_attention": True}, "must be None or False; got True"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "must be False or None; got True"),
         (
             "gemma3_text",
             {"rope_parameters": {"rope_type": "default"}},
@@ -255,11 +260,64 @@ def test_other_networks_of_pythia(settings, tmp_path):
         ("llama", {"rope_scaling": PHI["rope_scaling"]}, "rope_type must be .*; got 'longrope'"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1; got 0.5"),
         ("phi3", {"rope_scaling": YARN}, "rope_type must be one of default, longrope; got 'yarn'"),
+        (
+            "phi3",
+            {"rope_scaling": PHI["rope_scaling"] | ORIGINAL},
+            "in rope_scaling alone.* got 16",
+        ),
+        ("gpt_neox", {"rope_theta": 50.0}, "rotary_emb_base must be given.* rope_theta = 50.0"),
+        (
+            "gpt_neox",
+            {"rope_theta": 50.0, "rotary_emb_base": 1e4},
+            "rotary_emb_base is 10000.0, rope_theta is 50.0",
+        ),
+        ("olmo3", {"rope_theta": 777.0}, "rope_parameters must say .* got rope_theta = 777.0"),
+        ("llama", {"rope_parameters": YARN | {"original_max_position_embeddings": 16.7}}, "16.7"),
+        # In transformers, these make every family attend to all positions.
+        ("qwen2", {"is_causal": False}, "is_causal must be True or None; got False"),
+        ("llama", {"use_bidirectional_attention": True}, "must be False or None; got True"),
+        ("gemma3", {"text_config": {"is_causal": False}}, "is_causal must be True or None"),
+        # What is no number, or no name.
+        ("llama", {"rms_norm_eps": None}, "norm_epsilon must be a number; got None"),
+        ("llama", {"rms_norm_eps": "1e-6"}, "norm_epsilon must be a number; got '1e-6'"),
+        ("llama", {"tie_word_embeddings": "false"}, "tied_head must be true or false; got 'false'"),
+        ("llama", {"attention_bias": None}, "qkv_bias must be true or false; got None"),
+        ("llama", {"rope_theta": 0}, "rope_theta must be positive; got 0"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 0}}, "factor must be positive"),
+        ("llama", {"rope_scaling": YARN | {"beta_slow": 0}}, "slow must be positive; got 0"),
+        ("llama", {"rope_parameters": [1]}, "config.json of a llama model: .*'list'"),
+        ("llama", {"rope_scaling": "linear"}, "config.json of a llama model: .*'str'"),
+        ("llama", {"architectures": "LlamaForCausalLM"}, "must be a list of names; got 'Llama"),
+        ("llama", {"architectures": 5}, "architectures must be a list of names; got 5"),
+        ("llama", {"model_type": ["llama"]}, r"model_type must be one of .*; got \['llama'\]"),
     ],
 )
 def test_refused(family, settings, message):
     with pytest.raises(interop.FolderError, match=message):
-        FAMILIES[family].read(LLAMA | COMMON | settings)
+        read({"model_type": family} | LLAMA | COMMON | settings)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "olmo3"])
+def test_networks_made_here(family, tmp_path):
+    """Without windows, with the same base everywhere, and with two: as transformers has them."""
+    torch, model = theirs(family)
+    transformers = pytest.importorskip("transformers")
+    kind = read(model.config.to_dict())
+    two = {"rope_theta": 5e3, "window_rope_theta": None, "rope_scaling": None}
+    networks = [{"window": None, "windowed": None, "window_rope_theta": None}]
+    if family != "gemma2":
+        networks += [two, two | {"window_rope_theta": 7e2}]
+    tokens = np.random.default_rng(0).integers(0, 61, (2, 20))
+    for settings in networks:
+        ours = Decoder(dataclasses.replace(kind, method="standard", **settings), rngs=nnx.Rngs(0))
+        ours.eval()
+        interop.save(ours, tmp_path)
+        back = interop.load(tmp_path)
+        assert kind_of(back.config) == kind_of(ours.config)
+        saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).double().eval()
+        with torch.no_grad():
+            expected = saved(torch.tensor(tokens)).logits.numpy()
+        np.testing.assert_allclose(ours(jnp.asarray(tokens)), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ import datetime
 import functools
 import itertools
 import json
+import pathlib
 import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -31,9 +32,10 @@ Span = tuple[int, int]
 
 GENERATED = "assistant"
 """The role whose messages a model writes."""
-TEMPLATE, TOOL_USE = "chat_template.jinja", "additional_chat_templates/tool_use.jinja"
-"""Files of a model's folder: its template, and the one for conversations with tools, if it is
-another one."""
+TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+TOOL_USE = f"{TEMPLATES}/tool_use.jinja"
+"""Files of a model's folder: its template; others, by name; and the one for conversations with
+tools, if it is another one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,8 +188,9 @@ def named_templates(files: Mapping[str, bytes], config: Mapping[str, Any]) -> di
 
     As in ``transformers``: with a file for the default one, those of the settings do not count.
     """
-    places = {"default": TEMPLATE, "tool_use": TOOL_USE}
-    found = {name: files[at].decode() for name, at in places.items() if at in files}
+    places = {at: pathlib.PurePath(at).stem for at in files if at.startswith(f"{TEMPLATES}/")}
+    places |= {TEMPLATE: "default"}
+    found = {name: files[at].decode() for at, name in places.items() if at in files}
     given = config.get("chat_template")
     if "default" in found or given is None:
         return found

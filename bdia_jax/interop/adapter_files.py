@@ -123,6 +123,7 @@ def read(
     *,
     module: str | None = None,
     ignored: re.Pattern[str] | None = None,
+    hint: str = "",
 ) -> Adapter:
     """The adapter in a folder.
 
@@ -131,6 +132,7 @@ def read(
       places: of the layers that may have updates.
       module: one that may have been trained whole; None for none.
       ignored: starts of names of modules whose updates do not matter.
+      hint: what may help if there are updates of other layers.
 
     Raises:
       FileNotFoundError: without these files.
@@ -149,6 +151,13 @@ def read(
             f"{folder / CONFIG}: modules_to_save must be {module and [module]}; got "
             f"{config['modules_to_save']!r}"
         )
+    if (some := config.get("layers_to_transform")) is not None:
+        some = [some] if isinstance(some, int) else some
+        if sorted(some) != [*range(len(some))]:
+            raise FolderError(
+                f"{folder / CONFIG}: layers_to_transform must be null, because all blocks have the "
+                f"same layers; got {some}"
+            )
     path = file_in(folder, WEIGHTS)
     tensors, rows = _file(path)
     tensors = {name.removeprefix(_PREFIX): tensor for name, tensor in tensors.items()}
@@ -156,7 +165,7 @@ def read(
         tensors = {name: tensor for name, tensor in tensors.items() if not ignored.match(name)}
     whole = {name: tensors.pop(name) for name in [*tensors] if _is_of(name, module)}
     found = _by_place(
-        path, tensors, places, ("A", "B", *["magnitude"] * bool(config.get("use_dora")))
+        path, tensors, places, ("A", "B", *["magnitude"] * bool(config.get("use_dora"))), hint
     )
     updates = {}
     for place, matrices in found.items():
@@ -194,6 +203,7 @@ def _by_place(
     tensors: Mapping[str, np.ndarray],
     places: Collection[Place],
     expected: tuple[str, ...],
+    hint: str,
 ) -> dict[Place, dict[str, np.ndarray]]:
     """The matrices that are expected of each layer, with a leading block axis."""
     blocks: dict[Place, dict[str, dict[int, np.ndarray]]] = {}
@@ -205,7 +215,7 @@ def _by_place(
         if match is None or place not in places or which not in expected:
             raise FolderError(
                 f"{path}: {key} is no update of a linear layer of the model's blocks, which are "
-                f"{', '.join(place.behind for place in places)}"
+                f"{', '.join(place.behind for place in places)}{hint}"
             )
         of_place = blocks.setdefault(place, {name: {} for name in expected})
         of_place[which][int(groups["block"])] = tensor

@@ -39,6 +39,7 @@ from bdia_jax.nn.lora import (
 )
 
 _HEAD = "classifier"
+_SIZES = ("width", "depth", "heads", "num_kv_heads", "size_of_head", "hidden")
 Layout = Mapping[str, Source]
 """Where every parameter of a model is found."""
 
@@ -58,7 +59,8 @@ def save_adapter(
 
     Raises:
       ValueError: for a model without low-rank updates, or some with magnitudes (DoRA) and some
-        without. Where several of its layers are one matrix there: for updates of several scales.
+        without; for ``like`` of other sizes. Where several of its layers are one matrix there: for
+        updates of several scales.
     """
     linear = {".".join(map(str, path)): module for path, module in nnx.iter_modules(model)}
     layers = {n: module for n, module in linear.items() if isinstance(module, LowRankLinear)}
@@ -104,8 +106,9 @@ def load_adapter(
       model: of :func:`bdia_jax.interop.load`, or :func:`bdia_jax.interop.load_vision`; all else in
         it is frozen, as by :func:`bdia_jax.nn.add_lora`, but for a head that is in the folder.
       folder: with ``adapter_config.json`` and ``adapter_model.safetensors``.
-      like: what the model was loaded from; needed for vision towers, and for families whose weights
-        are rewritten when they are read (Granite, ERNIE).
+      like: what the model was loaded from; needed for vision towers, for families whose weights
+        are rewritten when they are read (Granite, ERNIE), and where another family has the same
+        network under other names (Phi-3 is a Llama, too, and Gemma 3 may be with images).
 
     Returns:
       The paths of the layers in their blocks.
@@ -132,7 +135,8 @@ def load_adapter(
     # Before version 5 of transformers, modules were called as tensors are.
     places = _places(_tensors(layout)) | _places(names)
     of_images = {"module": _HEAD, "ignored": NOT_OURS} if isinstance(model, VisionTower) else {}
-    adapter = adapter_files.read(folder, places, **of_images)
+    hint = "; give like, what the model was loaded from" if like is None else ""
+    adapter = adapter_files.read(folder, places, **of_images, hint=hint)
     of_head = _of_head(model) if adapter.whole and isinstance(model, VisionTower) else {}
     for name, parameter in of_head.items():
         value = adapter.whole.get(f"{_HEAD}.{name}")
@@ -211,8 +215,15 @@ def _known(
         layout = families.family_of(model.config).layout(model.config, None)
     else:
         with open_checkpoint(like) as checkpoint:
-            family = families.named(checkpoint.config)
+            family, theirs = families.named(checkpoint.config), families.read(checkpoint.config)
             layout = families.layout(family, model.config, None, checkpoint.config)
+        different = [n for n in _SIZES if getattr(theirs, n) != getattr(model.config, n)]
+        if different:
+            told = ", ".join(
+                f"{n} = {getattr(theirs, n)}, where the model has {getattr(model.config, n)}"
+                for n in different
+            )
+            raise ValueError(f"like must be what the model was loaded from; {like} has {told}")
     return layout, _tensors(layout)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bdia_jax.data.chats import TOOL_USE
+from bdia_jax.data.chats import TEMPLATES
 from bdia_jax.files import leads_out
 from bdia_jax.interop import replacing
 from bdia_jax.interop.checkpoint import Checkpoint, FolderError
@@ -30,6 +30,9 @@ BESIDE = (
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
+    "tekken.json",
+    "vocab.txt",
+    "spiece.model",
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
@@ -158,8 +161,9 @@ class Folder(Checkpoint):
 
     def beside(self) -> dict[str, bytes]:
         paths = {name: file_in(self.path, name) for name in BESIDE}
-        # The only one in a folder of its own: no name that the folder gives.
-        paths[TOOL_USE] = _inside(self.path / TOOL_USE, self.path)
+        # The only ones in a folder of their own.
+        for path in sorted((self.path / TEMPLATES).glob("*.jinja")):
+            paths[f"{TEMPLATES}/{path.name}"] = _inside(path, self.path)
         return {name: path.read_bytes() for name, path in paths.items() if path.is_file()}
 
     def _weights(self) -> list[pathlib.Path]:

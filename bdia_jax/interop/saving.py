@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from bdia_jax.data.chats import TEMPLATE, TOOL_USE, named_templates
+from bdia_jax.data.chats import TEMPLATE, TEMPLATES, named_templates
 from bdia_jax.files import write_json
 from bdia_jax.interop import arrays, families
 from bdia_jax.interop.checkpoint import FolderError
@@ -31,7 +31,7 @@ from bdia_jax.interop.folder import (
 )
 from bdia_jax.interop.models import describe, open_checkpoint
 from bdia_jax.interop.replacing import Step, new_files, put_in_place
-from bdia_jax.nn import Decoder, DecoderConfig, Frozen
+from bdia_jax.nn import Decoder, DecoderConfig, Frozen, QuantizedLinear
 from bdia_jax.nn.settings import DTYPES, check_dtype
 from bdia_jax.nn.stack import check_standard
 
@@ -62,13 +62,15 @@ def save(
       like: what the model was loaded from (a folder, or a GGUF file). Its config.json is kept where
         it does not contradict, and its tokenizer, chat template and generation_config.json are
         written, in place of any that were in the folder. None leaves these files as they are, and
-        writes the networks of Granite and ERNIE as those of Llama, which they are here. (The
-        decoder of a Gemma 3 that sees images is written as a text model either way.)
+        writes the network as that of the first family that has it: Granite's, ERNIE's and some of
+        Phi-3's as Llama's. (The decoder of a Gemma 3 that sees images is written as a text model
+        either way.)
       config: contents of a config.json, in place of that of ``like``.
 
     Raises:
       ValueError: for a configuration that no family has, one of another model, an unknown dtype, a
-        model with low-rank updates, or one that is trained by :class:`bdia_jax.Midpoint`.
+        model with low-rank updates or a quantized base (:func:`bdia_jax.nn.expand_base`), or one
+        that is trained by :class:`bdia_jax.Midpoint`.
       FolderError: for a folder with an adapter, which loaders would apply to the saved weights.
     """
     check_standard(model.blocks, "transformers knows")
@@ -116,6 +118,11 @@ def parameters_of(model: nnx.Module, layout: Mapping[str, Source]) -> dict[str, 
         ".".join(map(str, path)): leaf.get_value()
         for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Any(nnx.Param, Frozen)))
     }
+    if any(isinstance(module, QuantizedLinear) for _, module in nnx.iter_modules(model)):
+        raise ValueError(
+            "the model's base is quantized: expand it (bdia_jax.nn.expand_base), and merge "
+            "low-rank updates, before saving"
+        )
     if set(layout) != set(parameters):
         raise ValueError(
             "the model has other parameters than its configuration: "
@@ -245,22 +252,24 @@ def _steps_of(
 
 
 def _flat(beside: Mapping[str, bytes], folder: pathlib.Path) -> dict[str, bytes]:
-    """Files without the one that is in a folder of its own, whose template others then hold.
+    """Files without those that are in a folder of their own, whose templates others then hold.
 
-    With this file, ``transformers`` would not look for templates in the settings: a folder that has
-    it keeps it.
+    With such a file, ``transformers`` would not look for templates in the settings: a folder that
+    has them all keeps them.
 
     Raises:
-      FolderError: for a folder that has another one.
+      FolderError: for a folder that has others.
     """
-    flat, there = {**beside}, folder / TOOL_USE
-    given = flat.pop(TOOL_USE, None)
-    if there.exists() and there.read_bytes() != given:
-        raise FolderError(
-            f"{there} is of another model, and would be used for conversations with tools: remove "
-            "it, or save to another folder"
-        )
-    if given is None or there.exists():
+    apart = {name: beside[name] for name in beside if name.startswith(f"{TEMPLATES}/")}
+    flat = {name: content for name, content in beside.items() if name not in apart}
+    there = sorted((folder / TEMPLATES).glob("*.jinja"))
+    for path in there:
+        if apart.get(f"{TEMPLATES}/{path.name}") != path.read_bytes():
+            raise FolderError(
+                f"{path} is of another model, whose template would be used: remove it, or save to "
+                "another folder"
+            )
+    if len(there) == len(apart):
         return flat
     config = json.loads(flat.get(TOKENIZER_CONFIG, b"{}"))
     named = named_templates(beside, config)

@@ -7,7 +7,16 @@ from typing import Any
 from bdia_jax.interop.checkpoint import FolderError
 from bdia_jax.interop.families.ernie import Ernie
 from bdia_jax.interop.families.experts import Mixtral, OlmoExperts, Qwen3Experts
-from bdia_jax.interop.families.family import Config, Family, Names, Source, agree, reading
+from bdia_jax.interop.families.family import (
+    Config,
+    Family,
+    Names,
+    Source,
+    agree,
+    check_types,
+    expect,
+    reading,
+)
 from bdia_jax.interop.families.gemma import Gemma, Gemma2, Gemma3, Gemma3WithImages
 from bdia_jax.interop.families.gpt2 import GPT2
 from bdia_jax.interop.families.granite import Granite
@@ -57,6 +66,8 @@ def named(c: Config) -> Family:
       FolderError: if there is none.
     """
     name = c.get("model_type")
+    if not isinstance(name, str):
+        raise FolderError(f"model_type must be one of {', '.join(FAMILIES)}; got {name!r}")
     # Of OPT, one size has its norms there.
     of_opt = name == "opt" and not c.get("do_layer_norm_before", True)
     if name in NORM_AFTER_SUM or of_opt:
@@ -102,15 +113,27 @@ def read(c: Config) -> DecoderConfig:
         )
     family = named(c)
     agree({name: c.get(name) for name in ("dtype", "torch_dtype")})
+    with reading(family.name):
+        _check_architectures(family, c)
+        for part in (c, family.alone(c)):
+            # With another value, transformers has every position attend to all, in all families.
+            expect(part, "is_causal", (True, None), True)
+            expect(part, "use_bidirectional_attention", (False, None), None)
+        config = family.read(c)
+        check_types(config)
+        return config
+
+
+def _check_architectures(family: Family, c: Config) -> None:
     classes = c.get("architectures") or [family.architecture]
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise FolderError(f"config.json: architectures must be a list of names; got {classes!r}")
     prefix = family.architecture.removesuffix("ForCausalLM").removesuffix("LMHeadModel").lower()
     if not any(name.lower().startswith(prefix) for name in classes):
         raise FolderError(
             f"config.json contradicts itself: model_type is {family.name!r}, architectures is "
             f"{', '.join(classes)}"
         )
-    with reading(family.name):
-        return family.read(c)
 
 
 def write(config: DecoderConfig) -> dict[str, Any]:

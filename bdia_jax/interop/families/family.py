@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
@@ -109,7 +111,7 @@ class Family(abc.ABC):
             back = self.read(self.whole(config))
         except (FolderError, ValueError):
             return False
-        return all(getattr(back, name) == getattr(config, name) for name in KIND)
+        return kind_of(back) == kind_of(config)
 
     def whole(self, config: DecoderConfig) -> dict[str, Any]:
         """All that is in the config.json of a network."""
@@ -168,6 +170,15 @@ class Family(abc.ABC):
         return tensor
 
 
+def kind_of(config: DecoderConfig) -> dict[str, Any]:
+    """The settings that make its kind of network; alike of networks that are alike."""
+    found = {name: getattr(config, name) for name in KIND}
+    if config.window is not None and config.rope_scaling is None:
+        # Where nothing is scaled, blocks with a window may also have the base of the others.
+        found["window_rope_theta"] = config.window_rope_theta or config.rope_theta
+    return found
+
+
 def spans(*sizes: int) -> list[tuple[int, int]]:
     """Where parts of some sizes lie, one behind the other."""
     ends = list(itertools.accumulate(sizes))
@@ -182,6 +193,22 @@ def expect(c: Config, name: str, allowed: tuple, default: Any) -> None:
         )
 
 
+def check_types(config: DecoderConfig) -> None:
+    """A ``TypeError`` or ``ValueError`` for what no network can have: "false", 0, or no number."""
+    stretched = config.rope_scaling
+    for of in (config, *([] if stretched is None else [stretched])):
+        for field in dataclasses.fields(of):
+            value = getattr(of, field.name)
+            if field.type == "bool" and not isinstance(value, bool):
+                raise TypeError(f"{field.name} must be true or false; got {value!r}")
+            # A probability may be 0.
+            if field.type == "float" and field.name != "dropout":
+                if isinstance(value, bool) or not isinstance(value, int | float):
+                    raise TypeError(f"{field.name} must be a number; got {value!r}")
+                if not 0 < value < math.inf:
+                    raise ValueError(f"{field.name} must be positive; got {value!r}")
+
+
 @contextlib.contextmanager
 def reading(family: str) -> Iterator[None]:
     """Turns what goes wrong while a config.json is read into a :class:`FolderError`.
@@ -190,8 +217,8 @@ def reading(family: str) -> Iterator[None]:
       family: the name of the family of networks, for messages.
 
     Raises:
-      FolderError: in place of a ``KeyError``, for a setting that is missing; in place of a
-        ``TypeError``, ``ValueError`` or ``ArithmeticError``, for settings that make no network.
+      FolderError: in place of a ``KeyError``, for a setting that is missing; in place of other
+        errors that settings of another type, or those that make no network, lead to.
     """
     try:
         yield
@@ -199,7 +226,7 @@ def reading(family: str) -> Iterator[None]:
         raise
     except KeyError as error:
         raise FolderError(f"config.json of a {family} model lacks {error}") from None
-    except (TypeError, ValueError, ArithmeticError) as error:
+    except (AttributeError, TypeError, ValueError, ArithmeticError) as error:
         raise FolderError(f"config.json of a {family} model: {error}") from error
 
 

@@ -10,6 +10,7 @@ from bdia_jax.interop.families.family import Config, Names, Source, expect
 from bdia_jax.interop.families.llama import Llama
 from bdia_jax.interop.families.rotary import (
     DEFAULT_THETA,
+    base_within,
     read_ropes_by_type,
     write_ropes_by_type,
 )
@@ -37,7 +38,6 @@ class Gemma(Llama):
     def read(self, c: Config) -> DecoderConfig:
         # The newest version of transformers does not read it.
         expect(c, "hidden_activation", (None, *self.activation[:2]), None)
-        expect(c, "use_bidirectional_attention", (None, False), None)
         return super().read({**self.usual, **c})
 
     def details(self, c: Config) -> dict[str, Any]:
@@ -77,8 +77,6 @@ class Gemma2(Gemma):
         "num_key_value_heads": 4,
         "query_pre_attn_scalar": 256,
         "sliding_window": 4096,
-        # One block of so many has no window, the last one.
-        "sliding_window_pattern": 2,
         "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
     }
@@ -105,13 +103,19 @@ class Gemma2(Gemma):
             "final_logit_softcapping": config.logit_cap,
         }
 
+    def every(self, c: Config) -> int:
+        """One block of so many has no window, the last one."""
+        return 2
+
     def windows(self, c: Config) -> dict[str, Any]:
-        every = c["sliding_window_pattern"]
+        every = self.every(c)
         usual = tuple(bool((i + 1) % every) for i in range(c["num_hidden_layers"]))
         return read_windows(c, c["sliding_window"], usual)
 
     def write_windows(self, config: DecoderConfig) -> dict[str, Any]:
-        return {"sliding_window": config.window, "layer_types": layer_types(config)}
+        # transformers needs a size also where no block has a window.
+        window = config.window or config.max_length
+        return {"sliding_window": window, "layer_types": layer_types(config)}
 
 
 class Gemma3(Gemma2):
@@ -140,13 +144,16 @@ class Gemma3(Gemma2):
     def details(self, c: Config) -> dict[str, Any]:
         return super().details(c) | {"qk_norm": True}
 
+    def every(self, c: Config) -> int:
+        return c["sliding_window_pattern"]
+
     def rope(self, c: Config) -> dict[str, Any]:
         local = c.get("rope_local_base_freq")
         found = read_ropes_by_type(c, self.usual_theta, local, usual_local=DEFAULT_THETA)
         return found | ({} if self.windows(c)["window"] else {"window_rope_theta": None})
 
     def write_rope(self, config: DecoderConfig) -> dict[str, Any]:
-        local = config.window_rope_theta
+        local = base_within(config)
         found = write_ropes_by_type(config.rope_theta, config.rope_scaling, local)
         return found | {"rope_local_base_freq": local}
 

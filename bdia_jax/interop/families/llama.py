@@ -27,6 +27,18 @@ _LINEAR = {
     "ffn.up": ("mlp.up_proj", "ffn_bias"),
     "ffn.down": ("mlp.down_proj", "ffn_bias"),
 }
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "expert_count": (0,),
+    "attention.causal": (True,),
+    "attention.sliding_window": (0,),
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    "attention.temperature_scale": (0,),
+    **dict.fromkeys(("attention.scale", "residual_scale", "embedding_scale"), (0, 1)),
+    **dict.fromkeys(("logit_scale", "use_parallel_residual"), (0, 1)),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), (0,)),
+}
+"""Metadata of GGUF files that would make other networks, and what they may be."""
 PLAIN = {"qkv_bias": False, "out_bias": False, "ffn_bias": False, "qk_norm": False}
 
 
@@ -140,8 +152,10 @@ class Llama(Family):
         return layout
 
     def read_gguf(self, metadata: Mapping[str, Any], tensors: Checkpoint) -> dict[str, Any]:
-        if experts := metadata.get("expert_count", 0):
-            raise FolderError(f"expert_count must be 0; got {experts}")
+        for name, allowed in _NEUTRAL.items():
+            if (value := metadata.get(name, allowed[0])) not in allowed:
+                told = " or ".join(map(str, allowed))
+                raise FolderError(f"{name} must be {told}; got {value}")
         width, heads = metadata["embedding_length"], metadata["attention.head_count"]
         head_dim = metadata.get("attention.key_length", width // heads)
         if (of_values := metadata.get("attention.value_length", head_dim)) != head_dim:

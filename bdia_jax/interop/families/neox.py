@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from bdia_jax.interop.families.family import BLOCKS, Config, Family, Names, Source, expect, spans
+from bdia_jax.interop.checkpoint import FolderError
+from bdia_jax.interop.families.family import (
+    BLOCKS,
+    Config,
+    Family,
+    Names,
+    Source,
+    agree,
+    expect,
+    spans,
+)
 from bdia_jax.interop.families.rotary import (
     DEFAULT_THETA,
     read_rope,
@@ -45,7 +55,13 @@ class NeoX(Family):
     def read(self, c: Config) -> DecoderConfig:
         expect(c, "hidden_act", tuple(_ACTIVATIONS), "gelu")
         for name, old in _OLD_NAMES.items():
-            c = c if c.get(old) is None else {name: c[old], **c}
+            if c.get(name) is not None and c.get(old) is None and not c.get("rope_parameters"):
+                raise FolderError(
+                    f"config.json: {old} must be given, because transformers does not read {name} "
+                    f"in this architecture; got {name} = {c[name]!r}"
+                )
+            value = agree({old: c.get(old), name: c.get(name)})
+            c = c if value is None else {**c, name: value}
         width, heads = c["hidden_size"], c["num_attention_heads"]
         theta, scaling = read_rope(c, DEFAULT_THETA, partial=True)
         turned = int(width // heads * read_share(c, usual=0.25))

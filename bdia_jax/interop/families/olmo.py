@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from bdia_jax.interop.checkpoint import FolderError
 from bdia_jax.interop.families.family import Config
 from bdia_jax.interop.families.llama import Llama
-from bdia_jax.interop.families.rotary import read_ropes_by_type, write_ropes_by_type
+from bdia_jax.interop.families.rotary import base_within, read_ropes_by_type, write_ropes_by_type
 from bdia_jax.interop.families.windows import layer_types, read_windows
 from bdia_jax.nn import DecoderConfig
 
@@ -55,8 +56,15 @@ class Olmo3(Olmo2):
         return {"sliding_window": config.window, "layer_types": layer_types(config)}
 
     def rope(self, c: Config) -> dict[str, Any]:
-        found = read_ropes_by_type(c, self.usual_theta, c.get("rope_theta"), self.usual_theta)
-        return found | ({} if self.windows(c)["window"] else {"window_rope_theta": None})
+        theta, window = c.get("rope_theta"), self.windows(c)["window"]
+        if window and not c.get("rope_parameters") and theta not in (None, self.usual_theta):
+            raise FolderError(
+                f"config.json: rope_parameters must say which base blocks with a window have, "
+                f"because versions of transformers differ in what rope_theta alone means; got "
+                f"rope_theta = {theta!r}"
+            )
+        found = read_ropes_by_type(c, self.usual_theta, None, self.usual_theta)
+        return found | ({} if window else {"window_rope_theta": None})
 
     def write_rope(self, config: DecoderConfig) -> dict[str, Any]:
-        return write_ropes_by_type(config.rope_theta, config.rope_scaling, config.window_rope_theta)
+        return write_ropes_by_type(config.rope_theta, config.rope_scaling, base_within(config))

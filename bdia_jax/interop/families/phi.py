@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from bdia_jax.interop.checkpoint import FolderError
 from bdia_jax.interop.families.family import BLOCKS, Config, Names, Source, spans
 from bdia_jax.interop.families.llama import PLAIN, Llama
 from bdia_jax.interop.families.rotary import read_rope, read_share, write_rope, write_share
 from bdia_jax.interop.families.windows import read_one_window
 from bdia_jax.nn import DecoderConfig, LongScaling
 
+_ORIGINAL, _USUAL_ORIGINAL = "original_max_position_embeddings", 4096
 _QKV = ("attention.q", "attention.k", "attention.v")
 
 
@@ -42,6 +44,13 @@ class Phi3(Llama):
     def rope(self, c: Config) -> dict[str, Any]:
         # transformers has other kinds for other architectures only.
         theta, scaling = read_rope(c, self.usual_theta, ("default", "longrope"), partial=True)
+        within = None if not isinstance(scaling, LongScaling) else scaling.original_length
+        if c.get(_ORIGINAL) is None and within not in (None, _USUAL_ORIGINAL):
+            raise FolderError(
+                f"config.json: {_ORIGINAL} must not stand in rope_scaling alone, where "
+                f"transformers overwrites it with {_USUAL_ORIGINAL}: give it beside it, too; got "
+                f"{within}"
+            )
         turned = int(self.head_dim(c) * read_share(c))
         whole = turned == self.head_dim(c)
         return {
@@ -57,7 +66,7 @@ class Phi3(Llama):
         found["partial_rotary_factor"] = share
         if isinstance(config.rope_scaling, LongScaling):
             length = config.rope_scaling.original_length
-            found["original_max_position_embeddings"] = length
+            found[_ORIGINAL] = length
         return found
 
     def read(self, c: Config) -> DecoderConfig:

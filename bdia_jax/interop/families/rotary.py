@@ -11,7 +11,7 @@ import numpy as np
 from bdia_jax.interop.checkpoint import FolderError
 from bdia_jax.interop.families.family import Config, agree
 from bdia_jax.interop.families.windows import FULL, SLIDING
-from bdia_jax.nn import LinearScaling, LongScaling, RotaryScaling, YarnScaling
+from bdia_jax.nn import DecoderConfig, LinearScaling, LongScaling, RotaryScaling, YarnScaling
 from bdia_jax.nn.rotary_scaling import Scaling
 
 DEFAULT_THETA = 10_000.0
@@ -51,6 +51,8 @@ _KINDS: dict[str, type[Scaling]] = {
 }
 USUAL_KINDS = ("default", "llama3", "linear", "yarn")
 _OLD_NAMES = {"su": "longrope"}
+_OUTSIDE = ("rope_theta", "original_max_position_embeddings")
+"""Settings that may also stand beside the others of a config.json."""
 _PLACES = ("rope_parameters", "rope_scaling")
 """Since version 5 of transformers, and before."""
 
@@ -87,7 +89,8 @@ def read_rope(
         )
 
     def value(name: str) -> Any:
-        outside = {name: c.get(name)} if name not in ("factor",) else {}
+        # transformers looks for no others there.
+        outside = {name: c.get(name)} if name in _OUTSIDE else {}
         return agree(outside | {f"{place}.{name}": v.get(name) for place, v in given.items()})
 
     if (share := read_share(c)) != 1 and not partial:
@@ -130,8 +133,14 @@ def _floats(values: Iterable[float]) -> tuple[float, ...]:
     return tuple(map(float, values))
 
 
+def _whole(value: float) -> int:
+    if value != int(value):
+        raise ValueError(f"original_max_position_embeddings must be a whole number; got {value}")
+    return int(value)
+
+
 _TYPES: dict[str, Callable[[Any], Any]] = {
-    "original_length": int,
+    "original_length": _whole,
     "truncate": bool,
     "short": _floats,
     "long": _floats,
@@ -231,6 +240,11 @@ def write_ropes_by_type(
     return write_rope(theta, scaling) | {"rope_parameters": nested}
 
 
+def base_within(config: DecoderConfig) -> float | None:
+    """The base of the wavelengths in blocks with a window; None if there are none."""
+    return None if config.window is None else config.window_rope_theta or config.rope_theta
+
+
 def read_gguf_rope(
     metadata: Mapping[str, Any], head_dim: int, divisors: np.ndarray | None
 ) -> dict[str, Any]:
@@ -246,15 +260,19 @@ def read_gguf_rope(
     Raises:
       FolderError: for another kind of scaling.
     """
-    kind = metadata.get("rope.scaling.type", "none")
-    if kind != "none":
-        raise FolderError(f"rope.scaling.type must be none; got {kind!r}")
+    # As llama.cpp reads it: a factor without a kind is a linear one, and 0 is none.
+    factor = metadata.get("rope.scaling.factor", metadata.get("rope.scale_linear", 0)) or 1
+    kind = metadata.get("rope.scaling.type", "linear")
+    if kind not in ("none", "linear"):
+        raise FolderError(f"rope.scaling.type must be none or linear; got {kind!r}")
     turned = metadata.get("rope.dimension_count", head_dim)
     if turned != head_dim:
         raise FolderError(f"rope.dimension_count must be head_dim = {head_dim}; got {turned}")
     theta = metadata.get("rope.freq_base", DEFAULT_THETA)
-    scaling = None
+    scaling = LinearScaling(factor=factor) if kind == "linear" and factor != 1 else None
     if divisors is not None and np.any(divisors != 1):
+        if scaling is not None:
+            raise FolderError(f"rope.scaling.factor must be 1 with rope_freqs.weight; got {factor}")
         scaling = RotaryScaling(factor=float(divisors.max()))
         expected = _divisors(theta, head_dim, scaling)
         if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-3):

@@ -179,10 +179,10 @@ def load_scaling(path: str | os.PathLike) -> Scaling:
 
 def _preparation(beside: Mapping[str, bytes]) -> tuple[str, dict[str, Any]]:
     """The file that says how images are prepared, and what it says; as ``transformers`` looks."""
-    nested = json.loads(beside.get(PROCESSOR, b"{}")).get(NESTED)
-    if nested is not None:
-        return PROCESSOR, nested
-    return PREPROCESSOR, json.loads(beside.get(PREPROCESSOR, b"{}"))
+    file, c = PROCESSOR, json.loads(beside.get(PROCESSOR, b"{}")).get(NESTED)
+    if c is None:
+        file, c = PREPROCESSOR, json.loads(beside.get(PREPROCESSOR, b"{}"))
+    return file, {name: value for name, value in c.items() if value is not None}
 
 
 def _side(crop: Any) -> int | None:
@@ -214,10 +214,12 @@ def load_normalization(path: str | os.PathLike) -> Normalization:
     channels = families.read(folder.config).channels
     try:
         mean, std = (np.broadcast_to(np.float32(v), channels) for v in (mean, std))
-    except ValueError:
+        if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
+            raise ValueError
+    except (TypeError, ValueError):
         raise FolderError(
-            f"{folder.where}: image_mean and image_std must be of {channels} channels; got {mean}, "
-            f"{std}"
+            f"{folder.where}: image_mean and image_std must be numbers of {channels} channels, "
+            f"those of image_std positive; got {mean}, {std}"
         ) from None
     return Normalization(mean * 255, std * 255)
 
