@@ -49,8 +49,11 @@ class Update(NamedTuple):
     """Uses a block's gradient as soon as it is known, in the backward pass.
 
     The stacked gradient then never exists. Instead, the "gradients" with respect to ``params`` and
-    ``state`` are their new values. For one scan of a loss, once: new values of two calls, or of the
-    rounds of a loop, would be summed as if they were gradients.
+    ``state`` are their new values. For one scan of a loss, once: new values of two calls, of the
+    rounds of a loop, of ``jax.vmap`` over samples, or of the devices of a ``jax.shard_map`` without
+    ``check_vma``, would be summed as if they were gradients. What has no gradient has zeros for new
+    values: do not take those of a scan that the loss does not depend on, or that is in a branch of
+    ``jax.lax.cond`` which is not taken.
     """
 
     function: Callable[[PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
@@ -121,8 +124,10 @@ class Checkpoint:
     def __post_init__(self):
         _check_memory(self.keep_in)
         whole = hasattr(self.bits, "__index__") and not isinstance(self.bits, bool)
-        if self.bits is not None and not (whole and 2 <= self.bits <= 8):
-            raise ValueError(f"bits must be an int in 2 … 8, or None; got {self.bits!r}")
+        if self.bits is not None:
+            if not (whole and 2 <= self.bits <= 8):
+                raise ValueError(f"bits must be an int in 2 … 8, or None; got {self.bits!r}")
+            object.__setattr__(self, "bits", self.bits.__index__())
 
 
 @dataclasses.dataclass(frozen=True)

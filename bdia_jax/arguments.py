@@ -131,6 +131,7 @@ def prepare(
     x_prev, x = check_state(state)
     if isinstance(start, bool) or not hasattr(start, "__index__") or start < 0:
         raise ValueError(f"start, the index of the first block, must be an int >= 0; got {start!r}")
+    start = start.__index__()
     check_combination(step, adjoint)
     check_consts(consts)
     key = check_key(key)
@@ -165,7 +166,9 @@ def prepare(
     leaves, trained = dict(enumerate(jax.tree.leaves(params))), None
     if update is not None:
         check_update(update, params, blocks)
-        slots = enumerate(jax.tree.leaves(update.params, is_leaf=is_none))
+        # None may also stand in the parameters themselves, where it is no leaf.
+        pairs = zip(*(jax.tree.leaves(t, is_leaf=is_none) for t in (update.params, params)))
+        slots = enumerate(new for new, old in pairs if old is not None)
         trained = {i: leaf for i, leaf in slots if leaf is not None}
         leaves = {i: leaf for i, leaf in leaves.items() if i not in trained}
     scan = Scan(
@@ -175,7 +178,7 @@ def prepare(
         step,
         dtype,
         carried,
-        int(start),
+        start,
         None if update is None else _of_leaves(update),
         adjoint.bits if isinstance(adjoint, Checkpoint) else None,
         "device" if isinstance(adjoint, Direct) else adjoint.keep_in,

@@ -85,7 +85,12 @@ def check_reversible(
     )
     own = len(jax.tree.leaves(consts))
     captured, once_more = ([*found.consts.values()][own:] for found in (inputs, again))
-    if not any(isinstance(c, Tracer) for c in captured) and not _same(captured, once_more):
+    if any(isinstance(c, Tracer) for c in captured):
+        raise TypeError(
+            "check_reversible counts integers: call it outside of jit, grad and vmap, of which the "
+            "block holds an array"
+        )
+    if not _same(captured, once_more):
         raise ValueError(
             "block is not a function of its arguments: traced twice, it holds different constants. "
             "Draw random numbers from key_k, the key that the block is given"

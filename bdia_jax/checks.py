@@ -40,6 +40,8 @@ def check_combination(step: Step, adjoint: Adjoint) -> None:
 
 def check_update(update: Update, params, blocks: int) -> None:
     """Parameters like the scan's own, and floating-point state, each with a block axis."""
+    if not isinstance(update, Update) or not callable(update.function):
+        raise TypeError(f"update must be Update(function, params, state); got {update!r}")
     trained = jax.tree.structure(update.params, is_leaf=is_none)
     if trained != jax.tree.structure(params, is_leaf=is_none):
         raise ValueError(

@@ -57,7 +57,7 @@ class GammaChoice:
 
     @property
     def within(self) -> bool:
-        """Whether the chosen step's rise is within the tolerance; if not, it is the smallest."""
+        """Whether the chosen step's rise is within the tolerance; if not, no rise is smaller."""
         return self.chosen.rise <= self.tolerance
 
     def __str__(self) -> str:
@@ -121,7 +121,9 @@ def choose_gamma(
       progress: called after each trial.
 
     Raises:
-      ValueError: for arguments that do not fit, or a standard network whose loss is not finite.
+      TypeError: for a loss whose scan has another adjoint than ``Direct()`` or ``Checkpoint()``.
+      ValueError: for arguments that do not fit, for a standard network whose loss is not finite,
+        or if the loss is with no γ.
     """
     arguments = [*arguments]
     if not arguments:
@@ -159,6 +161,11 @@ def choose_gamma(
         if not exhaustive and any(t.rise <= tolerance for t in trials if t.signs in FAIR):
             break
     fair = [t for t in trials if t.signs in FAIR]
+    if not any(math.isfinite(t.loss) for t in fair):
+        raise ValueError(
+            f"the loss is finite without γ ({standard:.4g}), and with none of those tried: states "
+            f"are not finite, or leave the range ±2**(30 - frac_bits); got frac_bits = {frac_bits}"
+        )
     within = [t for t in fair if t.rise <= tolerance]
     best = min(within, key=lambda t: (-t.gamma, t.rise)) if within else min(fair, key=_rise)
     step = BDIA(best.gamma, best.signs, frac_bits, tolerance_bits)
@@ -186,6 +193,13 @@ class _Trial(Step):
 
     gamma = 1.0
     signs = "block"
+
+    @property
+    def m(self) -> int:
+        raise TypeError(
+            "choose_gamma tries γ as a traced number, whose steps cannot be taken back: give the "
+            "scan of the loss adjoint=Direct()"
+        )
 
     @property
     def exact(self) -> bool:

@@ -179,9 +179,9 @@ def touch(residual: Array) -> UInt32[Array, ""]:
         residual = jax.random.key_data(residual)
     if residual.size == 0:
         return jnp.uint32(0)
-    shards = _shards(residual)
-    strides = [size // n for size, n in zip(residual.shape, shards, strict=True)]
-    limits = [(n - 1) * stride + 1 for n, stride in zip(shards, strides, strict=True)]
+    counts = shards(residual)
+    strides = [size // n for size, n in zip(residual.shape, counts, strict=True)]
+    limits = [(n - 1) * stride + 1 for n, stride in zip(counts, strides, strict=True)]
     element = lax.slice(residual, [0] * residual.ndim, limits, strides)
     if jnp.issubdtype(element.dtype, jnp.complexfloating):
         element = lax.real(element)
@@ -191,7 +191,7 @@ def touch(residual: Array) -> UInt32[Array, ""]:
     return jnp.sum(element.astype(jnp.uint32), dtype=jnp.uint32)
 
 
-def _shards(array: Array) -> list[int]:
+def shards(array: Array) -> list[int]:
     """Per axis, over how many devices the array is known to be split at trace time."""
     sharding = jax.typeof(array).sharding
     sizes = dict(sharding.mesh.shape)

@@ -48,7 +48,8 @@ def reversible_scan(
 
     Returns:
       The output of the last block, in the shape and dtype of ``x``. On the grid, a sample in which
-      a state was not finite, or left the range ±2**(30 - frac_bits), is NaN.
+      a state was not finite, or left the range ±2**(30 - frac_bits), is NaN. (Within that range,
+      float16 may still be infinite.)
 
     Raises:
       TypeError, ValueError: at trace time, for arguments that do not fit.

@@ -14,6 +14,8 @@ import operator
 import jax.numpy as jnp
 from jaxtyping import Array, UInt, UInt32
 
+from bdia_jax.pinning import shards
+
 
 def _word(bits: int) -> tuple[jnp.dtype, int]:
     """The word type for ``bits`` per element, and how many elements it holds."""
@@ -45,10 +47,20 @@ def pack_bits(values: UInt32[Array, "... features"], bits: int) -> UInt[Array, "
 
     Returns:
       uint8 or uint32, ``ceil(features / elements per word)`` words per row.
+
+    Raises:
+      ValueError: for features on an explicit mesh axis that cannot split these words evenly.
     """
     _check(values, "pack_bits")
     dtype, per_word = _word(bits)
     features, words = values.shape[-1], packed_width(values.shape[-1], bits)
+    devices = shards(values)[-1]
+    if words % devices:
+        raise ValueError(
+            f"{features} features, of {bits} bits each, are packed into {words} words, which "
+            f"{devices} devices cannot share evenly: shard x along another axis, or have a number "
+            f"of features that {per_word * devices} divides"
+        )
     if per_word * words != features:
         padding = [(0, 0)] * (values.ndim - 1) + [(0, per_word * words - features)]
         values = jnp.pad(values, padding)

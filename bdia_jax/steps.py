@@ -63,7 +63,11 @@ class Step:
 
     def __post_init__(self):
         if self.frac_bits is not None:
-            grid.check_frac_bits(self.frac_bits)
+            object.__setattr__(self, "frac_bits", grid.check_frac_bits(self.frac_bits))
+
+    def _set_tolerance_bits(self, m: int) -> None:
+        bits = maps.check_tolerance_bits(self.tolerance_bits, m)
+        object.__setattr__(self, "tolerance_bits", bits)
 
     @property
     def m(self) -> int:
@@ -259,7 +263,7 @@ class BDIA(Step):
         if self.signs not in SIGNS:
             raise ValueError(f"signs must be one of {', '.join(SIGNS)}; got {self.signs!r}")
         m = maps.gamma_shift(gamma) if maps.is_shift(gamma) else 0
-        maps.check_tolerance_bits(self.tolerance_bits, m)
+        self._set_tolerance_bits(m)
 
     @property
     def network(self) -> Euler:
@@ -285,7 +289,7 @@ class Midpoint(Step):
 
     def __post_init__(self):
         super().__post_init__()
-        maps.check_tolerance_bits(self.tolerance_bits, 0)
+        self._set_tolerance_bits(0)
 
 
 @dataclasses.dataclass(frozen=True)

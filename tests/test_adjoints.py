@@ -461,6 +461,7 @@ def test_no_gradient_of_all_blocks_and_no_copy_of_them(way):
             "shapes and dtypes that it was given",
         ),
         ({"function": lambda p, d, s: (p.astype(jnp.bfloat16), s)}, ValueError, "bfloat16"),
+        ({"function": None}, TypeError, r"update must be Update\(function, params, state\)"),
     ],
 )
 def test_updates_that_cannot_be(adjoint, change, error, says):
@@ -470,6 +471,38 @@ def test_updates_that_cannot_be(adjoint, change, error, says):
     own = dataclasses.replace(adjoint, update=update)
     with pytest.raises(error, match=says):
         jax.eval_shape(jax.grad(scalar(own), 1), jnp.ones((3, 4, 4)), jnp.ones((2, 4)))
+
+
+@once
+def test_an_update_of_parameters_among_which_is_none(adjoint):
+    """As of a layer without a bias; None, or what is not trained, may come before what is."""
+    weights = jnp.asarray(draw(2, BLOCKS, WIDTH, WIDTH)) / 3
+    params = {"bias": None, "fixed": weights[0], "v": 2 * weights[0], "w": weights[1]}
+    x = jnp.asarray(draw(3, WIDTH))
+
+    def own(params, adjoint):
+        def block(p, x, key):
+            return jnp.tanh(x @ p["v"] + x @ p["fixed"]) @ p["w"]
+
+        return jnp.sum(
+            reversible_scan(block, params, x, step=BDIA(signs="minus"), adjoint=adjoint) ** 2
+        )
+
+    def descend(params, gradients, state):
+        return jax.tree.map(lambda p, d: p - d / 10, params, gradients), state
+
+    def updated(trained):
+        update = Update(descend, trained, {"none": jnp.zeros((BLOCKS, 1))})
+        return own(params, dataclasses.replace(adjoint, update=update))
+
+    trained = params | {"fixed": None}
+    found = jax.jit(jax.grad(updated))(trained)
+    gradients = jax.jit(jax.grad(own), static_argnums=1)(params, adjoint)
+    expected, _ = descend(trained, gradients | {"fixed": None}, None)
+    assert updated(trained) == pytest.approx(own(params, adjoint))
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for name in ("v", "w"):
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5, atol=1e-6)
 
 
 # ---------------------------------------------------------------------------------------------

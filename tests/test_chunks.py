@@ -108,6 +108,25 @@ def test_gradients_are_summed_in_float32():
     assert jax.grad(loss)(jnp.bfloat16(1)) == 512
 
 
+@pytest.mark.parametrize("length", [8, 13])
+def test_integers_among_the_results(length):
+    with jax.enable_x64(True):
+        weights, x, *_ = arguments(length)
+
+        def loss(w, x, size):
+            def function(x):
+                y = jnp.tanh(x @ w)
+                return {"y": y, "largest": jnp.argmax(y, axis=-1), "above": y > 0}
+
+            found = by_chunks(function, x, size=size)
+            return jnp.sum(jnp.where(found["above"], found["y"], 0) ** 2), found
+
+        gradient = jax.grad(loss, (0, 1), has_aux=True)
+        close(gradient(weights["w"], x, 4), gradient(weights["w"], x, None))
+        with pytest.raises(ValueError, match="must be 1 or more; got 0"):
+            loss(weights["w"], x, 0)
+
+
 def test_sizes_are_even():
     for length, most in itertools.product(range(1, 300), (1, 5, 64, 100, 128)):
         size, count = even(length, most), -(-length // most)

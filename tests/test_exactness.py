@@ -164,3 +164,9 @@ def test_the_audit_is_asked_outside_of_a_trace():
         jax.jit(lambda x: check_reversible(lambda p, x, key: p * x, jnp.ones(3), x).compared)(
             jnp.ones((BATCH, 8))
         )
+    # Also where what is traced is an array that the block holds.
+    x = jnp.ones((BATCH, 8))
+    with pytest.raises(TypeError, match="outside of jit"):
+        jax.jit(lambda scale: check_reversible(lambda p, x, key: scale * p * x, jnp.ones(3), x))(
+            1.0
+        )

@@ -12,7 +12,17 @@ import pytest
 from flax import nnx
 
 import bdia_jax
-from bdia_jax import BDIA, Direct, Euler, choose_gamma, nn, reversible_scan, train
+from bdia_jax import (
+    BDIA,
+    Checkpoint,
+    Direct,
+    Euler,
+    Online,
+    choose_gamma,
+    nn,
+    reversible_scan,
+    train,
+)
 from bdia_jax.data.text import TextData
 from bdia_jax.gamma import FAIR, GAMMAS
 from bdia_jax.steps import SIGNS
@@ -141,6 +151,23 @@ def test_what_is_refused(options, message):
     loss, calls = by_table({})
     with pytest.raises(ValueError, match=message):
         choose_gamma(loss, options.pop("arguments", calls), **options)
+
+
+def test_a_loss_that_would_take_steps_back_is_refused():
+    """γ is traced: the steps of all trials would be wrong, without a word."""
+
+    def loss(step, params, x, key):
+        adjoint = Checkpoint() if step == Euler() else Online()
+        return jnp.sum(reversible_scan(block, params, x, key=key, step=step, adjoint=adjoint))
+
+    with pytest.raises(TypeError, match=r"give the scan of the loss adjoint=Direct\(\)"):
+        choose_gamma(loss, [given(0)])
+
+
+def test_no_loss_that_is_finite():
+    calls = [(params, 1e7 * x, key) for params, x, key in [given(0)]]
+    with pytest.raises(ValueError, match=r"leave the range ±2\*\*\(30 - frac.*got frac_bits = 9"):
+        choose_gamma(of_a_stack, calls, gammas=(1 / 2,), signs=("block",))
 
 
 # ---------------------------------------------------------------------------------------------

@@ -341,6 +341,28 @@ def test_under_jit(layout, explicit, dtype, tolerance_bits, record_property):
     bits_are_sharded(compiled, layout.shards, 1 + tolerance_bits, record_property)
 
 
+def test_features_whose_bits_cannot_be_shared():
+    """Of 8 features, 4 devices share the words of 4 bits each, and not the one word of 1 bit."""
+    mesh = jax.make_mesh(
+        (4,), ("model",), axis_types=(AxisType.Explicit,), devices=jax.devices()[:4]
+    )
+    params, x = jnp.ones(2), jnp.ones((2, 8))
+    with jax.set_mesh(mesh):
+        x = jax.device_put(x, NamedSharding(mesh, P(None, "model")))
+
+        def loss(x, m):
+            step = bdia_jax.BDIA(2.0**-m, "minus")
+            return jnp.sum(
+                bdia_jax.reversible_scan(lambda p, x, key: p * x / 9, params, x, step=step)
+            )
+
+        assert np.isfinite(jax.jit(jax.grad(loss), static_argnums=1)(x, 4)).all()
+        with pytest.raises(
+            ValueError, match=r"into 1 words, which 4 devices.*features that 32 div"
+        ):
+            jax.jit(jax.grad(loss), static_argnums=1)(x, 1)
+
+
 OTHERS = {
     "a sign per sample": {"gamma": 1 / 16, "signs": "sample"},
     "checkpoints": {"adjoint": bdia_jax.Checkpoint},

@@ -54,6 +54,23 @@ def test_other_magnitudes_have_no_bits():
         _ = step.bits
 
 
+@pytest.mark.parametrize("integer", [np.uint8, jnp.int32])
+def test_integers_of_other_types_are_those_of_python(integer):
+    """Of an unsigned one, -9 would be 247."""
+    for step in (BDIA(0.25, "block", integer(9), integer(2)), Midpoint(integer(9), integer(2))):
+        assert (type(step.frac_bits), type(step.tolerance_bits)) == (int, int)
+    assert BDIA(0.5, "minus", integer(9)) == BDIA(0.5, "minus", 9)
+    assert type(Checkpoint(integer(8)).bits) is int
+    params, pair = jnp.ones(2), (jnp.ones((2, 3)), jnp.ones((2, 3)))
+    found = [
+        reversible_scan_pair(
+            lambda p, x, key: jax.random.normal(key, x.shape), params, pair, start=start, key=KEY
+        )
+        for start in (200, integer(200))
+    ]
+    chex.assert_trees_all_equal(*found)
+
+
 def test_steps_are_values():
     """Equal where their settings are, so that they are static arguments of compiled programs."""
     assert BDIA(1) == BDIA(1.0)

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
@@ -35,8 +36,13 @@ def by_chunks(
         of arrays. The first two axes of all are batch and positions.
       *arrays: its arguments.
       size: positions of a chunk.
+
+    Raises:
+      ValueError: for a size below 1.
     """
     length = jax.tree.leaves(arrays)[0].shape[1]
+    if size is not None and size < 1:
+        raise ValueError(f"size, the positions of a chunk, must be 1 or more; got {size}")
     if size is None or size >= length:
         return function(*arrays)
     size = even(length, size)
@@ -76,11 +82,17 @@ def _map_backward(function, size, saved, cotangents):
     cotangents, results = jax.tree.flatten(cotangents, is_leaf=is_zero)
     if all(map(is_zero, cotangents)):
         return None, None
-    cotangents = [jnp.zeros(c.shape, c.dtype) if is_zero(c) else c for c in cotangents]
-    length = cotangents[0].shape[1]
+    # Integers have none.
+    shapes = {n: c.shape for n, c in enumerate(cotangents) if c.dtype == jax.dtypes.float0}
+    cotangents = {
+        n: jnp.zeros(c.shape, c.dtype) if is_zero(c) else c
+        for n, c in enumerate(cotangents)
+        if n not in shapes
+    }
+    length = next(iter(cotangents.values())).shape[1]
 
     # The cotangent of an argument overwrites that of a result of the same kind, chunk by chunk.
-    free, sources, places = dict(enumerate(cotangents)), [], []
+    free, sources, places = dict(cotangents), [], []
     wanted, structure = jax.tree.flatten(arrays)
     for a in wanted:
         fitting = (n for n, c in free.items() if (c.shape, c.dtype) == (a.shape, a.dtype))
@@ -93,16 +105,18 @@ def _map_backward(function, size, saved, cotangents):
         number, start = inputs
         chunk, fixed_chunk = _at((arrays, fixed), start, size)
         read = dict(zip(sources, places)) | free
-        d = [_at(read[n], start, size) for n in range(len(cotangents))]
+        d = {n: _at(read[n], start, size) for n in cotangents}
         # The last chunk begins before the one before it ends; what both have is done by then.
         fresh = start + jnp.arange(size) >= number * size
-        d = d if length % size == 0 else [_where(fresh, a, 0) for a in d]
+        d = d if length % size == 0 else {n: _where(fresh, a, 0) for n, a in d.items()}
+        none = {n: np.zeros((s[0], size, *s[2:]), jax.dtypes.float0) for n, s in shapes.items()}
+        d_results = [(d | none)[n] for n in range(results.num_leaves)]
 
         def result(consts, chunk):
             return function(_combine(consts, fixed_consts), _combine(chunk, fixed_chunk))
 
         _, vjp = jax.vjp(result, consts, chunk)
-        d_consts, d_chunk = vjp(jax.tree.unflatten(results, d))
+        d_consts, d_chunk = vjp(jax.tree.unflatten(results, d_results))
         totals = jax.tree.map(jnp.add, totals, d_consts)
         new = jax.tree.leaves(d_chunk)
         if length % size:
