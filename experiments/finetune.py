@@ -273,7 +273,7 @@ def save_adapter(model: Decoder, folder: pathlib.Path, like: pathlib.Path) -> No
 
 def tokenizer_of(path: pathlib.Path) -> Tokenizer:
     """The tokenizer in a model's folder, or in its GGUF file."""
-    return Tokenizer(*interop.gguf.load_tokenizer(path)) if path.is_file() else load_tokenizer(path)
+    return interop.gguf.load_tokenizer(path) if path.is_file() else load_tokenizer(path)
 
 
 def teller(tokenizer: Tokenizer, examples: Sequence[Example]) -> Callable[[nnx.Module, int], None]:
@@ -292,13 +292,14 @@ def samples(
     """The prompts of some texts, and what the network makes of them, in quotes."""
     for example in examples:
         given = [t for t, _ in itertools.takewhile(lambda pair: not pair[1], zip(*example))]
-        if len(given) <= len(tokenizer.begin) + 1:
-            # A piece of a text, of which nothing is a prompt.
-            given = example.tokens[:8]
+        if len(given) <= len(tokenizer.begin):
+            # A text, of which nothing is a prompt: its first half, or some of it.
+            given = example.tokens[: max(len(given) + 1, min(8, len(example.tokens) // 2))]
         room = min(60, model.config.max_length - len(given))
         if room < 1:
+            log.info("no sample: a prompt of %d tokens leaves no room for more", len(given))
             continue
-        (told,) = generate(model, [given], room, end=tokenizer.end)
+        (told,) = generate(model, [given], room, end=tokenizer.ends)
         yield repr(tokenizer.decode(given)), repr(tokenizer.decode(told))
 
 

@@ -133,7 +133,7 @@ def said(model: Decoder, tokenizer, example: Example, when: str) -> None:
     """Prints what a model says to a prompt."""
     given = [t for t, learned in zip(*example) if not learned]
     model.eval()
-    (told,) = generate(model, [given], 48, end=tokenizer.end)
+    (told,) = generate(model, [given], 48, end=tokenizer.ends)
     model.train()
     print(f"{when}: {tokenizer.decode(given)!r}\n  -> {tokenizer.decode(told)!r}", flush=True)
 

@@ -53,6 +53,7 @@ DEPENDS = (
     *sources.TEXT_LAYERS,
     "bdia_jax/nn/encoder_decoder.py",
     "bdia_jax/nn/generation.py",
+    "bdia_jax/nn/prompts.py",
     "bdia_jax/data/pairs.py",
     *sources.TEXTS,
     *sources.ORDINARY_STEP,
@@ -241,7 +242,7 @@ def run_of(
         trained = translator.Translator(model, data.source, data.target)
         trained.save(folder)
         texts, references = data.asked(t.decode)
-        said = trained(texts, beams=t.beams, length_penalty=t.length_penalty)
+        said = trained(texts, beams=t.beams, length_penalty=t.length_penalty, cut=True)
         examples = [[*three] for three in zip(texts, said, references)][:10]
         return {"scores": translator.score(said, references), "examples": examples}
 
@@ -305,8 +306,7 @@ def use(t: Translate) -> str:
         )
     saved = translator.load(latest.with_name(latest.read_text(encoding="utf-8")))
     texts = sys.stdin.read().rstrip("\n").split("\n") if t.translate == "-" else [t.translate]
-    texts = [" ".join(text.split()) for text in texts]
-    said = saved(texts, beams=t.beams, length_penalty=t.length_penalty) if texts else []
+    said = saved(texts, beams=t.beams, length_penalty=t.length_penalty)
     print("\n".join(said))
     return "\n".join(said)
 

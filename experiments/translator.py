@@ -14,7 +14,7 @@ from flax import nnx
 from measure import decoding
 
 from bdia_jax import files
-from bdia_jax.data import Tokenizer, load_tokenizer
+from bdia_jax.data import Tokenizer, load_tokenizer, plain
 from bdia_jax.nn import EncoderDecoder, EncoderDecoderConfig, beam_search
 
 
@@ -26,10 +26,23 @@ class Translator:
     source: Tokenizer
     target: Tokenizer
 
-    def __call__(self, texts: list[str], *, beams: int, length_penalty: float) -> list[str]:
-        """Translations, by beam search."""
+    def __call__(
+        self, texts: list[str], *, beams: int, length_penalty: float, cut: bool = False
+    ) -> list[str]:
+        """Translations, by beam search; of nothing, nothing.
+
+        Raises:
+          ValueError: for a text that is longer than the network's longest; with ``cut``, its
+            beginning is translated.
+        """
         longest, end = self.model.config.max_length, self.target.end
-        tokens = [self.source.encode(text)[:longest] or [self.source.end] for text in texts]
+        numbers = [self.source.encode(plain(text)) for text in texts]
+        if too_long := [i for i, n in enumerate(numbers) if len(n) > longest and not cut]:
+            raise ValueError(
+                f"a text must have at most {longest} tokens, the network's max_length; text "
+                f"{too_long[0] + 1} has {len(numbers[too_long[0]])}: give it in pieces"
+            )
+        tokens = [some[:longest] for some in numbers if some]
 
         def search(asked: list[list[int]]) -> list[tuple[list[int], float]]:
             return beam_search(
@@ -43,7 +56,8 @@ class Translator:
                 end=end,
             )
 
-        return decoding.by_length(tokens, min(64, len(tokens)), search, self.target)
+        said = iter(decoding.by_length(tokens, min(64, len(tokens)), search, self.target))
+        return [next(said) if some else "" for some in numbers]
 
     def save(self, folder: pathlib.Path) -> None:
         """Both vocabularies, the weights and the configuration."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import typing
 
 import jax
@@ -26,8 +27,10 @@ from bdia_jax.nn import (
     cross_entropy,
     freeze,
     generate,
+    generation,
     llama,
     merge_lora,
+    prompts,
     unfreeze,
 )
 from bdia_jax.nn.attention import KERNELS, KernelName, attend, kernels
@@ -684,6 +687,46 @@ def test_generation_ends():
     (free,) = generate(model, [[5, 6]], 8)
     end = free[3]
     assert generate(model, [[5, 6]], 8, end=end) == [free[: free.index(end)]]
+    # Of several, after the first that comes.
+    other = free[1]
+    assert generate(model, [[5, 6]], 8, end={end, other}) == [free[: free.index(other)]]
+
+
+@pytest.mark.slow
+def test_nothing_is_computed_after_the_end(monkeypatch):
+    """Neither of texts that are over, nor after the last token."""
+    model, calls, extend = sharp("llama"), [], Decoder.extend
+
+    def counted(self, *arguments):
+        jax.debug.callback(lambda: calls.append(None))
+        return extend(self, *arguments)
+
+    monkeypatch.setattr(Decoder, "extend", counted)
+
+    def steps(function, **options):
+        calls.clear()
+        found = function(model, [[5, 6], [7]], 9, **options)
+        jax.effects_barrier()
+        return len(calls), found
+
+    assert steps(generate)[0] == steps(beam_search, beams=2)[0] == 9
+    free = steps(generate)[1]
+    last = [text[4] for text in free]
+    count, found = steps(generate, end=last)
+    assert count == 1 + max(map(len, found)) < 9
+    # Nor where no text can get as probable as one that is over.
+    assert steps(beam_search, beams=2, length_penalty=0.0, end=range(8))[0] < 9
+
+
+@pytest.mark.slow
+def test_programs_are_few():
+    """One for prompts of all lengths up to 16, of all temperatures, and of all top_p."""
+    model, draw = sharp("gpt2"), {"key": jax.random.key(0)}
+    generate(model, [[1]], 6, temperature=1.0, top_p=0.9, **draw)
+    before = generation._generate._cache_size()
+    for length, temperature, top_p in ((3, 0.7, 0.5), (11, 2.0, 0.9), (16, 1e-40, 1e-3)):
+        generate(model, [[2] * length], 6, temperature=temperature, top_p=top_p, **draw)
+    assert generation._generate._cache_size() == before
 
 
 @pytest.mark.slow
@@ -702,6 +745,16 @@ def test_drawing():
     least = int(np.searchsorted(np.cumsum(np.exp(after[order])), 0.6)) + 1
     assert set(drawn(top_p=0.6)) <= set(order[:least])
     assert drawn() == drawn() != drawn(key=jax.random.key(1))
+    # Temperatures at which logits would be infinite, or 0.
+    assert set(drawn(temperature=1e-40)) == set(drawn(temperature=1e30, top_k=1)) == {order[0]}
+    both = drawn(temperature=50.0, top_k=3, top_p=0.6)
+    assert set(both) == set(order[:2])
+
+
+def test_of_equally_probable_tokens_no_more_are_drawn_than_make_up_top_p():
+    logits, top_p = jnp.zeros((400, 8)), jnp.float32(0.5)
+    found = generation._draw(logits, jax.random.key(0), jnp.float32(1), None, top_p)
+    assert len(set(np.asarray(found).tolist())) == 4
 
 
 def naive_beam_search(after, prompt, new, beams, penalty, end):
@@ -713,7 +766,7 @@ def naive_beam_search(after, prompt, new, beams, penalty, end):
             for token, p in enumerate(after(prompt + text))
         ]
         extended.sort(key=lambda each: -each[0])
-        over = [each for each in extended[: 2 * beams] if each[1][-1] == end or i == new - 1]
+        over = [each for each in extended[:beams] if each[1][-1] == end or i == new - 1]
         finished += [(score / len(text) ** penalty, text) for score, text in over]
         live = [each for each in extended[: 2 * beams] if each[1][-1] != end][:beams]
     return max(finished)
@@ -740,16 +793,35 @@ def test_generation_refuses():
         (generate, ([], 3), {}, "at least one prompt"),
         (generate, ([[1], []], 3), {}, "prompt 1 has none"),
         (generate, ([[31]], 3), {}, r"tokens must lie in \[0, vocab_size = 31\)"),
-        (generate, ([[1] * 20], 5), {}, r"max_length = 24; got 20 \+ 5"),
+        (generate, ([[1], [1] * 20], 5), {}, "max_length = 24; got 20 of prompt 1, and 5"),
         (generate, ([[1]], 0), {}, "new_tokens must be an int >= 1; got 0"),
         (generate, ([[1]], 3), {"temperature": 1.0}, "needs a key"),
+        (generate, ([[1]], 3), {"temperature": math.inf}, "and finite; got inf"),
+        (generate, ([[1]], 3), {"top_p": 0.5}, "give a temperature above 0"),
+        (generate, ([[1]], 3), {"end": 31}, r"end, a token, must be an int in \[0, 30\]; got 31"),
+        (beam_search, ([[1]], 3), {"length_penalty": math.nan}, "must be finite; got nan"),
         (generate, ([[1]], 3), {"temperature": -1.0}, "temperature must be 0 or positive"),
-        (generate, ([[1]], 3), {"top_k": 32}, "top_k must lie in"),
+        (generate, ([[1]], 3), {"top_k": 32}, r"top_k must be an int in \[1, 31\]; got 32"),
         (generate, ([[1]], 3), {"top_p": 0.0}, "top_p must lie in"),
-        (beam_search, ([[1]], 3), {"beams": 16}, "beams must lie in"),
+        (beam_search, ([[1]], 3), {"beams": 16}, r"beams must be an int in \[1, 15\]; got 16"),
     ]:
         with pytest.raises(ValueError, match=message):
             function(model, *arguments, **options)
+    # As they are without a checker of types.
+    for given, new_tokens, message in [
+        ([1, 2], 3, "prompt 0 is 1$"),
+        (["hello"], 3, "prompt 0 is 'hello'"),
+        ([[1.5, 2.0]], 3, r"prompt 0 is \[1.5, 2.0\]"),
+        ([[1]], 2.5, "new_tokens must be an int >= 1; got 2.5"),
+        ([[1]], True, "new_tokens must be an int >= 1; got True"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            prompts.left_padded(model, given, new_tokens)
+    assert not prompts.is_key(0)
+    assert not prompts.is_key(nnx.Rngs(0))
+    # Integers of any kind.
+    arguments = [np.array([1, 2])], np.int64(2)
+    assert generate(model, *arguments) == generate(model, [[1, 2]], 2)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -226,7 +226,8 @@ def test_parity(family, tmp_path):
 def same_tokenizers(path, folder):
     import transformers
 
-    inner, end = interop.gguf.load_tokenizer(path)
+    tokenizer = interop.gguf.load_tokenizer(path)
+    inner, end = tokenizer.inner, tokenizer.end
     theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     saved = transformers.AutoTokenizer.from_pretrained(folder)
     assert end == theirs.eos_token_id == saved.eos_token_id

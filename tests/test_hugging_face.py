@@ -13,7 +13,7 @@ from bdia_jax import interop
 from bdia_jax.interop import saving
 from bdia_jax.interop.families import FAMILIES, NORM_AFTER_SUM, NORM_OF_UPDATE
 from bdia_jax.interop.families.llama import Llama
-from bdia_jax.nn import Decoder, generate, llama
+from bdia_jax.nn import Decoder, beam_search, generate, llama
 
 COMMON = {"vocab_size": 61, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 LLAMA = {
@@ -350,6 +350,39 @@ def small(tmp_path, monkeypatch=None, **settings):
 def same(a, b):
     a, b = (nnx.state(m, nnx.Param) for m in (a, b))
     return all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x == y).all()), a, b)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ends", [[1], [1, 5, 9]])
+def test_beams(ends, tmp_path):
+    """Prompts of several lengths, one or several ends, short and long texts preferred."""
+    torch, model = theirs("qwen3")
+    model.save_pretrained(tmp_path)
+    ours = interop.load(tmp_path, method="standard", dtype="float32")
+    rng = np.random.default_rng(0)
+    prompts = [rng.integers(10, 61, size).tolist() for size in (6, 3, 5, 6)]
+    tokens = torch.tensor([[0] * (6 - len(prompt)) + prompt for prompt in prompts])
+    given = {"attention_mask": (tokens > 0).long(), "max_new_tokens": 10, "do_sample": False}
+    given |= {"eos_token_id": ends, "pad_token_id": 0, "early_stopping": "never"}
+    lengths = set()
+    for penalty in (-1.0, 0.0, 0.6, 2.0):
+        found = beam_search(ours, prompts, 10, beams=4, length_penalty=penalty, end=ends)
+        expected = model.generate(
+            tokens,
+            num_beams=4,
+            length_penalty=penalty,
+            output_scores=True,
+            return_dict_in_generate=True,
+            **given,
+        )
+        texts = [
+            [t for t in text if t not in (0, *ends)] for text in expected.sequences[:, 6:].tolist()
+        ]
+        assert [text for text, _ in found] == texts
+        scores = [score for _, score in found]
+        np.testing.assert_allclose(scores, expected.sequences_scores.numpy(), rtol=1e-3)
+        lengths |= set(map(len, texts))
+    assert len(lengths) > 2
 
 
 def test_several_files(tmp_path, monkeypatch):

@@ -1,7 +1,9 @@
 """Tokenizers as people have them, and prompts with completions: what transformers makes of them."""
 
+import dataclasses
 import itertools
 import json
+import shutil
 
 import hypothesis
 import hypothesis.strategies as st
@@ -371,6 +373,24 @@ def test_vocabularies_with_merges_that_are_refused(settings, message, tmp_path):
     # Once converted, the file says it all.
     saved(gpt_2(), tmp_path)
     assert data.load_tokenizer(tmp_path).end == 2
+
+
+def test_ends_of_what_is_generated(folder, tmp_path):
+    """All that transformers stops at; a tokenizer that is saved to the folder adds its own."""
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model/config.json").write_text('{"eos_token_id": [3, 4]}')
+    tokenizer = data.load_tokenizer(tmp_path / "model")
+    assert tokenizer.ends == {tokenizer.end, 3, 4}
+    generation = tmp_path / "model/generation_config.json"
+    # What is no token of the vocabulary never comes.
+    generation.write_text('{"eos_token_id": [5, 100000], "top_k": 7}')
+    assert data.load_tokenizer(tmp_path / "model").ends == {tokenizer.end, 5}
+    settings = tmp_path / "model/tokenizer_config.json"
+    before = json.loads(settings.read_text()) if settings.exists() else {}
+    settings.write_text(json.dumps(before | {"chat_template": "{{ messages }}"}))
+    dataclasses.replace(tokenizer, end=6).save(tmp_path / "model")
+    assert json.loads(settings.read_text())["chat_template"] == "{{ messages }}"
+    assert json.loads(generation.read_text()) == {"eos_token_id": [6, 5, 100000], "top_k": 7}
 
 
 def test_a_saved_tokenizer_still_begins_so(folder, tmp_path):

@@ -17,7 +17,7 @@ from bdia_jax.data.image_folder import ImageFolder, load_image_folder, read_imag
 from bdia_jax.data.images import ImageData, check_classes, load_images
 from bdia_jax.data.mix import Mix
 from bdia_jax.data.packing import Packed, PackedPairs, pack, pack_pairs
-from bdia_jax.data.pairs import cldr_pairs, clean, read_pairs, split_pairs, tfds_pairs
+from bdia_jax.data.pairs import cldr_pairs, clean, plain, read_pairs, split_pairs, tfds_pairs
 from bdia_jax.data.reading import read_text
 from bdia_jax.data.records import (
     Conversation,
@@ -68,6 +68,7 @@ __all__ = [
     "pack",
     "pack_pairs",
     "parse_records",
+    "plain",
     "python_sources",
     "random_crop",
     "random_flip",

@@ -160,16 +160,21 @@ def _text(value) -> str:
 # ---------------------------------------------------------------------------------------------
 
 
+def plain(text: str) -> str:
+    """Unicode in its composed form, every run of white space one space."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
 def clean(pairs: Iterable[Pair], *, longest: int | None = None) -> list[Pair]:
     """Pairs without noise, in their order.
 
-    Unicode in its composed form, every run of white space one space (in French, there is a narrow
-    one before ``?``); no pair with an empty side, with one of more than ``longest`` characters, or
-    with one more than three times as long as the other (but for 20 characters); each pair once.
+    As :func:`plain` makes them (in French, there is a narrow space before ``?``); no pair with an
+    empty side, with one of more than ``longest`` characters, or with one more than three times as
+    long as the other (but for 20 characters); each pair once.
     """
     found = {}
     for pair in pairs:
-        a, b = pair = tuple(" ".join(unicodedata.normalize("NFC", text).split()) for text in pair)
+        a, b = pair = tuple(map(plain, pair))
         short, long = sorted((len(a), len(b)))
         if short and long <= 3 * short + 20 and (longest is None or long <= longest):
             found[pair] = None

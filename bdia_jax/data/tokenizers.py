@@ -32,6 +32,8 @@ class Tokenizer:
     """A tokenizer of the ``tokenizers`` package."""
     end: int
     """The token that ends a text."""
+    other_ends: frozenset[int] = frozenset()
+    """More tokens after which a model that generates stops: the end of a message, for instance."""
 
     def __post_init__(self):
         # Settings that the file kept of another training: they would cut texts off, add tokens to
@@ -45,6 +47,11 @@ class Tokenizer:
     def size(self) -> int:
         """Number of tokens."""
         return self.inner.get_vocab_size()
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """All tokens after which a model that generates stops."""
+        return self.other_ends | {self.end}
 
     @functools.cached_property
     def begin(self) -> tuple[int, ...]:
@@ -91,12 +98,17 @@ class Tokenizer:
         return self.inner.decode(list(tokens))
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Writes ``tokenizer.json`` and what ``transformers`` wants beside it."""
+        """Writes ``tokenizer.json`` and what ``transformers`` wants beside it.
+
+        A chat template that is in the folder stays, and a model that is there also stops at
+        :attr:`end`.
+        """
         folder = pathlib.Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         end = self.inner.id_to_token(self.end)
         begin = {"bos_token": self.inner.id_to_token(self.begin[0])} if self.begin else {}
         write_json(folder / "tokenizer.json", json.loads(self.inner.to_str()))
+        before = _settings(folder / "tokenizer_config.json")
         write_json(
             folder / "tokenizer_config.json",
             {
@@ -105,8 +117,14 @@ class Tokenizer:
                 "eos_token": end,
                 "pad_token": end,
                 "clean_up_tokenization_spaces": False,
+                **{name: before[name] for name in ("chat_template",) if name in before},
             },
         )
+        generation = folder / "generation_config.json"
+        if generation.exists():
+            numbers = [self.end, *sorted(_numbers(generation) - {self.end})]
+            ends = numbers if len(numbers) > 1 else self.end
+            write_json(generation, _settings(generation) | {"eos_token_id": ends})
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -179,7 +197,7 @@ def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
     except Exception as error:
         # Most are of no other type than Exception.
         raise ValueError(f"the tokenizer at {path} cannot be read: {error}") from error
-    return Tokenizer(inner, _end(inner, folder))
+    return Tokenizer(inner, _end(inner, folder), _other_ends(inner, folder))
 
 
 def _of_gpt2(vocab: pathlib.Path, merges: pathlib.Path, folder: pathlib.Path):
@@ -333,6 +351,21 @@ def _end(inner: tokenizers.Tokenizer, folder: pathlib.Path) -> int:
             f"tokenizer_config.json, nor eos_token_id in config.json, nor {END}"
         )
     return number
+
+
+def _other_ends(inner: tokenizers.Tokenizer, folder: pathlib.Path) -> frozenset[int]:
+    """Those of ``generation_config.json``, which transformers stops at; or of ``config.json``."""
+    for file in ("generation_config.json", "config.json"):
+        if numbers := _numbers(folder / file):
+            return frozenset(n for n in numbers if inner.id_to_token(n) is not None)
+    return frozenset()
+
+
+def _numbers(file: pathlib.Path) -> set[int]:
+    """The ``eos_token_id`` in a file: one, several, or none."""
+    found = _setting(file, "eos_token_id")
+    given = found if isinstance(found, list) else [found]
+    return {n for n in given if isinstance(n, int) and not isinstance(n, bool) and n >= 0}
 
 
 def _named(folder: pathlib.Path, which: str) -> str | None:

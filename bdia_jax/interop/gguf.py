@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import tokenizers
 
+from bdia_jax.data import Tokenizer
 from bdia_jax.data.chats import TEMPLATE, TOOL_USE
 from bdia_jax.interop import families
 from bdia_jax.interop.checkpoint import Checkpoint, FolderError
@@ -44,14 +45,16 @@ def read_gguf(path: str | os.PathLike) -> Contents:
     return _read(path, about.st_mtime_ns, about.st_size)
 
 
-def load_tokenizer(path: str | os.PathLike) -> tuple[tokenizers.Tokenizer, int]:
-    """The tokenizer of a GGUF file, and the number of the token that ends a text.
+def load_tokenizer(path: str | os.PathLike) -> Tokenizer:
+    """The tokenizer of a GGUF file.
 
     Raises:
       ImportError: without the ``gguf`` package.
       FolderError: for a file that is damaged, or a kind of tokenizer that is not known.
     """
-    return GGUF(pathlib.Path(path).expanduser()).tokenizer()
+    file = GGUF(pathlib.Path(path).expanduser())
+    of_messages = file.metadata.get("tokenizer.ggml.eot_token_id")
+    return Tokenizer(*file.tokenizer(), frozenset([] if of_messages is None else [of_messages]))
 
 
 @functools.lru_cache(maxsize=1)

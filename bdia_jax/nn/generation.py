@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from bdia_jax.nn.decoder import Decoder
 from bdia_jax.nn.encoder_decoder import EncoderDecoder
+from bdia_jax.nn.prompts import (
+    NOTHING,
+    ends_of,
+    index_in,
+    is_key,
+    left_padded,
+    right_padded,
+    until,
+)
 
 
 def generate(
@@ -25,13 +35,13 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float = 1.0,
-    end: int | None = None,
+    end: int | Collection[int] | None = None,
     key: Key[Array, ""] | None = None,
 ) -> list[list[int]]:
-    """Continues every prompt, by the standard network (without γ and grid).
+    """Continues every prompt, by the standard network (without γ and grid), until all are over.
 
-    Compiled once for each number of prompts and length of the longest one (and, rounded up to a
-    multiple of 16, of the longest source).
+    Compiled once for each number of prompts, for their longest and that of the sources, rounded up
+    to a multiple of 16, for each ``new_tokens``, ``top_k`` and ``end``.
 
     Args:
       model: in any mode; dropout is off.
@@ -43,36 +53,47 @@ def generate(
         softmax of logits / temperature.
       top_k: draw from the most probable k tokens only.
       top_p: draw from the fewest most probable tokens that have at least this probability.
-      end: token after which a text is over.
+      end: token, or tokens, after which a text is over (:attr:`bdia_jax.data.Tokenizer.ends`).
       key: PRNG key, for temperature > 0.
 
     Returns:
       The new tokens of each prompt, without ``end``.
+
+    Raises:
+      TypeError, ValueError: for what does not fit, before anything is computed.
     """
-    if not temperature >= 0:
-        raise ValueError(f"temperature must be 0 or positive; got {temperature}")
-    if top_k is not None and not 1 <= top_k <= model.config.vocab_size:
-        raise ValueError(
-            f"top_k must lie in [1, vocab_size = {model.config.vocab_size}]; got {top_k}"
-        )
-    if not 0 < top_p <= 1:
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be 0 or positive, and finite; got {temperature}")
+    if top_k is not None:
+        top_k = index_in("top_k", top_k, 1, model.config.vocab_size)
+    if not isinstance(top_p, float | int) or not 0 < top_p <= 1:
         raise ValueError(f"top_p must lie in (0, 1]; got {top_p}")
-    if temperature > 0 and key is None:
-        raise ValueError(f"temperature={temperature} draws tokens, which needs a key; got None")
-    tokens, present = _left_padded(model, prompts, new_tokens)
-    padded = _right_padded(model, sources, len(prompts))
-    draw = _Draw(float(temperature), top_k, float(top_p))
+    if temperature == 0 and (top_k is not None or top_p < 1):
+        raise ValueError(
+            "top_k and top_p are for tokens that are drawn: give a temperature above 0; got "
+            f"temperature=0, top_k={top_k}, top_p={top_p}"
+        )
+    if temperature > 0 and not is_key(key):
+        raise ValueError(
+            f"temperature={temperature} draws tokens, which needs a key, jax.random.key(0) for "
+            f"instance; got {key!r}"
+        )
+    ends = ends_of(model, end)
+    tokens, present, new_tokens = left_padded(model, prompts, new_tokens)
+    padded = right_padded(model, sources, len(prompts))
     found = _generate(
         *nnx.split(model),
         tokens,
         present,
         padded,
-        jax.random.key(0) if key is None else key,
+        key if temperature > 0 else None,
+        jnp.float32(temperature),
+        jnp.float32(top_p) if top_p < 1 else None,
         new_tokens=new_tokens,
-        draw=draw,
-        end=end,
+        top_k=top_k,
+        ends=ends,
     )
-    return [_until(row, end) for row in np.asarray(found)]
+    return [until(row, ends) for row in np.asarray(found)]
 
 
 def beam_search(
@@ -83,13 +104,15 @@ def beam_search(
     sources: Sequence[Sequence[int]] | None = None,
     beams: int = 4,
     length_penalty: float = 1.0,
-    end: int | None = None,
+    end: int | Collection[int] | None = None,
 ) -> list[tuple[list[int], float]]:
     """The most probable continuation of every prompt that beam search finds.
 
-    Of each prompt, the ``beams`` most probable unfinished texts are extended by every token. A
-    text is finished by ``end``, or by its length; the best ``beams`` finished ones are kept, by
-    log probability / length**length_penalty (the length counts new tokens, ``end`` included).
+    Of each prompt, the ``beams`` most probable unfinished texts are extended by every token. One
+    that is among the ``beams`` most probable of all extended ones is finished by ``end``, or by
+    its length. The finished text with the highest log probability / length**length_penalty is
+    returned (the length counts new tokens, ``end`` included). ``transformers`` finds the same with
+    ``early_stopping="never"``.
 
     Args:
       model, prompts, new_tokens, sources, end: as in :func:`generate`.
@@ -98,13 +121,16 @@ def beam_search(
 
     Returns:
       Of each prompt, the new tokens without ``end``, and the score.
+
+    Raises:
+      TypeError, ValueError: for what does not fit, before anything is computed.
     """
-    if not 1 <= beams <= model.config.vocab_size // 2:
-        raise ValueError(
-            f"beams must lie in [1, vocab_size / 2 = {model.config.vocab_size // 2}]; got {beams}"
-        )
-    tokens, present = _left_padded(model, prompts, new_tokens)
-    padded = _right_padded(model, sources, len(prompts))
+    ends = ends_of(model, end)
+    beams = index_in("beams", beams, 1, model.config.vocab_size // max(2, 1 + len(ends)))
+    if not math.isfinite(length_penalty):
+        raise ValueError(f"length_penalty must be finite; got {length_penalty}")
+    tokens, present, new_tokens = left_padded(model, prompts, new_tokens)
+    padded = right_padded(model, sources, len(prompts))
     found, score = _beam_search(
         *nnx.split(model),
         tokens,
@@ -113,108 +139,49 @@ def beam_search(
         new_tokens=new_tokens,
         beams=beams,
         length_penalty=float(length_penalty),
-        end=end,
+        ends=ends,
     )
     return [
-        (_until(row, end), float(value))
+        (until(row, ends), float(value))
         for row, value in zip(np.asarray(found), np.asarray(score), strict=True)
     ]
 
 
-_NOTHING = -1
-"""After the end of a text."""
+_LEAST = 1e-30
+"""A temperature below it is this one, at which only the most probable tokens are drawn."""
 
 
-class _Draw(NamedTuple):
-    temperature: float
-    top_k: int | None
-    top_p: float
-
-    def __call__(self, logits: Float[Array, "batch vocab"], key) -> Int[Array, "batch"]:
-        if self.temperature == 0:
-            return logits.argmax(axis=-1)
-        logits = logits / self.temperature
-        if self.top_k is not None:
-            least = jax.lax.top_k(logits, self.top_k)[0][:, -1:]
-            logits = jnp.where(logits < least, -jnp.inf, logits)
-        if self.top_p < 1:
-            ordered = -jnp.sort(-logits, axis=-1)
-            weights = jax.nn.softmax(ordered)
+def _draw(
+    logits: Float[Array, "batch vocab"],
+    key: Key[Array, ""] | None,
+    temperature: Float[Array, ""],
+    top_k: int | None,
+    top_p: Float[Array, ""] | None,
+) -> Int[Array, "batch"]:
+    """The next token of each text; without a key, the most probable one."""
+    if key is None:
+        return logits.argmax(axis=-1).astype(jnp.int32)
+    # Below 0, so that no temperature makes them infinite.
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    logits = logits / jnp.maximum(temperature, _LEAST)
+    if top_k is not None or top_p is not None:
+        order = jnp.argsort(-logits, axis=-1)
+        weights = jax.nn.softmax(jnp.take_along_axis(logits, order, axis=-1))
+        counts = jnp.arange(logits.shape[-1]) < (top_k or logits.shape[-1])
+        weights = jnp.where(counts, weights, 0)
+        if top_p is not None:
             # A token counts if those before it do not make up top_p yet.
-            counts = jnp.cumsum(weights, axis=-1) - weights < self.top_p
-            least = jnp.min(jnp.where(counts, ordered, jnp.inf), axis=-1, keepdims=True)
-            logits = jnp.where(logits < least, -jnp.inf, logits)
-        return jax.random.categorical(key, logits)
+            before = jnp.cumsum(weights, axis=-1) - weights
+            counts &= before < top_p * weights.sum(axis=-1, keepdims=True)
+        # By rank: of equally probable ones, no more than that.
+        counts = jnp.broadcast_to(counts, logits.shape)
+        kept = jnp.take_along_axis(counts, jnp.argsort(order, axis=-1), axis=-1)
+        logits = jnp.where(kept, logits, -jnp.inf)
+    return jax.random.categorical(key, logits).astype(jnp.int32)
 
 
-def _left_padded(
-    model: Decoder | EncoderDecoder, prompts, new_tokens
-) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts that end in the same column; and 1 where there is a token."""
-    if not len(prompts):
-        raise ValueError("prompts must hold at least one prompt; got none")
-    if isinstance(new_tokens, bool) or not isinstance(new_tokens, int) or new_tokens < 1:
-        raise ValueError(f"new_tokens must be an int >= 1; got {new_tokens!r}")
-    vocabulary, longest = model.config.vocab_size, max(map(len, prompts))
-    for i, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f"a prompt needs at least one token; prompt {i} has none")
-        if min(prompt) < 0 or max(prompt) >= vocabulary:
-            raise ValueError(
-                f"tokens must lie in [0, vocab_size = {vocabulary}); prompt {i} has "
-                f"{min(prompt)} … {max(prompt)}"
-            )
-    if longest + new_tokens > model.config.max_length:
-        raise ValueError(
-            f"prompt and new tokens must fit into max_length = {model.config.max_length}; got "
-            f"{longest} + {new_tokens}"
-        )
-    tokens = np.zeros((len(prompts), longest), np.int32)
-    present = np.zeros_like(tokens)
-    for i, prompt in enumerate(prompts):
-        tokens[i, longest - len(prompt) :] = prompt
-        present[i, longest - len(prompt) :] = 1
-    return tokens, present
-
-
-def _right_padded(model, sources, count: int) -> tuple[np.ndarray, np.ndarray] | None:
-    """Sources that begin in the same column; and 1 where there is a token.
-
-    Of a length that is a multiple of 16, or max_length: there is a program for each.
-    """
-    wanted = isinstance(model, EncoderDecoder)
-    if wanted != (sources is not None):
-        raise ValueError(
-            "an encoder-decoder needs sources, and a decoder has none; got "
-            f"{'none' if sources is None else 'sources'} for a {type(model).__name__}"
-        )
-    if sources is None:
-        return None
-    if len(sources) != count:
-        raise ValueError(f"there must be a source for each of {count} prompts; got {len(sources)}")
-    c = model.config
-    for i, source in enumerate(sources):
-        if not 1 <= len(source) <= c.max_length:
-            raise ValueError(
-                f"a source must have from 1 to max_length = {c.max_length} tokens; source {i} has "
-                f"{len(source)}"
-            )
-        if min(source) < 0 or max(source) >= c.source_vocab:
-            raise ValueError(
-                f"tokens must lie in [0, source_vocab = {c.source_vocab}); source {i} has "
-                f"{min(source)} … {max(source)}"
-            )
-    longest = -(-max(map(len, sources)) // 16) * 16
-    tokens = np.zeros((count, min(longest, c.max_length)), np.int32)
-    present = np.zeros_like(tokens)
-    for i, source in enumerate(sources):
-        tokens[i, : len(source)], present[i, : len(source)] = source, 1
-    return tokens, present
-
-
-def _until(row: np.ndarray, end: int | None) -> list[int]:
-    """The tokens before the end."""
-    return [int(t) for t in row if t not in (_NOTHING, end)]
+def _is_end(token: Int[Array, "*texts"], ends: tuple[int, ...]) -> Bool[Array, "*texts"]:
+    return jnp.isin(token, jnp.array(ends, jnp.int32))
 
 
 class _Texts(NamedTuple):
@@ -246,28 +213,37 @@ def _start(model, tokens, present, sources, new_tokens: int):
     return texts, *texts.extend(tokens, positions, model.new_cache(batch, slots), 0)
 
 
-@functools.partial(jax.jit, static_argnums=0, static_argnames=("new_tokens", "draw", "end"))
-def _generate(graph, state, tokens, present, sources, key, *, new_tokens, draw: _Draw, end):
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("new_tokens", "top_k", "ends"))
+def _generate(
+    graph, state, tokens, present, sources, key, temperature, top_p, *, new_tokens, top_k, ends
+):
     # A copy: the model keeps its mode.
     model = nnx.merge(graph, state)
     model.eval()
     texts, logits, cache = _start(model, tokens, present, sources, new_tokens)
     lengths = present.sum(axis=1)
 
-    def step(carry, i):
-        logits, cache, over = carry
-        token = draw(logits, jax.random.fold_in(key, i)).astype(jnp.int32)
-        written = jnp.where(over, _NOTHING, token)
-        if end is not None:
-            over |= token == end
-        logits, cache = texts.extend(
-            token[:, None], (lengths + i)[:, None], cache, tokens.shape[1] + i
-        )
-        return (logits, cache, over), written
+    def next_token(logits, i):
+        key_i = None if key is None else jax.random.fold_in(key, i)
+        return _draw(logits, key_i, temperature, top_k, top_p)
 
-    over = jnp.zeros(len(tokens), bool)
-    _, written = jax.lax.scan(step, (logits, cache, over), jnp.arange(new_tokens))
-    return written.T
+    def goes_on(carry):
+        i, _, _, over, _ = carry
+        return (i < new_tokens) & ~jnp.all(over)
+
+    def step(carry):
+        i, token, cache, over, written = carry
+        logits, cache = texts.extend(
+            token[:, None], (lengths + i - 1)[:, None], cache, tokens.shape[1] + i - 1
+        )
+        token = next_token(logits, i)
+        written = written.at[:, i].set(jnp.where(over, NOTHING, token))
+        return i + 1, token, cache, over | _is_end(token, ends), written
+
+    token = next_token(logits, 0)
+    written = jnp.full((len(tokens), new_tokens), NOTHING, jnp.int32).at[:, 0].set(token)
+    carry = jnp.int32(1), token, cache, _is_end(token, ends), written
+    return jax.lax.while_loop(goes_on, step, carry)[-1]
 
 
 class _Beams(NamedTuple):
@@ -280,9 +256,11 @@ class _Beams(NamedTuple):
 @functools.partial(
     jax.jit,
     static_argnums=0,
-    static_argnames=("new_tokens", "beams", "length_penalty", "end"),
+    static_argnames=("new_tokens", "beams", "length_penalty", "ends"),
 )
-def _beam_search(graph, state, tokens, present, sources, *, new_tokens, beams, length_penalty, end):
+def _beam_search(
+    graph, state, tokens, present, sources, *, new_tokens, beams, length_penalty, ends
+):
     # A copy: the model keeps its mode.
     model = nnx.merge(graph, state)
     model.eval()
@@ -292,43 +270,54 @@ def _beam_search(graph, state, tokens, present, sources, *, new_tokens, beams, l
     logits = jnp.repeat(jnp.asarray(logits), beams, axis=0)
     cache = jax.tree.map(lambda c: jnp.repeat(c, beams, axis=1), cache)
     vocabulary = logits.shape[-1]
+    # Enough for as many texts that go on, whatever ends here.
+    candidates = max(2, 1 + len(ends)) * beams
 
-    def step(carry, i):
-        logits, cache, live, finished = carry
+    def chosen(i, logits, live, finished):
+        """Texts with one more token; and, of those that go on, which text and token they are."""
         scores = jax.nn.log_softmax(logits).reshape(batch, beams, vocabulary)
         scores = (live.score[..., None] + scores).reshape(batch, -1)
-        # Twice as many: half of them may be texts that end here.
-        score, index = jax.lax.top_k(scores, 2 * beams)
+        score, index = jax.lax.top_k(scores, candidates)
         parent, token = index // vocabulary, (index % vocabulary).astype(jnp.int32)
         written = jnp.take_along_axis(live.tokens, parent[..., None], axis=1)
         written = written.at[:, :, i].set(token)
-        ends = (token == end) if end is not None else jnp.zeros_like(token, bool)
-        ends |= i == new_tokens - 1
+        over = _is_end(token, ends) | (i == new_tokens - 1)
+        counted = over & (jnp.arange(candidates) < beams)
         normalized = score / (i + 1.0) ** length_penalty
         finished = _best(
             _Beams(
                 jnp.concatenate([finished.tokens, written], axis=1),
-                jnp.concatenate([finished.score, jnp.where(ends, normalized, -jnp.inf)], axis=1),
+                jnp.concatenate([finished.score, jnp.where(counted, normalized, -jnp.inf)], axis=1),
             ),
-            beams,
+            1,
         )[0]
-        live, chosen = _best(_Beams(written, jnp.where(ends, -jnp.inf, score)), beams)
-        parent = jnp.take_along_axis(parent, chosen, axis=1)
-        token = jnp.take_along_axis(token, chosen, axis=1)
+        live, picked = _best(_Beams(written, jnp.where(over, -jnp.inf, score)), beams)
+        parent, token = (jnp.take_along_axis(a, picked, axis=1) for a in (parent, token))
+        return live, finished, parent, token
+
+    def goes_on(carry):
+        i, live, finished, *_ = carry
+        # No text gets more probable: what those that go on can reach at most.
+        longest = jnp.where(length_penalty > 0, new_tokens, i + 1.0)
+        reached = live.score[:, 0] / longest**length_penalty
+        return (i < new_tokens) & jnp.any(reached > finished.score[:, 0])
+
+    def step(carry):
+        i, live, finished, parent, token, cache = carry
         rows = (jnp.arange(batch)[:, None] * beams + parent).reshape(-1)
         cache = jax.tree.map(lambda c: c[:, rows], cache)
         logits, cache = texts.extend(
-            token.reshape(-1, 1), (lengths + i)[:, None], cache, length + i
+            token.reshape(-1, 1), (lengths + i - 1)[:, None], cache, length + i - 1
         )
-        return (logits, cache, live, finished), None
+        return i + 1, *chosen(i, logits, live, finished), cache
 
-    empty = jnp.full((batch, beams, new_tokens), _NOTHING, jnp.int32)
+    empty = jnp.full((batch, beams, new_tokens), NOTHING, jnp.int32)
     # One live text at first, or all beams would be the same.
     first = jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf)
     live = _Beams(empty, jnp.broadcast_to(first, (batch, beams)))
-    finished = _Beams(empty, jnp.full((batch, beams), -jnp.inf))
-    carry = (logits, cache, live, finished)
-    (_, _, _, finished), _ = jax.lax.scan(step, carry, jnp.arange(new_tokens))
+    finished = _Beams(empty[:, :1], jnp.full((batch, 1), -jnp.inf))
+    carry = jnp.int32(1), *chosen(jnp.int32(0), logits, live, finished), cache
+    _, _, finished, *_ = jax.lax.while_loop(goes_on, step, carry)
     return finished.tokens[:, 0], finished.score[:, 0]
 
 

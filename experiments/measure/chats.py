@@ -46,7 +46,7 @@ MANNER = "Mind the third stair."
 DEPENDS = (
     *sources.CORE,
     *sources.TEXT_LAYERS,
-    *(f"bdia_jax/nn/{name}.py" for name in ("lora", "generation")),
+    *(f"bdia_jax/nn/{name}.py" for name in ("lora", "generation", "prompts")),
     *sources.TEXTS,
     "bdia_jax/data/chats.py",
     *sources.ORDINARY_STEP,
@@ -179,7 +179,7 @@ def asked(c: Chats, model: Decoder, base: pathlib.Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in c.questions.read_text(encoding="utf-8").splitlines()]
     model.eval()
     given = [prompt(example) for example in examples(c, c.questions, tokenizer, base)]
-    told = generate(model, given, c.new_tokens, end=tokenizer.end)
+    told = generate(model, given, c.new_tokens, end=tokenizer.ends)
     answers = [tokenizer.decode(tokens).strip() for tokens in told]
     right = [line["fact"].lower() in a.lower() for line, a in zip(lines, answers, strict=True)]
     questions = [line["messages"][-2]["content"] for line in lines]

@@ -16,13 +16,13 @@ def by_length(
     """What is said to each sequence, as one line.
 
     Args:
-      sequences: of tokens.
+      sequences: of tokens; there may be none.
       size: of a batch.
       search: takes a batch; gives tokens and a score for each of its sequences.
       tokenizer: of what is said.
     """
     order, said = sorted(range(len(sequences)), key=lambda i: len(sequences[i])), {}
-    for start in range(0, len(order), size):
+    for start in range(0, len(order), size or 1):
         some = order[start : start + size]
         # The last batch is filled, so that it needs no program of its own.
         asked = [sequences[i] for i in some] + [sequences[some[-1]]] * (size - len(some))

@@ -22,8 +22,11 @@ def score(texts: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str
       references: of each text, at least one.
 
     Raises:
+      TypeError: for references that are not grouped by text.
       ValueError: for another number of references than of texts, a text without one, or no text.
     """
+    if isinstance(texts, str) or any(isinstance(each, str) for each in references):
+        raise TypeError('texts must be ["...", ...], and references [["...", ...], ...]; got a str')
     if not texts or len(texts) != len(references) or not all(references):
         raise ValueError(
             "there must be at least one text, and at least one reference for each; got "

@@ -48,6 +48,7 @@ DEPENDS = (
     *sources.TEXT_LAYERS,
     "bdia_jax/nn/lora.py",
     "bdia_jax/nn/generation.py",
+    "bdia_jax/nn/prompts.py",
     *sources.TEXTS,
     *sources.ORDINARY_STEP,
     "bdia_jax/train/tasks/text.py",
@@ -193,7 +194,7 @@ def decode(e: E2E, model: Decoder, tokenizer: Tokenizer, prompts: list[str]) -> 
         new_tokens=e.new_tokens,
         beams=e.beams,
         length_penalty=e.length_penalty,
-        end=tokenizer.end,
+        end=tokenizer.ends,
     )
     return decoding.by_length(tokens, e.decode_batch, search, tokenizer)
 

@@ -61,6 +61,7 @@ TRAINS = (
     *sources.ORDINARY_STEP,
     "bdia_jax/nn/lora.py",
     "bdia_jax/nn/generation.py",
+    "bdia_jax/nn/prompts.py",
     "bdia_jax/train/tasks/text.py",
     "experiments/measure/e2e_data.py",
     "experiments/measure/e2e_metrics.py",
@@ -261,7 +262,7 @@ def answered(g: Gamma, groups: Any, model: Decoder, tokenizer: Tokenizer) -> dic
     model.eval()
     asked, texts = [tokenizer.prompt_tokens(prompt) for prompt, _ in groups], []
     for start in range(0, len(asked), 25):
-        some = generate(model, asked[start : start + 25], g.new_tokens, end=tokenizer.end)
+        some = generate(model, asked[start : start + 25], g.new_tokens, end=tokenizer.ends)
         texts += [" ".join(tokenizer.decode(tokens).split()) for tokens in some]
     scores = e2e_metrics.score(texts, [references for _, references in groups])
     return scores | {"texts": texts[:3]}

@@ -42,7 +42,7 @@ def smollm2(**settings: Any) -> tuple[Decoder, Tokenizer]:
     """The model, for BDIA, in float32; and its tokenizer."""
     path = interop.packaged_model()
     model = interop.load(path, **({"method": "bdia", "dtype": "float32"} | settings))
-    return model, Tokenizer(*interop.gguf.load_tokenizer(path))
+    return model, interop.gguf.load_tokenizer(path)
 
 
 def e2e(data: pathlib.Path, tokenizer: Tokenizer, length: int, validation: int) -> PackedTexts:
