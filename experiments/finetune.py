@@ -25,7 +25,6 @@ from __future__ import annotations
 import dataclasses
 import datetime
 import itertools
-import json
 import logging
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -237,14 +236,12 @@ def check_vocabulary(tokenizer: Tokenizer, size: int) -> None:
 
 def settings_of(f: FineTune, path: pathlib.Path) -> dict[str, Any]:
     """Those of the model that do not come from its folder."""
-    frozen = "float32"
-    if f.lora and path.is_dir():
-        written = json.loads((path / "config.json").read_text(encoding="utf-8-sig"))
-        stored = written.get("dtype", written.get("torch_dtype"))
-        frozen = "bfloat16" if stored == "bfloat16" else frozen
+    half = f.lora and interop.stored_dtype(path) == "bfloat16"
     names = ("ffn_chunk", "keep_in", "narrow_cotangents", "attention")
     own = {name: getattr(f, name) for name in names}
-    return f.of_network | own | {"param_dtype": f.param_dtype or frozen}
+    return (
+        f.of_network | own | {"param_dtype": f.param_dtype or ("bfloat16" if half else "float32")}
+    )
 
 
 def load(f: FineTune, path: pathlib.Path) -> Decoder:

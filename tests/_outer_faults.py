@@ -756,7 +756,7 @@ FAULTS = [
     Fault(
         "what the last chunk has in common with another is counted twice",
         "nn/chunks",
-        "d = d if length % size == 0 else [_where(fresh, a, 0) for a in d]",
+        "d = d if length % size == 0 else {n: _where(fresh, a, 0) for n, a in d.items()}",
         "",
         ("test_chunks",),
     ),

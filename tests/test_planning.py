@@ -5,6 +5,7 @@ import functools
 import importlib.util
 import json
 import os
+import pathlib
 import subprocess
 import sys
 import unittest.mock
@@ -17,10 +18,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from bdia_jax import BDIA, Online, online, reversible_scan
+from bdia_jax import BDIA, Online, interop, online, reversible_scan
 from bdia_jax.arguments import prepare
 from bdia_jax.data.text import TextData
-from bdia_jax.nn import Decoder, DecoderConfig
+from bdia_jax.nn import Decoder, DecoderConfig, llama
+from bdia_jax.nn.attention import kernels
 from bdia_jax.nn.gamma import reversible_stacks
 from bdia_jax.planning import command, memory, plan, shapes, targets
 from bdia_jax.planning.ways import WAYS
@@ -210,7 +212,8 @@ def test_the_command_plans(tmp_path, capsys, monkeypatch):
     assert need.side == 3 * (2 * 8 * 16 * 4 // 8 + 2 * 4)
     assert 0 < need.parameters < need.frozen
     out = capsys.readouterr().out
-    assert "GB; no sequences of 8 tokens fit in 0.001MB; one sequence of 0 tokens" in out
+    assert "GB; no sequences of 8 tokens fit in 0.001MB; not one short sequence" in out
+    assert "left out: BDIA, updated in backward" in out
     assert "| BDIA, LoRA 2 |" in out
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
@@ -263,12 +266,88 @@ def test_plans_that_cannot_be(tmp_path):
         command.Plan(ways=("magic",))
     with pytest.raises(ValueError, match=r"length must lie in \[1, 8\].*got 9 and 1"):
         plan.plan(TINY, 1, 9)
-    with pytest.raises(ValueError, match="a number with MB, GB, MiB or GiB; got 'much'"):
-        command.parse_size("much")
-    assert command.parse_size("1.5 GiB") == 3 * 2**29
+    for text in ("much", "0GiB", "24", "-1GB"):
+        with pytest.raises(ValueError, match="a number above 0 with MB, GB, MiB or GiB; got"):
+            command.Plan(fit=text)
+    assert command.parse_size("1.5 GiB") == command.parse_size("1.5gi") == 3 * 2**29
+    for path in ("plan.xyz", tmp_path / "no" / "plan.png"):
+        with pytest.raises(ValueError, match=r"a figure must be a \.png in a folder"):
+            command.Plan(figure=pathlib.Path(path))
+    for options in (
+        {"lora": (0,), "quantize": "nf4"},
+        {"lora": (8,), "ways": ("BDIA, updated in backward",)},
+        {"lora": (0,), "ways": ("BDIA, updated in backward",), "accumulate": 2},
+    ):
+        with pytest.raises(ValueError, match=r"nothing is left to plan: .*; got lora = "):
+            command.main(command.Plan(model="gpt2", **options))
+    for mesh, message in (("data=0", "must be 1 or more"), ("data=x", "must look like")):
+        with pytest.raises(ValueError, match=message):
+            command.main(command.Plan(model="gpt2", mesh=mesh))
+    with pytest.raises(FileNotFoundError, match="known by name are gpt2, gpt2-medium, llama-1b"):
+        command.Plan(model="./llama-3b").config()
+    # Before anything is compiled.
+    with pytest.raises(ValueError, match=r"rank must lie in \[1, 16\]"):
+        plan.plan(TINY, 1, 8, lora=99, ways=["BDIA"])
+    with pytest.raises(ValueError, match="eval_batch_size"):
+        plan.plan(TINY, 1, 8, eval_batch=0, ways=["BDIA"])
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     with pytest.raises(ValueError, match="model_type must be one of gpt2"):
         command.Plan(model=str(tmp_path)).config()
+
+
+def test_weights_are_kept_as_a_run_keeps_them(tmp_path):
+    """Frozen ones of a folder in bfloat16 stay so; those that are trained are float32."""
+    written = interop.families.write(llama(vocab_size=50, width=16, depth=3, heads=2)) | {
+        "dtype": "bfloat16"
+    }
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    given = command.Plan(model=str(tmp_path))
+    assert [given.config(rank).param_dtype for rank in (0, 8)] == ["float32", "bfloat16"]
+    assert command.Plan(model="gpt2").config(8).param_dtype == "float32"
+    given = dataclasses.replace(given, param_dtype="float32")
+    assert given.config(8).param_dtype == "float32"
+
+
+def test_of_long_packed_sequences_there_is_no_mask():
+    """Which would be a matrix: cuDNN takes no other."""
+    common = jnp.bfloat16, 64, (4096,), 0.0, None
+    assert kernels.fusible(*common)
+    assert not kernels.fusible(*common, masked=True)
+    assert kernels.fusible(jnp.bfloat16, 64, (kernels.MASKED,), 0.0, None, masked=True)
+
+
+@pytest.mark.slow
+def test_packed_and_accumulated():
+    """The task that a run of finetune.py has; and the float32 sum of gradients."""
+    config = dataclasses.replace(TINY, max_length=64, param_dtype="bfloat16")
+    alone, packed, accumulated = (
+        plan.plan(config, batch, 64, ways=["BDIA"], **options)[0]
+        for batch, options in (
+            (2, {}),
+            (2, {"packed": True}),
+            (8, {"packed": True, "accumulate": 4}),
+        )
+    )
+    assert packed.temporaries > alone.temporaries
+    assert accumulated.side == packed.side
+    weights = packed.parameters // 2
+    assert 2 * weights < accumulated.temporaries - packed.temporaries < 7 * weights
+
+
+def test_programs_that_a_compiler_refuses(monkeypatch, capsys):
+    """A TPU's, where they do not fit: the others are planned, and a search goes on."""
+
+    def planned(config, batch, length, **options):
+        if batch * length > 40:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 64G exceeds 16G")
+        return [unittest.mock.Mock(run=10 * batch * length)]
+
+    monkeypatch.setattr(plan, "plan", planned)
+    assert plan.longest(TINY, 10**6, "BDIA") == TINY.max_length
+    assert plan.largest_batch(TINY, 8, 10**6, "BDIA") == 5
+    monkeypatch.setattr(command, "plan", planned)
+    assert command.main(command.Plan(model="gpt2", lora=(0,), ways=("BDIA",))) == []
+    assert "BDIA: does not fit: RESOURCE_EXHAUSTED: 64G exceeds 16G" in capsys.readouterr().out
 
 
 def test_ways_that_were_asked_for_are_not_left_out():

@@ -19,7 +19,7 @@ from bdia_jax.interop import gguf
 from bdia_jax.interop.adapters import load_adapter, lora_targets, save_adapter
 from bdia_jax.interop.checkpoint import FolderError
 from bdia_jax.interop.hub import packaged_model, resolve
-from bdia_jax.interop.models import load, load_chat_template, read_config
+from bdia_jax.interop.models import load, load_chat_template, read_config, stored_dtype
 from bdia_jax.interop.saving import save
 from bdia_jax.interop.vision.models import (
     load_normalization,
@@ -46,4 +46,5 @@ __all__ = [
     "save",
     "save_adapter",
     "save_vision",
+    "stored_dtype",
 ]

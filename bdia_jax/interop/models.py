@@ -108,6 +108,16 @@ def load(
     return model
 
 
+def stored_dtype(path: str | os.PathLike) -> str | None:
+    """What config.json says that weights are kept in; None if it does not, as of a GGUF file.
+
+    Raises:
+      FileNotFoundError: for a folder that does not exist.
+    """
+    with open_checkpoint(path) as checkpoint:
+        return checkpoint.config.get("dtype", checkpoint.config.get("torch_dtype"))
+
+
 def load_chat_template(path: str | os.PathLike) -> ChatTemplate | None:
     """The chat template of a folder of ``transformers``, or of a GGUF file; None without one.
 

@@ -105,7 +105,7 @@ class DecoderConfig(ReversibleSettings):
     """chunked: over the keys in chunks, without the length × length matrix; plain: with it; xla,
     cudnn: implementations of jax.nn.dot_product_attention (no dropout of the weights; cudnn:
     NVIDIA's fused one, in bfloat16 or float16; segments are a length × length mask to both). auto:
-    cudnn where it can be had, chunked elsewhere."""
+    cudnn where it can be had, but for long sequences with such a mask; chunked elsewhere."""
     ffn_chunk: int | None = None
     """All of a block but attention itself is computed for this many positions at a time, and the
     hidden layer of the feed-forward network once more in the backward pass: less memory, more

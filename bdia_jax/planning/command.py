@@ -17,6 +17,7 @@ training on that CPU.)
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 import re
 import sys
@@ -27,6 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from bdia_jax import command_line
+from bdia_jax.maps import gamma_shift
 from bdia_jax.nn import DecoderConfig
 from bdia_jax.nn.quantized import Kind
 from bdia_jax.planning import targets
@@ -35,12 +37,13 @@ from bdia_jax.planning.plan import (
     customary,
     devices_of,
     fitting,
+    is_too_large,
     largest_batch,
     longest,
     plan,
 )
 from bdia_jax.planning.shapes import SHAPES
-from bdia_jax.planning.ways import check_ways
+from bdia_jax.planning.ways import WAYS, check_ways
 from bdia_jax.steps import Signs
 from bdia_jax.train.figures import COLOURS, figure
 from bdia_jax.train.optimizers import Optimizer
@@ -48,16 +51,16 @@ from bdia_jax.train.optimizers import Optimizer
 
 def parse_size(text: str) -> int:
     """Bytes of a size such as ``24GiB`` or ``80GB``."""
-    units = {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MG]i?B)", text.strip())
-    if match is None:
-        raise ValueError(f"a size must be a number with MB, GB, MiB or GiB; got {text!r}")
+    units = {"m": 10**6, "g": 10**9, "t": 10**12, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([mgt]i?)b?", text.strip().lower())
+    if match is None or not float(match[1]):
+        raise ValueError(f"a size must be a number above 0 with MB, GB, MiB or GiB; got {text!r}")
     return int(float(match[1]) * units[match[2]])
 
 
 def table(needs: list[Need]) -> str:
     """Markdown, in GB (10^9 bytes)."""
-    columns = [field.name for field in dataclasses.fields(Need)][1:]
+    columns = [*[field.name for field in dataclasses.fields(Need)][1:], "run"]
     lines = ["| GB per device | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for need in needs:
         cells = (f"{getattr(need, column) / 1e9:.2f}" for column in columns)
@@ -93,14 +96,19 @@ class Plan:
     """Will it fit? The memory of a training step, from its settings alone."""
 
     model: str = "gpt2-medium"
-    """gpt2, gpt2-medium, llama-1b, llama-8b, llama-deep (64 blocks of width 2048); or a Hugging
-    Face folder or name."""
+    """gpt2, gpt2-medium, llama-1b, llama-8b, llama-deep (64 blocks of width 2048); smollm2; or a
+    Hugging Face folder or name, or a GGUF file."""
     batch: int = 8
     """Sequences per step."""
-    length: int = 1024
-    """Tokens per sequence."""
+    accumulate: int = 1
+    """Micro-batches of a step, which are computed one after the other."""
+    length: int | None = None
+    """Tokens per sequence; by default 1024, or the model's max_length if that is less."""
+    packed: bool = True
+    """Whether sequences hold many texts, as those of finetune.py do, each of which attends to
+    itself only."""
     eval_batch: int | None = None
-    """Sequences per evaluation batch; by default as many as in a step."""
+    """Sequences per evaluation batch; by default as many as in a micro-batch."""
     lora: tuple[int, ...] = (0, 8)
     """Ranks of low-rank updates of q and v; 0 trains all weights."""
     quantize: Kind | None = None
@@ -110,8 +118,9 @@ class Plan:
     """By its name."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """What the blocks compute in."""
-    param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the weights are kept in."""
+    param_dtype: Literal["float32", "bfloat16"] | None = None
+    """What the weights are kept in. By default as finetune.py keeps them: float32; but frozen ones,
+    of which there are low-rank updates, bfloat16 if they are so in the folder."""
     gamma: float = 1 / 16
     """Of BDIA: 2^-m, at m bits of side information per activation and step. Pretrained networks
     tolerate 1/16 or 1/32; the paper trains from scratch with 1/2."""
@@ -126,33 +135,91 @@ class Plan:
     here: bool = False
     """For training on this device, if it is a CPU; not an estimate of an accelerator."""
     device: str | None = None
-    """Device to compile for, which you need not have: h100, a100-80, a100-40, l4, rtx-4090 or
-    rtx-3090 (or h100:8), with jax[cuda]; v5e:2x2, for instance, with libtpu. With a mesh, all of
-    them are used, otherwise one."""
+    """Device to compile for, which you need not have: h100, h200, a100-80, a100-40, a10g, l4, l40s,
+    rtx-4090 or rtx-3090 (or h100:8), with jax[cuda]; v5e:2x2, for instance, with libtpu. With a
+    mesh, all of them are used, otherwise one."""
     fit: str | None = None
-    """Memory per device, such as 24GiB: find the largest batch and the longest sequence that fit in
-    it. Each takes a few more compilations."""
+    """Memory per device, such as 24GiB: find the largest batch, not accumulated, and the longest
+    sequence that fit in it. Each takes some five compilations more, for every way: name some."""
     figure: pathlib.Path | None = None
     """A PNG with a bar per way."""
 
     def __post_init__(self):
         check_ways(self.ways)
+        if self.fit is not None:
+            parse_size(self.fit)
+        if self.figure is not None:
+            check_figure(self.figure)
+        if "bdia" in {WAYS[name].method for name in self.ways or WAYS}:
+            gamma_shift(self.gamma)
 
-    def config(self) -> DecoderConfig:
-        """The network."""
-        config = SHAPES.get(self.model)
-        if config is None:
-            from bdia_jax import interop
-
-            config = interop.read_config(interop.resolve(self.model))
+    def config(self, rank: int = 0) -> DecoderConfig:
+        """The network, with low-rank updates of some rank; 0 for none."""
+        config, stored = _network(self.model)
+        half = rank and stored == "bfloat16"
         return dataclasses.replace(
             config,
             dtype=self.dtype,
-            param_dtype=self.param_dtype,
+            param_dtype=self.param_dtype or ("bfloat16" if half else "float32"),
             gamma=self.gamma,
             signs=self.signs,
             tolerance_bits=self.tolerance_bits,
         )
+
+    def asked(self, config: DecoderConfig) -> list[tuple[int, str]]:
+        """What is planned: ranks of low-rank updates, and ways to train; tells what is left out.
+
+        Raises:
+          ValueError: if it is nothing.
+        """
+        ranks = [rank for rank in self.lora if rank or self.quantize is None]
+        named = self.ways or customary(config)
+        on_host = [name for name in named if WAYS[name].settings.get("keep_in") == "host"]
+        found = [
+            (rank, name)
+            for rank in ranks
+            for name in fitting(named, rank, self.accumulate)
+            if name in self.ways or name not in on_host or not self._on_cpu
+        ]
+        left_out = [name for name in named if name not in {name for _, name in found}]
+        if not found:
+            raise ValueError(
+                f"nothing is left to plan: quantize = {self.quantize} is for low-rank updates, and "
+                "ways with updates in the backward pass are for all weights, and for batches that "
+                f"are not accumulated; got lora = {self.lora}, accumulate = {self.accumulate}, "
+                f"ways = {named}"
+            )
+        if self._on_cpu and on_host:
+            print("for a CPU, whose memory is the host's, nothing can be kept elsewhere")
+        if left_out:
+            print(f"left out: {'; '.join(left_out)}")
+        return found
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.device is None and jax.default_backend() == "cpu"
+
+
+@functools.lru_cache(maxsize=1)
+def _network(name: str) -> tuple[DecoderConfig, str | None]:
+    """A network by its name, and what its folder keeps weights in."""
+    if (config := SHAPES.get(name)) is not None:
+        return config, "bfloat16" if name.startswith("llama") else "float32"
+    from bdia_jax import interop
+
+    try:
+        path = interop.packaged_model() if name == "smollm2" else interop.resolve(name)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error}; shapes that are known by name are {', '.join(SHAPES)}"
+        ) from error
+    return interop.read_config(path), interop.stored_dtype(path)
+
+
+def check_figure(path: pathlib.Path) -> None:
+    """A ``ValueError`` for a figure that could not be written."""
+    if path.suffix.lower() != ".png" or not path.absolute().parent.is_dir():
+        raise ValueError(f"a figure must be a .png in a folder that exists; got {path}")
 
 
 def main(p: Plan) -> list[Need]:
@@ -161,43 +228,64 @@ def main(p: Plan) -> list[Need]:
     if p.mesh and not p.device:
         # Before the first use of a device; where there are accelerators, it changes nothing.
         jax.config.update("jax_num_cpu_devices", devices_of(p.mesh))
-    config, needs = p.config(), []
-    asked = [
-        (rank, name)
-        for rank in p.lora
-        if rank or p.quantize is None
-        for name in fitting(p.ways or customary(config), rank)
-    ]
-    for rank, way in (bar := tqdm(asked, unit="way", disable=None, leave=False)):
-        options = {
-            "lora": rank,
-            "quantize": p.quantize,
-            "optimizer": p.optimizer,
-            "mesh": p.mesh,
-            "eval_batch": p.eval_batch,
-            "here": p.here,
-            "device": p.device,
-        }
-        name = f"{way}, LoRA {rank}" if rank else way
-        name += f" on {p.quantize}" if p.quantize else ""
-        bar.set_postfix_str(name)
-        (need,) = plan(config, p.batch, p.length, ways=[way], **options)
-        needs.append(dataclasses.replace(need, way=name))
-        told = f"{name}: {need.run / 1e9:.2f} GB"
-        if limit is not None:
-            batch = largest_batch(config, p.length, limit, way, **options)
-            tokens = longest(config, limit, way, **options)
-            told += (
-                f"; {batch or 'no'} sequences of {p.length} tokens fit in {p.fit}; one sequence of "
-                f"{tokens:,} tokens" + " per device" * bool(p.mesh)
-            )
-        tqdm.write(told)
-    title = f"{p.model}, {p.batch} × {p.length} tokens, {p.dtype}"
-    kind = (targets.devices(p.device) if p.device else jax.devices())[0].device_kind
-    print(f"\n{title}; compiled for {kind}\n\n{table(needs)}")
-    if p.figure is not None:
+    count = len(targets.devices(p.device)) if p.device else jax.device_count()
+    if p.mesh and count != devices_of(p.mesh):
+        more = f": give {p.device}:{devices_of(p.mesh)}" if targets.is_gpu(p.device) else ""
+        raise ValueError(
+            f"mesh {p.mesh!r} is of {devices_of(p.mesh)} devices; there are {count}{more}"
+        )
+    length = min(1024, p.config().max_length) if p.length is None else p.length
+    needs: list[Need] = []
+    asked = p.asked(p.config())
+    title = f"{p.model}, {p.batch} × {length} tokens, {p.dtype}"
+    try:
+        for rank, way in (bar := tqdm(asked, unit="way", disable=None, leave=False)):
+            name = f"{way}, LoRA {rank}" if rank else way
+            name += f" on {p.quantize}" if p.quantize else ""
+            bar.set_postfix_str(name)
+            told = _planned(p, rank, way, name, length, limit, needs)
+            tqdm.write(f"{name}: {told}")
+    finally:
+        kind = (targets.devices(p.device) if p.device else jax.devices())[0].device_kind
+        if needs:
+            print(f"\n{title}; compiled for {kind}\n\n{table(needs)}")
+    if p.figure is not None and needs:
         draw(needs, p.figure, title)
     return needs
+
+
+def _planned(
+    p: Plan, rank: int, way: str, name: str, length: int, limit: int | None, needs: list[Need]
+) -> str:
+    """Plans a way to train, and adds what it needs; what is told of it."""
+    config = p.config(rank)
+    options = {
+        "lora": rank,
+        "quantize": p.quantize,
+        "optimizer": p.optimizer,
+        "packed": p.packed,
+        "mesh": p.mesh,
+        "eval_batch": p.eval_batch,
+        "here": p.here,
+        "device": p.device,
+    }
+    try:
+        (need,) = plan(config, p.batch, length, ways=[way], accumulate=p.accumulate, **options)
+        needs.append(dataclasses.replace(need, way=name))
+        told = f"{need.run / 1e9:.2f} GB"
+    except jax.errors.JaxRuntimeError as error:
+        if not is_too_large(error):
+            raise
+        told = f"does not fit: {str(error).splitlines()[0]}"
+    if limit is None:
+        return told
+    batch = largest_batch(config, length, limit, way, **options)
+    tokens = longest(config, limit, way, **options)
+    alone = f"one sequence of {tokens:,} tokens" if tokens else "not one short sequence"
+    return (
+        f"{told}; {batch or 'no'} sequences of {length} tokens fit in {p.fit}; {alone}"
+        + " per device" * bool(p.mesh)
+    )
 
 
 def command() -> None:

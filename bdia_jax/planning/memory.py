@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -73,14 +74,15 @@ def largest(fits: Callable[[int], bool], limit: int = 2**20) -> int:
 
 
 def largest_by_line(size: Callable[[int], float], limit: float, most: int) -> int:
-    """The largest count in [1, most] whose size is at most ``limit``; 0 if there is none.
+    """A count in [1, most] whose size is at most ``limit``, the largest one; 0 if there is none.
 
     Sizes are almost linear in the count, so that few of them are asked for: each guess is where the
     line through two known ones meets the limit. Whatever they are, the answer is a count that fits,
     and one that is larger by a hundredth, or by 1, does not.
 
     Args:
-      size: of a count; it may be expensive.
+      size: of a count; it may be expensive. Infinite where all that is known is that it does not
+        fit.
       limit: for sizes.
       most: the largest count that is of interest.
     """
@@ -96,6 +98,9 @@ def largest_by_line(size: Callable[[int], float], limit: float, most: int) -> in
         else:
             fails = guess
         other = fails if fails in known else max(n for n in known if n < fits)
+        if math.isinf(known[other]):
+            guess = (fits + fails) // 2
+            continue
         slope = (known[other] - known[fits]) / (other - fits)
         guess = fits + int((limit - known[fits]) / slope) if slope > 0 else fails - 1
     return fits

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -20,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from bdia_jax import Online, pack_bits
+from bdia_jax.data.packing import Packed
 from bdia_jax.data.text import TextData
 from bdia_jax.nn import Decoder, DecoderConfig, ReversibleStack, add_lora, quantize_base
 from bdia_jax.nn.attention.kernels import fusible
@@ -28,7 +28,14 @@ from bdia_jax.nn.quantized import Kind
 from bdia_jax.nn.settings import DTYPES
 from bdia_jax.planning import memory, targets
 from bdia_jax.planning.ways import WAYS, Way, check_ways
-from bdia_jax.train import LanguageModelling, TrainSettings, evaluation_memory, step_memory
+from bdia_jax.train import (
+    LanguageModelling,
+    PackedTexts,
+    TrainSettings,
+    evaluation_memory,
+    step_memory,
+)
+from bdia_jax.train.mesh import mesh_shape
 from bdia_jax.train.optimizers import Optimizer
 
 LIKE_AN_ACCELERATOR = {
@@ -68,9 +75,14 @@ def customary(config: DecoderConfig) -> tuple[str, ...]:
     )
 
 
-def fitting(ways: Iterable[str], lora: int) -> tuple[str, ...]:
-    """Some ways, but for low-rank updates without those that only spare gradients of weights."""
-    return tuple(name for name in ways if not lora or not WAYS[name].update_in_backward)
+def fitting(ways: Iterable[str], lora: int, accumulate: int = 1) -> tuple[str, ...]:
+    """Some ways, without those that make no sense.
+
+    For low-rank updates, those that only spare gradients of weights; where batches are accumulated,
+    those that update blocks at once.
+    """
+    at_once = not lora and accumulate == 1
+    return tuple(name for name in ways if at_once or not WAYS[name].update_in_backward)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +122,8 @@ def plan(
     lora: int = 0,
     quantize: Kind | None = None,
     optimizer: Optimizer = "adamw",
+    accumulate: int = 1,
+    packed: bool = False,
     mesh: str | None = None,
     eval_batch: int | None = None,
     ways: Iterable[str] | None = None,
@@ -126,7 +140,8 @@ def plan(
       length: tokens per sequence.
       lora: rank of low-rank updates of q and v, with everything else frozen; 0 trains all.
       quantize: of the frozen kernels of linear layers, as in :func:`bdia_jax.nn.quantize_base`.
-      optimizer, mesh: as in :class:`bdia_jax.train.TrainSettings`.
+      optimizer, accumulate, mesh: as in :class:`bdia_jax.train.TrainSettings`.
+      packed: whether a sequence holds many texts, each of which attends to itself only.
       eval_batch: sequences per evaluation batch; None for as many as in a step.
       ways: names of :data:`.ways.WAYS`; None for the customary ones that fit ``lora``.
       here: for this device; False for a better estimate of an accelerator, from a CPU.
@@ -141,7 +156,7 @@ def plan(
             f"quantized weights are not trained: lora, the rank of updates, must be at least 1 "
             f"with quantize={quantize!r}; got {lora}"
         )
-    names = fitting(customary(config), lora) if ways is None else tuple(ways)
+    names = fitting(customary(config), lora, accumulate) if ways is None else tuple(ways)
     check_ways(names)
     if not 1 <= length <= config.max_length or batch < 1:
         raise ValueError(
@@ -149,17 +164,24 @@ def plan(
             f"least 1; got {length} and {batch}"
         )
     settings = TrainSettings(
-        batch_size=batch, eval_batch_size=eval_batch or batch, optimizer=optimizer, mesh=mesh
+        batch_size=batch,
+        accumulate=accumulate,
+        eval_batch_size=batch // accumulate if eval_batch is None else eval_batch,
+        optimizer=optimizer,
+        mesh=mesh,
     )
     dtype, head, cap = DTYPES[config.dtype], config.size_of_head, config.attention_cap
-    fused = fusible(dtype, head, (length,), config.dropout, cap)
+    masked = packed or config.window is not None
+    fused = fusible(dtype, head, (length,), config.dropout, cap, masked=masked)
     if targets.is_gpu(device) and config.attention == "auto" and fused:
         # What it would choose there.
         config = dataclasses.replace(config, attention="cudnn")
     options = {} if here or device is not None else LIKE_AN_ACCELERATOR
     options = options if jax.default_backend() == "cpu" else {}
-    planned = _Planned(length, settings, lora, quantize, device, (*options.items(),))
-    return [_need(name, config, planned) for name in names]
+    planned = _Planned(length, settings, lora, quantize, packed, device, (*options.items(),))
+    # What cannot be is refused before anything is compiled.
+    models = [planned.model(WAYS[name].config(config, length), WAYS[name]) for name in names]
+    return [_need(name, model, planned) for name, model in zip(names, models)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,6 +192,7 @@ class _Planned:
     settings: TrainSettings
     lora: int
     quantize: Kind | None
+    packed: bool
     device: str | None
     options: tuple[tuple[str, str], ...]
 
@@ -181,6 +204,12 @@ class _Planned:
     def task(self, vocab_size: int) -> Any:
         """With data that are nothing but shapes."""
         samples = self.settings.eval_batch_size or 1
+        if self.packed:
+            train, evaluation = (
+                Packed(*(np.ones((rows, self.length), kind) for kind in _OF_PACKED))
+                for rows in (self.settings.batch_size, samples)
+            )
+            return PackedTexts("nothing", train, evaluation)
         nothing = np.zeros(self.length + 2, np.int32), np.zeros(self.length * samples + 1, np.int32)
         return LanguageModelling(TextData("nothing", *nothing, vocab_size), self.length)
 
@@ -200,19 +229,22 @@ class _Planned:
         return nnx.eval_shape(make)
 
 
-def _need(name: str, config: DecoderConfig, p: _Planned) -> Need:
-    way = WAYS[name]
-    config = way.config(config, p.length)
-    model = p.model(config, way)
+_OF_PACKED = (np.int32, np.int32, np.float32, np.int32, np.int32)
+"""Types of the arrays of :class:`bdia_jax.data.Packed`."""
+
+
+def _need(name: str, model: Decoder, p: _Planned) -> Need:
+    config = model.config
     (stack,) = reversible_stacks(model)
-    settings = way.train(p.settings)
+    settings = WAYS[name].train(p.settings)
     found = step_memory(model, p.task(config.vocab_size), settings, **p.compiler)
     # Networks that are evaluated alike share what is found.
     on_grid = stack.step.network.frac_bits is not None
     alike = {"method": "standard", "quantize_standard": on_grid, "gamma": 0.5, "signs": "block"}
     alike |= {"tolerance_bits": 0, "keep_in": "device", "narrow_cotangents": False}
     evaluation = _evaluation(dataclasses.replace(config, **alike), p)
-    side = side_information(stack, settings.batch_size, p.length, config.width)
+    micro_batch = settings.batch_size // settings.accumulate
+    side = side_information(stack, micro_batch, p.length, config.width)
     return Need(
         name,
         found.parameters,
@@ -247,31 +279,49 @@ def side_information(stack: ReversibleStack, batch: int, length: int, width: int
 
 
 def largest_batch(config: DecoderConfig, length: int, limit: int, way: str, **options) -> int:
-    """The most sequences with which a run stays within ``limit`` bytes; 0 if there are none."""
+    """So many sequences that a run stays within ``limit`` bytes; 0 if there are none.
+
+    With a hundredth more it does not (:func:`.memory.largest_by_line`).
+    """
     # A mesh splits batches.
     devices = devices_of(options.get("mesh"))
 
-    def size(count: int) -> int:
-        return plan(config, count * devices, length, ways=[way], **options)[0].run
+    def size(count: int) -> float:
+        return _run(config, count * devices, length, way, options)
 
     return devices * memory.largest_by_line(size, limit, 2**20)
 
 
 def longest(config: DecoderConfig, limit: int, way: str, **options) -> int:
-    """The most tokens of a sequence, one per batch and device, with which a run stays within bytes.
+    """So many tokens of a sequence, one per batch and device, that a run stays within ``limit``.
 
-    A multiple of :data:`LENGTHS`, or of any number up to ``max_length`` where that is small; 0 if
-    not even the shortest fits.
+    With a hundredth more it does not. A multiple of :data:`LENGTHS`, or of any number up to
+    ``max_length`` where that is small; 0 if not even the shortest fits.
     """
     unit = LENGTHS if config.max_length > 8 * LENGTHS else 1
     batch = devices_of(options.get("mesh"))
 
-    def size(count: int) -> int:
-        return plan(config, batch, unit * count, ways=[way], **options)[0].run
+    def size(count: int) -> float:
+        return _run(config, batch, unit * count, way, options)
 
     return unit * memory.largest_by_line(size, limit, config.max_length // unit)
 
 
+def _run(config: DecoderConfig, batch: int, length: int, way: str, options: Any) -> float:
+    """The peak of a run; infinite for one that the compiler refuses because it does not fit."""
+    try:
+        return plan(config, batch, length, ways=[way], **options)[0].run
+    except jax.errors.JaxRuntimeError as error:
+        if not is_too_large(error):
+            raise
+        return math.inf
+
+
+def is_too_large(error: Exception) -> bool:
+    """Whether a compiler refused a program that needs more memory than the device has (a TPU's)."""
+    return "RESOURCE_EXHAUSTED" in str(error)
+
+
 def devices_of(mesh: str | None) -> int:
     """How many a mesh has, such as 4 for ``data=2,fsdp=2``; 1 without one."""
-    return math.prod(int(n) for n in re.findall(r"=(\d+)", mesh or ""))
+    return math.prod(mesh_shape(mesh)) if mesh else 1

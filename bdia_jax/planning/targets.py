@@ -6,8 +6,10 @@ with ``libtpu``, a GPU's with JAX's CUDA packages; both are installed on any Lin
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import os
+import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -40,8 +42,11 @@ class Gpu(NamedTuple):
 
 GPUS = {
     "h100": Gpu("NVIDIA H100 80GB HBM3", (9, 0), 132, 2048, 128, 228, 50, 80, 3.35e12, 1.98),
+    "h200": Gpu("NVIDIA H200", (9, 0), 132, 2048, 128, 228, 50, 131, 4.8e12, 1.98),
     "a100-80": Gpu("NVIDIA A100-SXM4-80GB", (8, 0), 108, 2048, 64, 164, 40, 80, 2.04e12, 1.41),
     "a100-40": Gpu("NVIDIA A100-SXM4-40GB", (8, 0), 108, 2048, 64, 164, 40, 40, 1.56e12, 1.41),
+    "a10g": Gpu("NVIDIA A10G", (8, 6), 80, 1536, 128, 100, 6, 24, 6.0e11, 1.71),
+    "l40s": Gpu("NVIDIA L40S", (8, 9), 142, 1536, 128, 100, 96, 48, 8.64e11, 2.52),
     "l4": Gpu("NVIDIA L4", (8, 9), 58, 1536, 128, 100, 48, 24, 3.0e11, 2.04),
     "rtx-4090": Gpu("NVIDIA GeForce RTX 4090", (8, 9), 128, 1536, 128, 100, 72, 24, 1.01e12, 2.52),
     "rtx-3090": Gpu("NVIDIA GeForce RTX 3090", (8, 6), 82, 1536, 128, 100, 6, 24, 9.36e11, 1.70),
@@ -64,8 +69,15 @@ def devices(name: str) -> Sequence[jax.Device]:
       ImportError: without the compiler.
       ValueError: for what no compiler knows.
     """
-    kind, _, count = name.partition(":")
+    kind, _, count = name.strip().lower().partition(":")
     if kind not in GPUS:
+        if not re.match(r"tpu|v\d", kind):
+            close = difflib.get_close_matches(kind, GPUS, n=3, cutoff=0.4)
+            hint = f" (did you mean {' or '.join(close)}?)" if close else ""
+            raise ValueError(
+                f'a device must be one of the GPUs {", ".join(GPUS)}, or a TPU such as "v5e:2x2"; '
+                f"got {name!r}{hint}"
+            )
         return _tpus(name)
     if count and (not count.isdecimal() or int(count) < 1):
         raise ValueError(f"the number of GPUs must be an int >= 1, as in {kind}:8; got {name!r}")
@@ -74,7 +86,7 @@ def devices(name: str) -> Sequence[jax.Device]:
 
 def is_gpu(name: str | None) -> bool:
     """Whether :func:`devices` would give GPUs."""
-    return name is not None and name.partition(":")[0] in GPUS
+    return name is not None and name.strip().lower().partition(":")[0] in GPUS
 
 
 def _gpus(gpu: Gpu, count: int) -> Sequence[jax.Device]:

@@ -32,17 +32,28 @@ def parse_mesh(text: str | None, devices: Sequence[jax.Device] | None = None) ->
     """
     if not text:
         return None
+    shape = mesh_shape(text)
+    count = jax.device_count() if devices is None else len(devices)
+    if math.prod(shape) != count:
+        raise ValueError(f"mesh {text!r} is of {math.prod(shape)} devices; there are {count}")
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def mesh_shape(text: str) -> tuple[int, int]:
+    """The sizes of both axes, of a text such as ``"data=4,fsdp=2"``; 1 of one that it leaves out.
+
+    Raises:
+      ValueError: for unknown axes, or sizes that are no numbers from 1 on.
+    """
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = part.partition("=")
         if name.strip() not in AXES or not size.strip().isdigit() or name.strip() in sizes:
             raise ValueError(f'mesh must look like "data=4,fsdp=2"; got {text!r}')
         sizes[name.strip()] = int(size)
-    shape = tuple(sizes.get(axis, 1) for axis in AXES)
-    count = jax.device_count() if devices is None else len(devices)
-    if math.prod(shape) != count:
-        raise ValueError(f"mesh {text!r} is of {math.prod(shape)} devices; there are {count}")
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    if not all(sizes.values()):
+        raise ValueError(f"the sizes of a mesh must be 1 or more; got {text!r}")
+    return sizes.get("data", 1), sizes.get("fsdp", 1)
 
 
 def check_batch(mesh: Mesh | None, text: str | None, samples: int) -> None:

@@ -20,6 +20,9 @@ from bdia_jax.nn.attention.chunked import chunked_attention
 from bdia_jax.nn.caps import soft_cap
 from bdia_jax.nn.dropout import dropped
 
+MASKED = 2048
+"""Most positions of which auto gives cuDNN a mask: it is a matrix, of 4 bytes for each pair of a
+query and a key; chunked attention has none."""
 KernelName = Literal["auto", "chunked", "xla", "cudnn", "plain"]
 
 
@@ -42,7 +45,8 @@ def attend(
     Args:
       q, k, v: ``head`` is a multiple of ``kv_head``: each head of keys and values serves that
         many consecutive heads of queries.
-      kernel: a name in :data:`KERNELS`; auto: cudnn where it can be had, otherwise chunked.
+      kernel: a name in :data:`KERNELS`; auto: cudnn where it can be had, otherwise chunked. (With
+        segments or a window, of sequences that are longer than :data:`MASKED`, also chunked.)
       causal: query i attends to keys 0 … i only.
       segments: numbers of queries and of keys; a query attends to the keys with its number only.
       window: query i attends to keys j with i - j < window only; may be traced. None for all.
@@ -55,7 +59,7 @@ def attend(
       ValueError: for dropout with a kernel that cannot drop, a cap with one that cannot cap.
     """
     if kernel == "auto":
-        kernel = _best(q, k, dropout, cap)
+        kernel = _best(q, k, dropout, cap, masked=segments is not None or window is not None)
     chosen = KERNELS[kernel]
     if dropout and not chosen.drops:
         raise ValueError(f"{kernel} attention cannot drop weights; got dropout={dropout}")
@@ -159,9 +163,15 @@ def weighted(
 
 
 def fusible(
-    dtype: jnp.dtype, head_dim: int, lengths: Sequence[int], dropout: float, cap: float | None
+    dtype: jnp.dtype,
+    head_dim: int,
+    lengths: Sequence[int],
+    dropout: float,
+    cap: float | None,
+    *,
+    masked: bool = False,
 ) -> bool:
-    """Whether cuDNN's fused attention can do this.
+    """Whether cuDNN's fused attention can do this, and well.
 
     Args:
       dtype: of queries, keys and values.
@@ -169,7 +179,10 @@ def fusible(
       lengths: numbers of queries and of keys. With odd ones, cuDNN takes no mask.
       dropout: of the weights.
       cap: soft cap of the logits.
+      masked: whether there are segments or a window.
     """
+    if masked and max(lengths) > MASKED:
+        return False
     plain = not dropout and cap is None and not any(length % 2 for length in lengths)
     half = dtype in (jnp.bfloat16, jnp.float16)
     return plain and half and head_dim % 8 == 0 and head_dim <= 128
@@ -184,8 +197,9 @@ def has_fused_attention() -> bool:
     return re.fullmatch(r"\d+\.\d+", capability) is not None and float(capability) >= 8
 
 
-def _best(q, k, dropout: float, cap: float | None) -> KernelName:
-    fused = fusible(q.dtype, q.shape[-1], (q.shape[1], k.shape[1]), dropout, cap)
+def _best(q, k, dropout: float, cap: float | None, *, masked: bool) -> KernelName:
+    lengths = q.shape[1], k.shape[1]
+    fused = fusible(q.dtype, q.shape[-1], lengths, dropout, cap, masked=masked)
     return "cudnn" if fused and has_fused_attention() else "chunked"
 
 
