@@ -273,5 +273,19 @@ _IN_THE_CORE = [
         'lambda context, array: [array], platform="cpu"',
         '_lower_by_rows, platform="cpu"',
     ),
+    Fault(
+        "None among the parameters is counted",
+        "arguments",
+        "enumerate(new for new, old in pairs if old is not None)",
+        "enumerate(new for new, old in pairs)",
+        ("test_adjoints::test_an_update_of_parameters_among_which_is_none",),
+    ),
+    Fault(
+        "fractional bits stay unsigned",
+        "steps",
+        'object.__setattr__(self, "frac_bits", grid.check_frac_bits(self.frac_bits))',
+        "grid.check_frac_bits(self.frac_bits)",
+        ("test_steps::test_integers_of_other_types",),
+    ),
 ]
 FAULTS = [fault._replace(tests=fault.tests or ALL) for fault in _IN_THE_CORE]

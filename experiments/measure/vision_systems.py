@@ -40,7 +40,8 @@ class Scale:
             f"{t.learning_rate:g}, {t.schedule}; validation accuracy at the end, seeds 0 to "
             f"{self.seeds - 1}. ViT: {v.depth} blocks of width {v.width}, hidden {v.hidden}, "
             f"{v.heads} heads, patches of {v.patch_size}, dropout {v.dropout:g}. ResNet: "
-            f"{len(r.widths)} stages of {r.depth}, widths {', '.join(map(str, r.widths))}."
+            f"{len(r.widths)} stages of {r.depth}, widths {', '.join(map(str, r.widths))}. A "
+            "row may say otherwise."
         )
 
 
