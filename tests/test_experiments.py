@@ -753,3 +753,9 @@ def test_a_result_that_was_shown_to_be_the_same_is_not_stale(tmp_path, monkeypat
     assert "(abcdefg: the same 7 numbers, to 2e-06, run short)" in pages.caption(
         records.read(path).about
     )
+
+
+@pytest.mark.slow
+def test_odd_files_are_read_or_refused():
+    wrong = [row for row in odd_files.tried() if not row["right"]]
+    assert wrong == []
