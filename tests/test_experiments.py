@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 import threading
 from xml.etree import ElementTree
 
@@ -247,6 +248,7 @@ def test_jobs_run_side_by_side_until_the_limit(tmp_path, monkeypatch, capfd):
 def test_results_are_made_again_and_pages_written(tmp_path, monkeypatch, capfd):
     folder = tmp_path / "results"
     monkeypatch.setattr(records, "COMMITTED", folder)
+    monkeypatch.setattr(records, "STARTED", time.monotonic())
     monkeypatch.setattr(pages, "main", lambda: print("pages", flush=True))
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments/tool.py").write_text(

@@ -272,7 +272,7 @@ def test_bad_settings(changes, message):
     ("mesh", "message"),
     [
         ("data=4", "of 4 devices; there are 8"),
-        ("data=0,fsdp=8", "of 0 devices"),
+        ("data=0,fsdp=8", "sizes of a mesh must be 1 or more"),
         ("tensor=8", "must look like \"data=4,fsdp=2\"; got 'tensor=8'"),
         ("data=4,data=2", "must look like"),
         ("data:8", "must look like"),
