@@ -285,7 +285,7 @@ _IN_THE_CORE = [
         "steps",
         'object.__setattr__(self, "frac_bits", grid.check_frac_bits(self.frac_bits))',
         "grid.check_frac_bits(self.frac_bits)",
-        ("test_steps::test_integers_of_other_types",),
+        ("test_steps::test_integers_of_other_types_are_those_of_python",),
     ),
 ]
 FAULTS = [fault._replace(tests=fault.tests or ALL) for fault in _IN_THE_CORE]

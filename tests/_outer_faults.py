@@ -1196,7 +1196,7 @@ FAULTS = [
         "nn/attention/kernels",
         "if masked and max(lengths) > MASKED:",
         "if masked and max(lengths) > MASKED**2:",
-        ("test_planning::test_of_long_packed_sequences",),
+        ("test_planning::test_of_long_packed_sequences_there_is_no_mask",),
     ),
     Fault(
         "plans of another task than a run's",

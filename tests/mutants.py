@@ -35,7 +35,7 @@ def check_test(test: str) -> None:
     """An error if a test that is named does not exist."""
     file, _, name = test.partition("::")
     if not re.search(
-        rf"^def {name}" if name else "", (ROOT / "tests" / f"{file}.py").read_text(), re.M
+        rf"^def {name}\(" if name else "", (ROOT / "tests" / f"{file}.py").read_text(), re.M
     ):
         raise ValueError(f"there is no test {test}")
 

@@ -11,8 +11,8 @@ import signal
 import subprocess
 import sys
 import tarfile
-import time
 import threading
+import time
 from xml.etree import ElementTree
 
 import jax
