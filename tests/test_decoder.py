@@ -687,9 +687,10 @@ def test_generation_ends():
     (free,) = generate(model, [[5, 6]], 8)
     end = free[3]
     assert generate(model, [[5, 6]], 8, end=end) == [free[: free.index(end)]]
-    # Of several, after the first that comes.
-    other = free[1]
-    assert generate(model, [[5, 6]], 8, end={end, other}) == [free[: free.index(other)]]
+    # Of several, after the first that comes, whichever number it has.
+    unseen = sorted({*range(model.config.vocab_size)} - {*free})
+    for other in (unseen[0], unseen[-1]):
+        assert generate(model, [[5, 6]], 8, end={end, other}) == [free[: free.index(end)]]
 
 
 @pytest.mark.slow
