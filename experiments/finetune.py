@@ -287,6 +287,8 @@ def samples(
     model: Any, tokenizer: Tokenizer, examples: Sequence[Example]
 ) -> Iterator[tuple[str, str]]:
     """The prompts of some texts, and what the network makes of them, in quotes."""
+    # A tokenizer may have special tokens that the model does not know.
+    ends = {token for token in tokenizer.ends if token < model.config.vocab_size}
     for example in examples:
         given = [t for t, _ in itertools.takewhile(lambda pair: not pair[1], zip(*example))]
         if len(given) <= len(tokenizer.begin):
@@ -296,7 +298,7 @@ def samples(
         if room < 1:
             log.info("no sample: a prompt of %d tokens leaves no room for more", len(given))
             continue
-        (told,) = generate(model, [given], room, end=tokenizer.ends)
+        (told,) = generate(model, [given], room, end=ends)
         yield repr(tokenizer.decode(given)), repr(tokenizer.decode(told))
 
 

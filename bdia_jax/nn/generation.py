@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
@@ -66,7 +67,7 @@ def generate(
         raise ValueError(f"temperature must be 0 or positive, and finite; got {temperature}")
     if top_k is not None:
         top_k = index_in("top_k", top_k, 1, model.config.vocab_size)
-    if not isinstance(top_p, float | int) or not 0 < top_p <= 1:
+    if not isinstance(top_p, numbers.Real) or not 0 < top_p <= 1:
         raise ValueError(f"top_p must lie in (0, 1]; got {top_p}")
     if temperature == 0 and (top_k is not None or top_p < 1):
         raise ValueError(

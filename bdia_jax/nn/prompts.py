@@ -33,7 +33,7 @@ def index_in(name: str, value: Any, least: int, most: int | None = None) -> int:
 
 def is_key(key: Any) -> bool:
     """Whether it is a PRNG key, or the words of one."""
-    return isinstance(key, jax.Array) and (
+    return isinstance(key, jax.Array | np.ndarray) and (
         jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == jnp.uint32
     )
 
