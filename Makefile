@@ -38,7 +38,7 @@ types: .venv/installed
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# Measures what a CPU can, stage by stage, and writes the tables into the pages.
+# Runs the commands that made the tables, and writes the tables into the pages; a day.
 results: .venv/installed
 	$(BIN)/python experiments/measure/results.py
 

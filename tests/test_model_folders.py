@@ -561,7 +561,6 @@ def test_the_template_for_tools_is_kept(tmp_path):
     (source / "chat_template.jinja").write_text("plain")
     (source / TOOL_USE).parent.mkdir()
     (source / TOOL_USE).write_text("{{ tools }}")
-    expected = transformers.AutoTokenizer.from_pretrained(source).chat_template
     (source / TOOL_USE).with_name("rag.jinja").write_text("{{ documents }}")
     expected = transformers.AutoTokenizer.from_pretrained(source).chat_template
     assert expected == {"default": "plain", "tool_use": "{{ tools }}", "rag": "{{ documents }}"}
@@ -570,6 +569,11 @@ def test_the_template_for_tools_is_kept(tmp_path):
         found = interop.load_chat_template(folder)
         assert (found.source, found.tool_use) == (expected["default"], expected["tool_use"])
         assert transformers.AutoTokenizer.from_pretrained(folder).chat_template == expected
+    # Where only some are there, transformers would not find the others.
+    shutil.copytree(source, tmp_path / "some")
+    (tmp_path / "some" / TOOL_USE).with_name("rag.jinja").unlink()
+    with pytest.raises(interop.FolderError, match="lacks some templates of the model"):
+        interop.save(model(1), tmp_path / "some", like=source)
     # Of another model, it would be taken for this one's.
     with pytest.raises(interop.FolderError, match=r"\.jinja is of another model.* remove"):
         interop.save(model(1), source, like=tmp_path / "new")

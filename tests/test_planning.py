@@ -285,7 +285,12 @@ def test_plans_that_cannot_be(tmp_path):
             command.main(command.Plan(model="gpt2", mesh=mesh))
     with pytest.raises(FileNotFoundError, match="known by name are gpt2, gpt2-medium, llama-1b"):
         command.Plan(model="./llama-3b").config()
-    # Before anything is compiled.
+    # Before anything is compiled, also of another rank.
+    with (
+        unittest.mock.patch.object(command, "plan", side_effect=AssertionError),
+        pytest.raises(ValueError, match="rank must lie in"),
+    ):
+        command.main(command.Plan(model="gpt2", lora=(8, 10_000), ways=("BDIA",)))
     with pytest.raises(ValueError, match=r"rank must lie in \[1, 16\]"):
         plan.plan(TINY, 1, 8, lora=99, ways=["BDIA"])
     with pytest.raises(ValueError, match="eval_batch_size"):
@@ -331,6 +336,7 @@ def test_packed_and_accumulated():
     assert packed.temporaries > alone.temporaries
     assert accumulated.side == packed.side
     weights = packed.parameters // 2
+    # A sum in float32 in place of a gradient in bfloat16; with what the loop over parts holds.
     assert 2 * weights < accumulated.temporaries - packed.temporaries < 7 * weights
 
 

@@ -391,6 +391,10 @@ def test_ends_of_what_is_generated(folder, tmp_path):
     dataclasses.replace(tokenizer, end=6).save(tmp_path / "model")
     assert json.loads(settings.read_text())["chat_template"] == "{{ messages }}"
     assert json.loads(generation.read_text()) == {"eos_token_id": [6, 5, 100000], "top_k": 7}
+    generation.unlink()
+    dataclasses.replace(tokenizer, end=6).save(tmp_path / "model")
+    config = json.loads((tmp_path / "model/config.json").read_text())
+    assert config["eos_token_id"] == [6, 3, 4]
 
 
 def test_a_saved_tokenizer_still_begins_so(folder, tmp_path):

@@ -24,6 +24,10 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized")
 _CONVERT = "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)"
 
 
+_OF_MODEL = ("generation_config.json", "config.json")
+"""Files of a model's folder that say what ends a text, in the order in which they count."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
     """Text to token numbers, and back."""
@@ -120,11 +124,12 @@ class Tokenizer:
                 **{name: before[name] for name in ("chat_template",) if name in before},
             },
         )
-        generation = folder / "generation_config.json"
-        if generation.exists():
-            numbers = [self.end, *sorted(_numbers(generation) - {self.end})]
+        # transformers looks into the second one where there is no first one.
+        models = (folder / name for name in _OF_MODEL)
+        if (model := next((path for path in models if path.exists()), None)) is not None:
+            numbers = [self.end, *sorted(_numbers(model) - {self.end})]
             ends = numbers if len(numbers) > 1 else self.end
-            write_json(generation, _settings(generation) | {"eos_token_id": ends})
+            write_json(model, _settings(model) | {"eos_token_id": ends})
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -335,7 +340,7 @@ def _end(inner: tokenizers.Tokenizer, folder: pathlib.Path) -> int:
     named = _named(folder, "eos_token")
     if named is not None and (number := inner.token_to_id(named)) is not None:
         return number
-    for file in ("generation_config.json", "config.json"):
+    for file in _OF_MODEL:
         number = _setting(folder / file, "eos_token_id")
         number = number[0] if isinstance(number, list) and number else number
         if isinstance(number, int) and number >= 0 and inner.id_to_token(number) is not None:
@@ -355,7 +360,7 @@ def _end(inner: tokenizers.Tokenizer, folder: pathlib.Path) -> int:
 
 def _other_ends(inner: tokenizers.Tokenizer, folder: pathlib.Path) -> frozenset[int]:
     """Those of ``generation_config.json``, which transformers stops at; or of ``config.json``."""
-    for file in ("generation_config.json", "config.json"):
+    for file in _OF_MODEL:
         if numbers := _numbers(folder / file):
             return frozenset(n for n in numbers if inner.id_to_token(n) is not None)
     return frozenset()

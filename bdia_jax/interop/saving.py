@@ -258,7 +258,7 @@ def _flat(beside: Mapping[str, bytes], folder: pathlib.Path) -> dict[str, bytes]
     has them all keeps them.
 
     Raises:
-      FolderError: for a folder that has others.
+      FolderError: for a folder that has others, or only some of them.
     """
     apart = {name: beside[name] for name in beside if name.startswith(f"{TEMPLATES}/")}
     flat = {name: content for name, content in beside.items() if name not in apart}
@@ -271,6 +271,11 @@ def _flat(beside: Mapping[str, bytes], folder: pathlib.Path) -> dict[str, bytes]
             )
     if len(there) == len(apart):
         return flat
+    if there:
+        raise FolderError(
+            f"{there[0].parent} lacks some templates of the model, which would be looked for only "
+            "there: remove it, or save to another folder"
+        )
     config = json.loads(flat.get(TOKENIZER_CONFIG, b"{}"))
     named = named_templates(beside, config)
     config["chat_template"] = [{"name": name, "template": named[name]} for name in named]

@@ -42,7 +42,8 @@ def generate(
     """Continues every prompt, by the standard network (without γ and grid), until all are over.
 
     Compiled once for each number of prompts, for their longest and that of the sources, rounded up
-    to a multiple of 16, for each ``new_tokens``, ``top_k`` and ``end``.
+    to a multiple of 16, for each ``new_tokens``, ``top_k`` and ``end``; and for tokens that are
+    drawn, with ``top_p`` and without.
 
     Args:
       model: in any mode; dropout is off.

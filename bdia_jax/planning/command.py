@@ -34,6 +34,7 @@ from bdia_jax.nn.quantized import Kind
 from bdia_jax.planning import targets
 from bdia_jax.planning.plan import (
     Need,
+    abstract_model,
     customary,
     devices_of,
     fitting,
@@ -120,7 +121,7 @@ class Plan:
     """What the blocks compute in."""
     param_dtype: Literal["float32", "bfloat16"] | None = None
     """What the weights are kept in. By default as finetune.py keeps them: float32; but frozen ones,
-    of which there are low-rank updates, bfloat16 if they are so in the folder."""
+    of which there are low-rank updates, bfloat16 if they are so in the folder (as Llama's are)."""
     gamma: float = 1 / 16
     """Of BDIA: 2^-m, at m bits of side information per activation and step. Pretrained networks
     tolerate 1/16 or 1/32; the paper trains from scratch with 1/2."""
@@ -237,6 +238,9 @@ def main(p: Plan) -> list[Need]:
     length = min(1024, p.config().max_length) if p.length is None else p.length
     needs: list[Need] = []
     asked = p.asked(p.config())
+    for rank, way in asked:
+        # Those that cannot be are refused before any is compiled.
+        abstract_model(WAYS[way].config(p.config(rank), length), rank, p.quantize, WAYS[way])
     title = f"{p.model}, {p.batch} × {length} tokens, {p.dtype}"
     try:
         for rank, way in (bar := tqdm(asked, unit="way", disable=None, leave=False)):

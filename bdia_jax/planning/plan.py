@@ -180,7 +180,10 @@ def plan(
     options = options if jax.default_backend() == "cpu" else {}
     planned = _Planned(length, settings, lora, quantize, packed, device, (*options.items(),))
     # What cannot be is refused before anything is compiled.
-    models = [planned.model(WAYS[name].config(config, length), WAYS[name]) for name in names]
+    models = [
+        abstract_model(WAYS[name].config(config, length), lora, quantize, WAYS[name])
+        for name in names
+    ]
     return [_need(name, model, planned) for name, model in zip(names, models)]
 
 
@@ -213,20 +216,27 @@ class _Planned:
         nothing = np.zeros(self.length + 2, np.int32), np.zeros(self.length * samples + 1, np.int32)
         return LanguageModelling(TextData("nothing", *nothing, vocab_size), self.length)
 
-    def model(self, config: DecoderConfig, way: Way | None = None) -> Decoder:
+    def model(self, config: DecoderConfig) -> Decoder:
         """Without arrays."""
+        return abstract_model(config, self.lora, self.quantize)
 
-        def make():
-            model = Decoder(config, rngs=nnx.Rngs(0))
-            if way is not None:
-                way.install(model)
-            if self.quantize is not None:
-                quantize_base(model, self.quantize)
-            if self.lora:
-                add_lora(model, self.lora, rngs=nnx.Rngs(0))
-            return model
 
-        return nnx.eval_shape(make)
+def abstract_model(
+    config: DecoderConfig, lora: int, quantize: Kind | None, way: Way | None = None
+) -> Decoder:
+    """A model without arrays, such as a way trains it; an error for one that cannot be."""
+
+    def make():
+        model = Decoder(config, rngs=nnx.Rngs(0))
+        if way is not None:
+            way.install(model)
+        if quantize is not None:
+            quantize_base(model, quantize)
+        if lora:
+            add_lora(model, lora, rngs=nnx.Rngs(0))
+        return model
+
+    return nnx.eval_shape(make)
 
 
 _OF_PACKED = (np.int32, np.int32, np.float32, np.int32, np.int32)

@@ -1,6 +1,6 @@
 """Is every integer of every block reconstructed? Counted, for a covering set of settings.
 
-    python experiments/exactness.py                          # 270 million integers
+    python experiments/exactness.py                          # at least 6 million integers a case
     python experiments/exactness.py --quick --workers 16     # the same cases, small, side by side
 
 Every pair of settings (type of number, precision of products, dropout, m, signs, r, l, depth,
