@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+import shlex
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 from unittest import mock
@@ -25,9 +27,16 @@ def parse(
       description: for ``--help``.
       **options: more of tyro's.
     """
+    options = {"prog": program()} | options
     # tyro takes an indented line of a field's docstring for a paragraph of its own.
     with mock.patch.object(docstring_parser, "parse_from_object", _unwrapped):
         return tyro.cli(settings, args=arguments, description=description, **options)
+
+
+def program() -> str:
+    """How the program that runs is called on a command line."""
+    module = sys.modules["__main__"].__spec__
+    return f"python {shlex.quote(sys.argv[0]) if module is None else f'-m {module.name}'}"
 
 
 def _unwrapped(

@@ -32,8 +32,9 @@ import sys
 import tarfile
 import time
 
-import command
 from measure.phases import NEEDS, PHASES, Job, Name, Phase, Size
+
+from bdia_jax.train import command
 
 HERE = pathlib.Path(__file__).resolve().parent
 PACKED = ("*.log", "**/log.txt", "**/metrics.jsonl", "**/settings.json", "**/found.json")

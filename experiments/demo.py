@@ -18,7 +18,6 @@ import logging
 import pathlib
 import shutil
 
-import command
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -30,7 +29,7 @@ from bdia_jax.data import load_images
 from bdia_jax.nn import ViT, ViTConfig
 from bdia_jax.planning.ways import WAYS
 from bdia_jax.steps import Signs
-from bdia_jax.train import ImageClassification, TrainSettings, figures, train
+from bdia_jax.train import ImageClassification, TrainSettings, command, figures, train
 from bdia_jax.train.wording import per_step
 
 COMPARED = ("standard", "checkpointed", "BDIA, parts")

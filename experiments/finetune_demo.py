@@ -17,17 +17,15 @@ import pathlib
 import random
 import shutil
 
-import command
-import finetune
-import finetune_data
-from finetuning import of_run
-
 from bdia_jax import BDIA, Online, interop
 from bdia_jax.data import Example
 from bdia_jax.files import write_text
+from bdia_jax.finetuning import text_data, texts
+from bdia_jax.finetuning.settings import of_run
+from bdia_jax.finetuning.text_settings import FineTune
 from bdia_jax.nn import Decoder, generate, set_step
 from bdia_jax.planning.plan import side_information
-from bdia_jax.train import TrainSettings
+from bdia_jax.train import TrainSettings, command
 
 CITIES = ("Basel", "Lyon", "Turin", "Ghent", "Porto", "Brno", "Malmö", "Graz", "Kraków", "Cork")
 TRAINS = ("express", "night train", "regional train", "intercity")
@@ -84,7 +82,7 @@ def main(d: Demo) -> list[dict[str, float]]:
     )
     rows = []
     for name, method in (("checkpointed", "standard-checkpoint"), ("reversible", "bdia")):
-        f = finetune.FineTune(
+        f = FineTune(
             model="smollm2",
             data=data,
             out=d.out / name,
@@ -96,12 +94,12 @@ def main(d: Demo) -> list[dict[str, float]]:
         shutil.rmtree(f.out, ignore_errors=True)
         print(f"\n== {name} ==", flush=True)
         path = interop.packaged_model()
-        tokenizer = finetune.tokenizer_of(path)
-        _, eval_texts = finetune_data.split(f, tokenizer, d.length)
+        tokenizer = texts.tokenizer_of(path)
+        _, eval_texts = text_data.split(f, tokenizer, d.length)
         if not rows:
-            said(finetune.load(f, path), tokenizer, eval_texts[0], "before")
-        found = finetune.main(f)
-        model = finetune.load(f, d.out / name / "model")
+            said(texts.load(f, path), tokenizer, eval_texts[0], "before")
+        found = texts.main(f)
+        model = texts.load(f, d.out / name / "model")
         said(model, tokenizer, eval_texts[0], "after")
         step = of_run(d.out / name)["step"]
         if method == "bdia":

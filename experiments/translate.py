@@ -26,7 +26,6 @@ import pathlib
 import sys
 from typing import Any
 
-import command
 import numpy as np
 import translator
 from flax import nnx
@@ -46,7 +45,7 @@ from bdia_jax.data import (
 )
 from bdia_jax.nn import EncoderDecoder, EncoderDecoderConfig
 from bdia_jax.steps import Signs
-from bdia_jax.train import TrainSettings, Translation
+from bdia_jax.train import TrainSettings, Translation, command
 
 DEPENDS = (
     *sources.CORE,

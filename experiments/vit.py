@@ -6,7 +6,8 @@
     python experiments/vit.py ... --resume                                     # continue
 
 With ``--pretrained``, a pretrained network is fine-tuned, and the options are those of
-:mod:`finetune_vision`: ``vit.py --pretrained x --help``. Without, one is trained from scratch.
+:mod:`bdia_jax.finetuning.images`: ``vit.py --pretrained x --help``. Without, one is trained from
+scratch.
 
 The model defaults to a small one that a CPU trains on digits. That of the BDIA experiments on CIFAR
 is ``--model.width 512 --model.hidden 512 --model.heads 8 --model.head-dim 64`` with patches of 4.
@@ -22,14 +23,13 @@ import re
 import sys
 from collections.abc import Sequence
 
-import command
-import finetune_vision
 from flax import nnx
 from measure import records, vision_tables
 
 from bdia_jax.data import load_image_folder, load_images
+from bdia_jax.finetuning import images
 from bdia_jax.nn import ViT, ViTConfig
-from bdia_jax.train import ImageClassification, TrainSettings, plot_curves, train
+from bdia_jax.train import ImageClassification, TrainSettings, command, plot_curves, train
 from bdia_jax.train.wording import per_step
 
 SMALL = ViTConfig(
@@ -121,11 +121,6 @@ def is_pretrained(arguments: Sequence[str]) -> bool:
 
 if __name__ == "__main__":
     if is_pretrained(sys.argv[1:]):
-        command.run(
-            finetune_vision.main,
-            finetune_vision.FineTuneVision,
-            finetune_vision.__doc__,
-            told=logging.INFO,
-        )
+        images.command()
     else:
         command.run(main, Experiment, __doc__, told=logging.INFO)

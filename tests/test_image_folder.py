@@ -17,9 +17,6 @@ from scipy import stats
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "experiments"))
 
-import finetune_vision
-from finetuning import LowRank
-
 from bdia_jax import interop
 from bdia_jax.data import (
     Augmentation,
@@ -31,6 +28,8 @@ from bdia_jax.data import (
 )
 from bdia_jax.data.augmentation import center_crop, crop_and_resize, mix, random_resized_crop
 from bdia_jax.data.batches import batch_indices
+from bdia_jax.finetuning import images as finetune_images
+from bdia_jax.finetuning.settings import LowRank
 from bdia_jax.nn import VisionTower, VisionTowerConfig
 from bdia_jax.train import ResizedImages, TrainSettings, evaluate, fit_head
 
@@ -493,7 +492,7 @@ def test_the_head_is_fitted(photos, classes):
 @pytest.mark.parametrize("rank", [0, 2])
 def test_finetune(pretrained, photos, tmp_path, capsys, rank):
     """The loss falls; the folder has the weights of the best evaluation, and names of classes."""
-    given = finetune_vision.FineTuneVision(
+    given = finetune_images.FineTuneVision(
         pretrained=str(pretrained),
         data=str(photos),
         out=tmp_path / "run",
@@ -504,11 +503,11 @@ def test_finetune(pretrained, photos, tmp_path, capsys, rank):
             steps=20, batch_size=12, learning_rate=3e-3, eval_every=10, checkpoint_every=10
         ),
     )
-    found = finetune_vision.main(given)
+    found = finetune_images.main(given)
     assert found["loss"] < found["loss before"]
     assert ("measuring which γ" in capsys.readouterr().out) == (rank == 0)
     ours = interop.load_vision(tmp_path / "run/model", dtype="bfloat16")
-    data, names = finetune_vision.images(given, pretrained, 16, 3)
+    data, names = finetune_images.images(given, pretrained, 16, 3)
     assert names == ["lying", "standing"]
     mean, std = interop.load_normalization(pretrained)
     task = ResizedImages(data, 16, mean, std, middle=data.middle)
@@ -521,7 +520,7 @@ def test_finetune(pretrained, photos, tmp_path, capsys, rank):
         assert evaluate(adapted, task)["loss"] == pytest.approx(found["loss"], rel=0.02)
         lora = LowRank(adapter=tmp_path / "run/adapter")
         again = dataclasses.replace(given, out=tmp_path / "again", lora=lora)
-        assert finetune_vision.main(again)["loss before"] == pytest.approx(found["loss"], rel=0.02)
+        assert finetune_images.main(again)["loss before"] == pytest.approx(found["loss"], rel=0.02)
         assert "new head" not in capsys.readouterr().out
         # An adapter without a head gets a new one.
         folder = tmp_path / "run/adapter"
@@ -530,11 +529,11 @@ def test_finetune(pretrained, photos, tmp_path, capsys, rank):
             {k: t for k, t in tensors.items() if "classifier" not in k},
             folder / "adapter_model.safetensors",
         )
-        finetune_vision.main(dataclasses.replace(again, out=tmp_path / "headless"))
+        finetune_images.main(dataclasses.replace(again, out=tmp_path / "headless"))
         assert "new head" in capsys.readouterr().out
     else:
         again = dataclasses.replace(given, resume=True)
-        assert finetune_vision.main(again)["loss"] == pytest.approx(found["loss"], rel=1e-5)
+        assert finetune_images.main(again)["loss"] == pytest.approx(found["loss"], rel=1e-5)
 
 
 def test_names_of_classes():
@@ -544,12 +543,12 @@ def test_names_of_classes():
 def test_bad_fine_tuning(pretrained, tmp_path):
     given = {"pretrained": str(pretrained), "out": tmp_path / "run"}
     with pytest.raises(ValueError, match="the same loss with every γ: give gamma, or head_images"):
-        finetune_vision.FineTuneVision(data="digits", head_images=0, **given)
+        finetune_images.FineTuneVision(data="digits", head_images=0, **given)
     with pytest.raises(FileNotFoundError, match=r"must exist; got '\./none'"):
-        finetune_vision.main(finetune_vision.FineTuneVision(data="./none", **given))
+        finetune_images.main(finetune_images.FineTuneVision(data="./none", **given))
     with pytest.raises(interop.FolderError, match="one of vit, dinov2, clip"):
-        finetune_vision.main(
-            finetune_vision.FineTuneVision(
+        finetune_images.main(
+            finetune_images.FineTuneVision(
                 pretrained=str(other_folder(tmp_path)), data="digits", out=tmp_path / "run"
             )
         )

@@ -15,11 +15,12 @@ from scipy import stats
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "experiments"))
 
-import finetune
 from _rows import fast
-from finetuning import LowRank
 
 from bdia_jax import data, interop
+from bdia_jax.finetuning import texts as finetune
+from bdia_jax.finetuning.settings import LowRank
+from bdia_jax.finetuning.text_settings import FineTune
 from bdia_jax.nn import Decoder, add_lora, expand_base, llama, merge_lora, quantize_base
 from bdia_jax.nn.quantized import KINDS, Codes, QuantizedLinear, decode, encode
 from bdia_jax.planning import plan
@@ -198,7 +199,7 @@ def test_finetune(folder, tmp_path, capsys):
     data.byte_tokenizer().save(base)
     texts = tmp_path / "texts.jsonl"
     texts.write_text("".join(json.dumps({"text": f"{i} + {i}"}) + "\n" for i in range(40)))
-    given = finetune.FineTune(
+    given = FineTune(
         model=str(base),
         data=texts,
         out=tmp_path / "run",
@@ -257,7 +258,7 @@ def test_bad_input(monkeypatch):
     with pytest.raises(ValueError, match="linear layers in a stack of the model; it has none"):
         quantize_base(nnx.Linear(64, 4, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match=r"give lora.rank or lora.adapter with quantize='nf4'"):
-        finetune.FineTune(model="a", data="b", out="c", quantize="nf4")
+        FineTune(model="a", data="b", out="c", quantize="nf4")
     real = builtins.__import__
 
     def without(name, *args, **kwargs):

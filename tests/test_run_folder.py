@@ -255,7 +255,7 @@ def test_a_command_tells_it_on_the_terminal(tmp_path):
     script.write_text(
         "import sys, logging, dataclasses, pathlib\n"
         f"sys.path[:0] = [{os.path.dirname(_toy.__file__)!r}, 'experiments']\n"
-        "import command, _toy\n"
+        "import _toy\nfrom bdia_jax.train import command\n"
         "@dataclasses.dataclass\n"
         "class Settings:\n"
         "    out: pathlib.Path\n"

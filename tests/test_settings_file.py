@@ -11,18 +11,17 @@ import yaml
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "experiments"))
 
-import command
-import finetune
 import translate
 import vit
-from finetuning import LowRank
 from measure import gpt2_small_data
 
+from bdia_jax.finetuning.settings import LowRank
+from bdia_jax.finetuning.text_settings import SOME, FineTune
 from bdia_jax.nn import DecoderConfig, LinearScaling, LongScaling, RotaryScaling, YarnScaling
-from bdia_jax.train import TrainSettings, read_settings, settings_file, to_yaml
+from bdia_jax.train import TrainSettings, command, read_settings, settings_file, to_yaml
 from bdia_jax.train.run_folder import make_run_folder
 
-MINE = finetune.FineTune(
+MINE = FineTune(
     model="no",
     data=pathlib.Path("a/ü.jsonl"),
     out=pathlib.Path("runs/1"),
@@ -84,7 +83,7 @@ def written(tmp_path, text):
     "settings",
     [
         MINE,
-        finetune.FineTune(model="123", data=pathlib.Path("true"), out=pathlib.Path("~/x")),
+        FineTune(model="123", data=pathlib.Path("true"), out=pathlib.Path("~/x")),
         vit.Experiment(out=pathlib.Path("x"), train=TrainSettings(steps=3)),
         translate.Translate(),
         gpt2_small_data.SmallData(
@@ -189,9 +188,9 @@ def test_other_values_cannot_be_written():
 def test_a_command_line_goes_on_from_a_file(tmp_path):
     path = written(tmp_path, MINE)
     for arguments in (["--config", str(path)], [f"--config={path}"]):
-        assert command.read(finetune.FineTune, arguments) == MINE
+        assert command.read(FineTune, arguments) == MINE
     more = "--resume --train.steps 7 --lora.targets k v --gamma auto --lora.alpha None --out other"
-    given = command.read(finetune.FineTune, ["--config", str(path), *more.split()])
+    given = command.read(FineTune, ["--config", str(path), *more.split()])
     assert given == dataclasses.replace(
         MINE,
         resume=True,
@@ -200,26 +199,26 @@ def test_a_command_line_goes_on_from_a_file(tmp_path):
         lora=LowRank(rank=4, targets=("k", "v")),
         train=dataclasses.replace(MINE.train, steps=7),
     )
-    assert command.read(finetune.FineTune, [*more.split(), "--config", str(path)]) == given
+    assert command.read(FineTune, [*more.split(), "--config", str(path)]) == given
     back = written(tmp_path, given)
-    assert not command.read(finetune.FineTune, ["--config", str(back), "--no-resume"]).resume
+    assert not command.read(FineTune, ["--config", str(back), "--no-resume"]).resume
 
 
 def test_a_file_need_not_have_all(tmp_path, capsys):
     # Not a whole by itself: low-rank updates are missing.
     path = written(tmp_path, "quantize: nf4\nmodel: m\ntrain: {steps: 3}\n")
     rest = ["--data", "d", "--lora.rank", "2"]
-    given = command.read(finetune.FineTune, ["--config", str(path), *rest, "--out", "o"])
-    assert given == finetune.FineTune(
+    given = command.read(FineTune, ["--config", str(path), *rest, "--out", "o"])
+    assert given == FineTune(
         model="m",
         data=pathlib.Path("d"),
         out=pathlib.Path("o"),
         quantize="nf4",
         lora=LowRank(rank=2),
-        train=dataclasses.replace(finetune.SOME, steps=3),
+        train=dataclasses.replace(SOME, steps=3),
     )
     with pytest.raises(SystemExit):
-        command.read(finetune.FineTune, ["--config", str(path), *rest])
+        command.read(FineTune, ["--config", str(path), *rest])
     told = capsys.readouterr().err
     assert "--out" in told
     assert "--data" not in told

@@ -15,11 +15,8 @@ from flax import nnx
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "experiments"))
 
-import finetune
-import finetune_data
 import translate
 from _rows import fast
-from finetuning import LowRank
 from measure import (
     chat_tables,
     chats,
@@ -32,6 +29,10 @@ from measure import (
 )
 
 from bdia_jax import BDIA, data, interop
+from bdia_jax.finetuning import text_data
+from bdia_jax.finetuning import texts as finetune
+from bdia_jax.finetuning.settings import LowRank
+from bdia_jax.finetuning.text_settings import FineTune
 from bdia_jax.nn import Decoder, DecoderConfig, llama, set_step
 from bdia_jax.train import TrainSettings, in_steps
 
@@ -112,7 +113,7 @@ def test_finetune(folder, tmp_path, rank, capsys):
             for a, b in (line.values() for line in lines)
         ]
     texts.write_text("\n".join(map(json.dumps, lines)))
-    given = finetune.FineTune(
+    given = FineTune(
         model=str(folder),
         data=texts,
         out=tmp_path / "run",
@@ -166,7 +167,7 @@ def test_finetune_on_a_mesh(folder, tmp_path, rank):
     texts.write_text("\n".join(map(json.dumps, lines)))
     found = {}
     for mesh in (None, "data=2,fsdp=4"):
-        given = finetune.FineTune(
+        given = FineTune(
             model=str(folder),
             data=texts,
             out=tmp_path / f"run-{mesh}",
@@ -191,7 +192,7 @@ def test_finetune_goes_on_from_an_adapter(tmp_path, capsys):
     interop.save(Decoder(config, rngs=nnx.Rngs(0)), tmp_path / "base")
     tokenizer.save(tmp_path / "base")
     texts.write_text("".join(json.dumps({"text": f"{i} + {i}"}) + "\n" for i in range(40)))
-    given = finetune.FineTune(
+    given = FineTune(
         model=str(tmp_path / "base"),
         data=texts,
         out=tmp_path / "first",
@@ -226,14 +227,14 @@ def three(tmp_path):
 
 def told_of(f, capsys):
     """The data of a fine-tuning, and what is said of them."""
-    task, texts = finetune_data.task_of(f, data.byte_tokenizer(), f.length, None)
+    task, texts = text_data.task_of(f, data.byte_tokenizer(), f.length, None)
     settings = in_steps(f.train.or_steps(500), task)
-    finetune_data.tell(task, settings, texts)
+    text_data.tell(task, settings, texts)
     return task, settings, capsys.readouterr().out
 
 
 def test_what_is_told_of_a_mix(three, tmp_path, capsys):
-    given = finetune.FineTune(
+    given = FineTune(
         model="none", data=three, out=tmp_path / "run", length=32, weights=(5, 3, 2), train=FEW
     )
     task, _, out = told_of(given, capsys)
@@ -275,7 +276,7 @@ def test_what_is_told_of_a_mix(three, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_finetune_on_a_stream(folder, three, tmp_path, capsys):
-    given = finetune.FineTune(
+    given = FineTune(
         model=str(folder),
         data=three,
         eval_data=three[2],
@@ -293,7 +294,7 @@ def test_finetune_on_a_stream(folder, three, tmp_path, capsys):
     # What is known of the files is taken from the run's folder, unless they were written to.
     index = tmp_path / "run/index/1/about.json"
     known = index.stat().st_mtime_ns
-    finetune_data.task_of(given, data.byte_tokenizer(), 32, None)
+    text_data.task_of(given, data.byte_tokenizer(), 32, None)
     assert index.stat().st_mtime_ns == known
     (three[1] / "0.txt").write_text("Another text.\n" * 20)
     with pytest.raises(
@@ -305,7 +306,7 @@ def test_finetune_on_a_stream(folder, three, tmp_path, capsys):
 def test_finetune_with_what_does_not_fit(folder, tmp_path):
     texts = tmp_path / "texts.txt"
     texts.write_text("too little")
-    given = finetune.FineTune(model=str(folder), data=texts, out=tmp_path / "run", length=32)
+    given = FineTune(model=str(folder), data=texts, out=tmp_path / "run", length=32)
     with pytest.raises(ValueError, match="has 1 texts, of which every tenth"):
         finetune.main(given)
     data.train_tokenizer([" ".join(map(str, range(999)))], 300).save(tmp_path / "other")
@@ -329,7 +330,7 @@ def test_finetune_with_what_does_not_fit(folder, tmp_path):
     ],
 )
 def test_what_is_refused_before_anything_is_read(folder, tmp_path, change, error, message):
-    given = finetune.FineTune(model=str(folder), data=tmp_path, out=tmp_path / "run", **change)
+    given = FineTune(model=str(folder), data=tmp_path, out=tmp_path / "run", **change)
     config = interop.read_config(folder)
     with pytest.raises(error, match=message):
         finetune.check_before(given, folder, config)
@@ -344,11 +345,11 @@ def test_what_is_refused_before_anything_is_read(folder, tmp_path, change, error
 )
 def test_what_cannot_be_measured(tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
-        finetune.FineTune(model="none", data=tmp_path, out=tmp_path / "run", **change)
+        FineTune(model="none", data=tmp_path, out=tmp_path / "run", **change)
 
 
 def test_a_disk_without_room_for_the_model(folder, tmp_path, monkeypatch):
-    given = finetune.FineTune(model=str(folder), data=tmp_path, out=tmp_path / "run")
+    given = FineTune(model=str(folder), data=tmp_path, out=tmp_path / "run")
     usage = type(shutil.disk_usage(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 1000, 1000))
     with pytest.raises(ValueError, match=r"the fine-tuned model takes up to .* make room"):
@@ -371,7 +372,7 @@ def test_low_rank_settings_that_would_be_ignored(given, message):
 def test_answers_of_a_conversation_are_not_on_both_sides(tmp_path):
     """Of a template that has a text per answer; and of texts that are split."""
     records = [[data.Example([i, j], [True] * 2) for j in range(3)] for i in range(20)]
-    train, evaluation = finetune_data.every_tenth(records, "chats")
+    train, evaluation = text_data.every_tenth(records, "chats")
     assert {e.tokens[0] for e in evaluation} == {9, 19}
     assert not {e.tokens[0] for e in train} & {9, 19}
     assert len(train) + len(evaluation) == 60
@@ -382,10 +383,8 @@ def test_held_out_records_that_are_learned_too_are_told(weights, tmp_path, capsy
     def told(texts):
         path = tmp_path / "texts.jsonl"
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-        f = finetune.FineTune(
-            model="none", data=(path,), out=tmp_path / "run", length=8, weights=weights
-        )
-        finetune_data.task_of(f, data.byte_tokenizer(), f.length, None)
+        f = FineTune(model="none", data=(path,), out=tmp_path / "run", length=8, weights=weights)
+        text_data.task_of(f, data.byte_tokenizer(), f.length, None)
         return capsys.readouterr().out
 
     different = [f"{i:02}" for i in range(40)]
@@ -421,7 +420,7 @@ def test_a_run_of_another_day_goes_on(folder, tmp_path):
     ]
     texts.write_text("\n".join(map(json.dumps, lines)))
     few = dataclasses.replace(FEW, stop_at=2)
-    given = finetune.FineTune(
+    given = FineTune(
         model=str(model), data=texts, out=tmp_path / "run", length=64, gamma=1 / 8, train=few
     )
     with pytest.MonkeyPatch.context() as patch:
@@ -496,7 +495,7 @@ def test_chats(tmp_path, monkeypatch):
     )
     # Both have tests of their own.
     monkeypatch.setattr(
-        finetune.FineTune,
+        FineTune,
         "set_gamma",
         lambda f, model, *given, **options: set_step(model, BDIA(1 / 8, "sample")),
     )

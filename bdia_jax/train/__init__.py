@@ -26,6 +26,7 @@
 | `weights` | what the model holds before and after |
 | `run_folder` | the folder of a run, and whose it is |
 | `settings_file` | all settings of a command, as YAML |
+| `command` | how a run is a command |
 | `checkpoints` | saving and restoring |
 | `metrics` | numbers for programs |
 | `tensorboard` | the same for TensorBoard |

@@ -28,7 +28,6 @@ from typing import Any, Literal
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import command
 import numpy as np
 from flax import nnx
 
@@ -36,7 +35,7 @@ from bdia_jax import interop
 from bdia_jax.data import TextData
 from bdia_jax.nn import ReversibleSettings, ViT, ViTConfig
 from bdia_jax.planning.ways import WAYS
-from bdia_jax.train import LanguageModelling, TrainSettings
+from bdia_jax.train import LanguageModelling, TrainSettings, command
 from measure import records, sources, timing
 from measure.networks import Network
 

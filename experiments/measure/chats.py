@@ -26,15 +26,15 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import command
-import finetune
-from finetuning import LowRank, of_run
 
 from bdia_jax import BDIA, interop
 from bdia_jax.data import Example, Tokenizer, pack, read_examples
+from bdia_jax.finetuning import texts
+from bdia_jax.finetuning.settings import LowRank, of_run
+from bdia_jax.finetuning.text_settings import FineTune
 from bdia_jax.nn import Decoder, generate, set_step
 from bdia_jax.nn.settings import Method
-from bdia_jax.train import PackedTexts, TrainSettings
+from bdia_jax.train import PackedTexts, TrainSettings, command
 from bdia_jax.train.memory import step_memory
 from measure import chat_tables, records, sources
 from measure.runs import Run, run_and_write
@@ -53,7 +53,7 @@ DEPENDS = (
     "bdia_jax/train/tasks/text.py",
     "bdia_jax/gamma.py",
     "bdia_jax/interop/gguf.py",
-    *(f"experiments/{name}.py" for name in ("finetune", "finetuning", "finetune_data")),
+    *(f"bdia_jax/finetuning/{name}.py" for name in ("settings", "text_data", "texts")),
     "experiments/measure/chats.py",
 )
 
@@ -123,7 +123,7 @@ def run_of(c: Chats, base: pathlib.Path, method: Method, rank: int, rate: float)
 
     def trained(place: pathlib.Path) -> dict[str, Any]:
         f = settings_of(c, base, method, rank, rate, place / "run")
-        found = finetune.main(f)
+        found = texts.main(f)
         model = interop.load(f.out / "model", method="standard", dtype="float32")
         step = of_run(f.out)["step"]
         return (
@@ -147,9 +147,9 @@ def run_of(c: Chats, base: pathlib.Path, method: Method, rank: int, rate: float)
 
 def settings_of(
     c: Chats, base: pathlib.Path, method: Method, rank: int, rate: float, out: pathlib.Path
-) -> finetune.FineTune:
+) -> FineTune:
     """As somebody would give them to finetune.py."""
-    return finetune.FineTune(
+    return FineTune(
         model=str(base),
         data=c.data,
         eval_data=c.questions,
@@ -175,7 +175,7 @@ def settings_of(
 
 def asked(c: Chats, model: Decoder, base: pathlib.Path) -> dict[str, Any]:
     """What a model answers: how often with the fact, and in the keeper's manner."""
-    tokenizer = finetune.tokenizer_of(base)
+    tokenizer = texts.tokenizer_of(base)
     lines = [json.loads(line) for line in c.questions.read_text(encoding="utf-8").splitlines()]
     model.eval()
     given = [prompt(example) for example in examples(c, c.questions, tokenizer, base)]
@@ -208,15 +208,13 @@ def prompt(example: Example) -> list[int]:
     return example.tokens[:first]
 
 
-def peak(
-    c: Chats, f: finetune.FineTune, base: pathlib.Path, step: dict[str, Any]
-) -> dict[str, int]:
+def peak(c: Chats, f: FineTune, base: pathlib.Path, step: dict[str, Any]) -> dict[str, int]:
     """Bytes of a training step, as compiled; of the standard network, also with checkpoints."""
-    packed = pack(examples(c, c.data, finetune.tokenizer_of(base), base), c.length)
+    packed = pack(examples(c, c.data, texts.tokenizer_of(base), base), c.length)
     task, found = PackedTexts(f.data.name, packed, packed), {}
     methods = [f.method, *(["standard-checkpoint"] if f.method == "standard" else [])]
     for method in methods:
-        model = finetune.load(dataclasses.replace(f, method=method), base)
+        model = texts.load(dataclasses.replace(f, method=method), base)
         if method == "bdia":
             set_step(model, BDIA(**step))
         found[method] = step_memory(model, task, f.train).memory.total
@@ -231,7 +229,7 @@ def differences(
     import torch
     import transformers
 
-    tokens = prompt(examples(c, c.questions, finetune.tokenizer_of(base), base)[0])
+    tokens = prompt(examples(c, c.questions, texts.tokenizer_of(base), base)[0])
     ours = np.asarray(model(jnp.asarray([tokens])))
 
     def difference(theirs: Any) -> float:

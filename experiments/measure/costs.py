@@ -40,11 +40,11 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import command
 
 from bdia_jax.planning import plan, targets
 from bdia_jax.planning.shapes import SHAPES
 from bdia_jax.planning.ways import Way
+from bdia_jax.train import command
 from measure import cost_times, records, sources
 from measure import memory as peaks
 from measure.cost_tables import TABLES, Rows, memory_table

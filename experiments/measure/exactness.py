@@ -32,11 +32,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import command as commands
 import jax
 import jax.numpy as jnp
 
 from bdia_jax import BackwardReport, Step, check_reversible, grid
+from bdia_jax.train import command as commands
 from measure import records, sources
 from measure.exactness_cases import Case, cases
 from measure.side_by_side import in_processes

@@ -24,11 +24,10 @@ from typing import Literal
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import command
 
 from bdia_jax import BDIA, Checkpoint, Euler, Online
 from bdia_jax.nn.quantized import Kind
-from bdia_jax.train import PackedTexts, eval_batch_size, evaluate
+from bdia_jax.train import PackedTexts, command, eval_batch_size, evaluate
 from measure import gamma
 from measure.runs import Run, run_and_write
 from measure.smollm2 import SOME, Way, e2e, run_of, smollm2, told

@@ -22,13 +22,12 @@ from flax import nnx
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import command
 
 from bdia_jax import files, interop
 from bdia_jax.data import Tokenizer, completion, load_tokenizer, pack
 from bdia_jax.nn import Decoder, add_lora, beam_search
 from bdia_jax.steps import Signs
-from bdia_jax.train import PackedTexts, TrainSettings
+from bdia_jax.train import PackedTexts, TrainSettings, command
 from measure import curves, decoding, e2e_data, e2e_metrics, records, sources
 from measure.runs import Run, run_and_write, training
 

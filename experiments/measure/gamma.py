@@ -34,13 +34,12 @@ from flax import nnx
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import command
 
 from bdia_jax import BDIA, Checkpoint, Euler, Online, files, gamma
 from bdia_jax.data import Tokenizer, read_text, split_text
 from bdia_jax.nn import Decoder, generate, set_step
 from bdia_jax.steps import SIGNS
-from bdia_jax.train import LanguageModelling, PackedTexts, TrainSettings, choose_gamma
+from bdia_jax.train import LanguageModelling, PackedTexts, TrainSettings, choose_gamma, command
 from measure import e2e_data, e2e_metrics, records, sources
 from measure.runs import claimed, run_and_write
 from measure.side_by_side import in_processes, in_threads

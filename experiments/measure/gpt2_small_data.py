@@ -22,7 +22,6 @@ from flax import nnx
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import command
 
 from bdia_jax import interop
 from bdia_jax.data import (
@@ -37,7 +36,7 @@ from bdia_jax.data import (
 )
 from bdia_jax.nn import Decoder, DecoderConfig
 from bdia_jax.steps import Signs
-from bdia_jax.train import LanguageModelling, TrainSettings
+from bdia_jax.train import LanguageModelling, TrainSettings, command
 from measure import curves, records, sources
 from measure.runs import Run, dial, run_and_write, training
 

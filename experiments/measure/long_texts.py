@@ -20,7 +20,6 @@ from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import command
 from tqdm import tqdm
 
 from bdia_jax.nn.quantized import Kind
@@ -29,6 +28,7 @@ from bdia_jax.planning.command import parse_size
 from bdia_jax.planning.shapes import SHAPES
 from bdia_jax.planning.ways import check_ways
 from bdia_jax.steps import Signs
+from bdia_jax.train import command
 from measure import records, sources
 
 DEPENDS = (

@@ -20,8 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import command
 
+from bdia_jax.train import command
 from measure import records
 from measure.odd_data import DATA
 from measure.odd_models import CHECKPOINTS, MODELS

@@ -22,11 +22,11 @@ from collections.abc import Iterator
 from typing import Any, Literal
 from xml.etree import ElementTree
 
-import command as commands
 import jax
 from tqdm import tqdm
 
 from bdia_jax import BDIA, check_reversible
+from bdia_jax.train import command as commands
 from measure import odd_files, records, sources
 from measure.blocks import PARTS as BLOCKS
 from measure.blocks import make_block, stacked_params

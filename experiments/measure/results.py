@@ -19,8 +19,8 @@ from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import command
 
+from bdia_jax.train import command
 from measure import pages, records, sources
 
 

@@ -35,11 +35,11 @@ from flax import nnx
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-import command
 
 from bdia_jax import online, pinning
 from bdia_jax.nn import DecoderConfig, ViTConfig, llama
 from bdia_jax.planning import targets
+from bdia_jax.train import command
 from bdia_jax.train import mesh as meshes
 from measure import records, sources
 from measure.networks import KINDS

@@ -28,12 +28,12 @@ import pathlib
 import statistics
 from typing import Any, Literal
 
-import command as commands
 from flax import nnx
 
 from bdia_jax.data import ImageData, load_images
 from bdia_jax.nn import ResNet, ViT, ViTConfig
 from bdia_jax.train import ImageClassification
+from bdia_jax.train import command as commands
 from measure import records, sources
 from measure.runs import Run, run_all, training
 from measure.vision_systems import SCALES, Cell, Scale, Table, table_cells

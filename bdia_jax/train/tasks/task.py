@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from flax import nnx
 from jaxtyping import Array, Int32, Key, PyTree
 
 from bdia_jax.nn.losses import Sums
@@ -15,23 +14,42 @@ from bdia_jax.nn.losses import Sums
 class Task(Protocol):
     """What is trained: data, batches, a loss and an evaluation.
 
-    ``batch``, ``eval_batch``, ``loss`` and ``evaluate`` are traced: they must be pure functions of
-    their arguments.
+    Where a property is declared here, a class may have an attribute. ``batch``, ``eval_batch``,
+    ``loss`` and ``evaluate`` are traced: they must be pure functions of their arguments.
     """
 
-    name: str
-    """Of the data, for messages and settings."""
-    best: str
-    """The evaluation metric that the best checkpoint is chosen by: the highest, or the lowest
-    with a "-" before the name (``"-loss"``)."""
-    unit: str
-    """What a sample is, in messages: ``"images"``, ``"sequences"``."""
-    samples: int | None
-    """Training samples. A batch has each at most once; None if there is no such limit."""
-    eval_samples: int
-    """Evaluation samples."""
-    eval_batch_size: int
-    """Samples per evaluation batch, unless the settings of the run say otherwise."""
+    @property
+    def name(self) -> str:
+        """Of the data, for messages and settings."""
+        ...
+
+    @property
+    def best(self) -> str:
+        """The evaluation metric that the best checkpoint is chosen by.
+
+        The one with the highest, or the lowest with a "-" before the name (``"-loss"``).
+        """
+        ...
+
+    @property
+    def unit(self) -> str:
+        """What a sample is, in messages: ``"images"``, ``"sequences"``."""
+        ...
+
+    @property
+    def samples(self) -> int | None:
+        """Training samples. A batch has each at most once; None if there is no such limit."""
+        ...
+
+    @property
+    def eval_samples(self) -> int:
+        """Evaluation samples."""
+        ...
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Samples per evaluation batch, unless the settings of the run say otherwise."""
+        ...
 
     def arrays(self) -> PyTree[np.ndarray]:
         """The data, to be put on the device once, and given to the other methods."""
@@ -47,14 +65,14 @@ class Task(Protocol):
     def eval_batch(self, arrays: PyTree[Array], step: Int32[Array, ""], size: int) -> PyTree[Array]:
         """Evaluation samples ``step * size`` and following; those after the last have no weight."""
 
-    def loss(self, model: nnx.Module, batch: Any, key: Key[Array, ""]) -> Sums:
+    def loss(self, model: Any, batch: Any, key: Key[Array, ""]) -> Sums:
         """Sums of the loss, the metrics and the weights over a training batch.
 
         The gradient is that of the loss divided by the weight, over all micro-batches of a step.
         """
         ...
 
-    def evaluate(self, model: nnx.Module, batch: Any) -> Sums:
+    def evaluate(self, model: Any, batch: Any) -> Sums:
         """Sums over an evaluation batch; the model is in evaluation mode."""
         ...
 

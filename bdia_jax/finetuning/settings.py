@@ -1,4 +1,4 @@
-"""What the commands that fine-tune pretrained networks have in common."""
+"""What fine-tunings of all kinds have in common: settings, checks, and the run itself."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 from flax import nnx
@@ -17,9 +17,20 @@ from bdia_jax.gamma import FAIR
 from bdia_jax.nn import Decoder, VisionTower, add_lora, set_step
 from bdia_jax.nn.settings import Method
 from bdia_jax.steps import BDIA, Signs
-from bdia_jax.train import Task, TrainSettings, choose_gamma
+from bdia_jax.train import (
+    Result,
+    Task,
+    TrainSettings,
+    choose_gamma,
+    eval_batch_size,
+    evaluate,
+    plot_curves,
+    restore_best,
+    train,
+)
 from bdia_jax.train.placing import check_mesh
 from bdia_jax.train.run_folder import check_disk
+from bdia_jax.train.wording import per_step
 
 STEPS = 500
 """If neither steps nor epochs are given."""
@@ -158,6 +169,64 @@ class FineTuning:
             )
         print(f"{choice}\n\n{choice.table()}\n")
         set_step(model, choice.step)
+
+
+class Outcome(NamedTuple):
+    """What came of a fine-tuning."""
+
+    before: dict[str, float]
+    """Metrics of the network that was given, with its new head if it has one."""
+    after: dict[str, float]
+    """Of the weights of the best evaluation, which the network has now."""
+    told: str
+    """How long it took, in words."""
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """The loss before; loss and accuracy after."""
+        after = {name: self.after[name] for name in ("loss", "accuracy")}
+        return {"loss before": self.before["loss"], **after}
+
+
+def fine_tune(
+    f: Any,
+    model: Decoder | VisionTower,
+    task: Task,
+    about: dict[str, Any],
+    *,
+    metric: str,
+    batches: int = 2,
+    on_evaluation: Callable[[nnx.Module, int], None] | None = None,
+) -> Outcome:
+    """Chooses γ, trains, and goes back to the best evaluation.
+
+    Args:
+      f: a :class:`FineTuning` with ``out``, the folder of the run, and ``train``, the settings.
+      model, task: what is trained, and on what.
+      about: what the run keeps about itself.
+      metric: whose curve is drawn.
+      batches: of :meth:`FineTuning.set_gamma`.
+      on_evaluation: of :func:`bdia_jax.train.train`.
+    """
+    f.set_gamma(model, task, f.train, f.out, batches)
+    size = eval_batch_size(task, f.train)
+    before = evaluate(model, task, eval_batch_size=size)
+    print(f"before: validation loss {before['loss']:.4f}, accuracy {before['accuracy']:.2%}")
+    about = about | {"step": dataclasses.asdict(cast(Any, model.blocks.step))}
+    result: Result = train(
+        model,
+        task,
+        f.train,
+        f.out,
+        resume=f.resume,
+        about={"fine-tuning": about},
+        on_evaluation=on_evaluation,
+    )
+    plot_curves({f.method: f.out}, f.out / f"{metric}.png", metric=metric)
+    best = restore_best(f.out, model)
+    after = evaluate(model, task, eval_batch_size=size)
+    seconds = per_step(result.seconds_per_step)
+    return Outcome(before, after, f"after {result.step} steps ({seconds}), best at step {best}")
 
 
 def of_run(out: pathlib.Path) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """Fine-tunes a pretrained vision transformer (ViT, DINOv2, CLIP, SigLIP) reversibly, on images.
 
-    python experiments/vit.py --pretrained google/vit-base-patch16-224 --data photos --out runs/mine
-    python experiments/vit.py --pretrained ./dinov2-small --data cifar10 --out runs/cifar10
-    python experiments/vit.py --pretrained ... --lora.rank 8               # low-rank updates only
-    python experiments/vit.py --pretrained ... --resume                    # continue
+    python -m bdia_jax.finetune_images --pretrained ./vit-base --data photos --out runs/mine
+    python -m bdia_jax.finetune_images --pretrained ./dinov2-small --data cifar10 --out runs/cifar10
+    python -m bdia_jax.finetune_images ... --lora.rank 8                   # low-rank updates only
+    python -m bdia_jax.finetune_images ... --resume                        # continue
+
+``experiments/vit.py --pretrained ...`` is the same command.
 
 The data is a folder that has a folder of images for each class (of any size, depth and format), or
 a set of TensorFlow Datasets. Images are normalized as in the pretraining. What comes out,
@@ -17,10 +19,10 @@ the γ that it tolerates is measured by a few forward passes (``--gamma auto``).
 from __future__ import annotations
 
 import dataclasses
+import logging
 import pathlib
 
 import numpy as np
-from finetuning import COMMON, STEPS, FineTuning, add_updates, check_fits, described
 from flax import nnx
 
 from bdia_jax import interop
@@ -30,6 +32,15 @@ from bdia_jax.data import (
     class_names,
     load_image_folder,
     load_images,
+)
+from bdia_jax.finetuning.settings import (
+    COMMON,
+    STEPS,
+    FineTuning,
+    add_updates,
+    check_fits,
+    described,
+    fine_tune,
 )
 from bdia_jax.nn import (
     VisionTower,
@@ -42,16 +53,11 @@ from bdia_jax.train import (
     TrainSettings,
     check_batch_size,
     check_run_folder,
-    eval_batch_size,
-    evaluate,
     fit_head,
     place_on_mesh,
-    plot_curves,
-    restore_best,
-    train,
 )
+from bdia_jax.train.command import run
 from bdia_jax.train.run_folder import check_same_settings
-from bdia_jax.train.wording import per_step
 
 SOME = dataclasses.replace(COMMON, batch_size=32, warmup_steps=50)
 BATCHES = 8
@@ -133,26 +139,19 @@ def main(f: FineTuneVision) -> dict[str, float]:
     if f.head_images and not np.any(model.head.kernel[...]):
         right = fit_head(model, task, f.head_images, seed=f.train.seed)
         print(f"new head: {right:.2%} of the images that it was fitted to are classified rightly")
-    f.set_gamma(model, task, f.train, f.out, BATCHES)
-    before = evaluate(model, task, eval_batch_size=eval_batch_size(task, f.train))
-    about["step"] = dataclasses.asdict(model.blocks.step)
-    result = train(
-        model, task, f.train.or_steps(STEPS), f.out, resume=f.resume, about={"fine-tuning": about}
-    )
-    plot_curves({f.method: f.out}, f.out / "accuracy.png")
-    best = restore_best(f.out, model)
-    after = evaluate(model, task, eval_batch_size=eval_batch_size(task, f.train))
+    f = dataclasses.replace(f, train=f.train.or_steps(STEPS))
+    found = fine_tune(f, model, task, about, metric="accuracy", batches=BATCHES)
     if f.lora:
         interop.save_adapter(model, f.out / "adapter", like=path)
         print(f"the low-rank updates and the head alone are in {f.out / 'adapter'}")
         merge_lora(model)
     interop.save_vision(model, f.out / "model", like=path, labels=names)
+    before, after = found.before, found.after
     print(
-        f"after {result.step} steps, best at step {best}: validation accuracy "
-        f"{before['accuracy']:.2%} -> {after['accuracy']:.2%}, loss {after['loss']:.4f}; "
-        f"{per_step(result.seconds_per_step)}. Saved to {f.out / 'model'}"
+        f"{found.told}: validation accuracy {before['accuracy']:.2%} -> {after['accuracy']:.2%}, "
+        f"loss {before['loss']:.4f} -> {after['loss']:.4f}. Saved to {f.out / 'model'}"
     )
-    return {"loss before": before["loss"], **{name: after[name] for name in ("loss", "accuracy")}}
+    return found.losses
 
 
 def images(
@@ -197,3 +196,8 @@ def load(f: FineTuneVision, path: pathlib.Path, num_classes: int, size: int) -> 
         print(f"low-rank updates of {', '.join(paths)}, and a head")
     place_on_mesh(model, f.train.mesh)
     return model
+
+
+def command() -> None:
+    """Runs :func:`main` from the command line."""
+    run(main, FineTuneVision, __doc__, told=logging.INFO)

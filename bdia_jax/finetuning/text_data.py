@@ -1,4 +1,4 @@
-"""The data of ``finetune.py``: one set packed at once, or sources that are mixed or streamed."""
+"""The texts of a fine-tuning: one set packed at once, or sources that are mixed or streamed."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import functools
 import itertools
 import pathlib
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from bdia_jax.data import (
     ChatTemplate,
@@ -20,11 +19,9 @@ from bdia_jax.data import (
     pack,
 )
 from bdia_jax.data.example_files import read_by_record
+from bdia_jax.finetuning.text_settings import FineTune
 from bdia_jax.train import MixedTexts, PackedTexts, TrainSettings
 from bdia_jax.train.run_folder import INDEX
-
-if TYPE_CHECKING:
-    from finetune import FineTune
 
 
 def task_of(

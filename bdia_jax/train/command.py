@@ -1,4 +1,4 @@
-"""How an experiment is a command."""
+"""How a run is a command: its settings from words and files, its messages, its errors."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import logging
 import pathlib
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,7 +14,8 @@ import tyro
 from tqdm import tqdm
 
 from bdia_jax import command_line
-from bdia_jax.train import TrainSettings, settings_file, weights_and_biases
+from bdia_jax.train import settings_file, weights_and_biases
+from bdia_jax.train.settings import TrainSettings
 
 CONFIG = "--config"
 ABOUT_CONFIG = (
@@ -24,7 +24,7 @@ ABOUT_CONFIG = (
 )
 
 
-def run(main: Callable[[Any], Any], settings: type, description: str, *, told: int) -> None:
+def run(main: Callable[[Any], Any], settings: type, description: str | None, *, told: int) -> None:
     """Runs ``main`` with the settings of the command line, and of the file after ``--config``.
 
     A run in the folder ``out`` keeps the settings there, as settings.yaml. What the user can mend
@@ -57,13 +57,13 @@ def run(main: Callable[[Any], Any], settings: type, description: str, *, told: i
         sys.exit(130)
 
 
-def read(settings: type, arguments: Sequence[str], description: str = "") -> Any:
+def read(settings: type, arguments: Sequence[str], description: str | None = None) -> Any:
     """The settings that a command line gives."""
     path, rest = config_of(arguments)
     default = {}
     if path is not None:
         default["default"] = settings_file.read_defaults(path, settings, tyro.MISSING)
-    about = f"{description.rstrip()}\n\n{ABOUT_CONFIG}"
+    about = f"{(description or '').rstrip()}\n\n{ABOUT_CONFIG}"
     return command_line.parse(settings, rest, about, **default)
 
 
@@ -89,8 +89,7 @@ def _kept(given: Any) -> Iterator[None]:
     if not isinstance(out, pathlib.Path):
         yield
         return
-    script = shlex.quote(sys.argv[0])
-    again = f"The same run: python {script} {CONFIG} THIS_FILE --out ANOTHER_FOLDER"
+    again = f"The same run: {command_line.program()} {CONFIG} THIS_FILE --out ANOTHER_FOLDER"
     with settings_file.kept_in(out, given, again):
         yield
 
