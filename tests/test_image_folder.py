@@ -503,6 +503,9 @@ def test_finetune(pretrained, photos, tmp_path, capsys, rank):
             steps=20, batch_size=12, learning_rate=3e-3, eval_every=10, checkpoint_every=10
         ),
     )
+    need = finetune_images.main(dataclasses.replace(given, plan="here"))
+    assert need["total"] > need["parameters"] + need["frozen"] + need["optimizer"]
+    assert not given.out.exists()
     found = finetune_images.main(given)
     assert found["loss"] < found["loss before"]
     assert ("measuring which γ" in capsys.readouterr().out) == (rank == 0)

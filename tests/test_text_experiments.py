@@ -34,7 +34,7 @@ from bdia_jax.finetuning import texts as finetune
 from bdia_jax.finetuning.settings import LowRank
 from bdia_jax.finetuning.text_settings import FineTune
 from bdia_jax.nn import Decoder, DecoderConfig, llama, set_step
-from bdia_jax.train import TrainSettings, in_steps
+from bdia_jax.train import TrainSettings, evaluation_memory, in_steps, step_memory
 
 E2E = pathlib.Path(__file__).resolve().parents[2] / "shared/data/e2e-dataset.zip"
 TINY = DecoderConfig(max_length=64, width=16, depth=2, heads=2)
@@ -157,6 +157,40 @@ def test_finetune(folder, tmp_path, rank, capsys):
     assert model.config.n_embd == 16
 
 
+@pytest.mark.buffers
+def test_a_run_can_be_planned(folder, tmp_path, capsys):
+    """What is told is what the run's own programs need, with its data; its folder is left alone."""
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": f"{i} + {i}"}) + "\n" for i in range(40)))
+    given = FineTune(
+        model=str(folder),
+        data=texts,
+        out=tmp_path / "run",
+        length=32,
+        gamma=1 / 8,
+        plan="here",
+        train=dataclasses.replace(FEW, accumulate=2),
+        lora=LowRank(rank=2, targets=("q", "down"), dora=True),
+    )
+    found = finetune.main(given)
+    assert not given.out.exists()
+    assert "nothing was trained" in capsys.readouterr().out
+    model = finetune.load(given, folder)
+    task, _ = finetune.text_data.task_of(given, data.byte_tokenizer(), 32, None)
+    need = step_memory(model, task, given.train)
+    assert found["total"] == need.memory.total
+    assert found["evaluation"] == evaluation_memory(model, task, given.train).total + need.optimizer
+    # Of 2 sequences and 2 blocks: for each of 32 tokens 16 × 3 bits, in words; and a checksum.
+    assert found["side"] == 2 * 2 * (32 * 8 + 4)
+    # What cannot be is told before data are read.
+    nothing = dataclasses.replace(given, data=tmp_path)
+    with pytest.raises(ValueError, match=r"one of the GPUs.*did you mean rtx-4090"):
+        finetune.main(dataclasses.replace(nothing, plan="rtx4090"))
+    train = dataclasses.replace(FEW, mesh="fsdp=3")
+    with pytest.raises(ValueError, match="of 3 devices; there are"):
+        finetune.main(dataclasses.replace(nothing, train=train))
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(jax.device_count() != 8, reason="there must be 8 devices")
 @pytest.mark.parametrize("rank", [0, 2])
@@ -203,7 +237,9 @@ def test_finetune_goes_on_from_an_adapter(tmp_path, capsys):
     )
     first = finetune.main(given)
     lora = LowRank(adapter=tmp_path / "first/adapter")
-    second = finetune.main(dataclasses.replace(given, out=tmp_path / "second", lora=lora))
+    go_on = dataclasses.replace(given, out=tmp_path / "second", lora=lora)
+    assert finetune.main(dataclasses.replace(go_on, plan="here"))["parameters"] > 0
+    second = finetune.main(go_on)
     assert second["loss before"] == pytest.approx(first["loss"], rel=1e-5)
     assert second["loss"] < second["loss before"]
     written = json.loads((tmp_path / "second/adapter/adapter_config.json").read_text())

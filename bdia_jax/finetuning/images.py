@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
 from flax import nnx
@@ -41,6 +42,7 @@ from bdia_jax.finetuning.settings import (
     check_fits,
     described,
     fine_tune,
+    tell_needs,
 )
 from bdia_jax.nn import (
     VisionTower,
@@ -112,11 +114,13 @@ class FineTuneVision(FineTuning, Given):
 
 def main(f: FineTuneVision) -> dict[str, float]:
     """Runs it; validation loss and accuracy before and after."""
-    f = dataclasses.replace(f, out=check_run_folder(f.out, f.resume))
+    if f.plan is None:
+        f = dataclasses.replace(f, out=check_run_folder(f.out, f.resume))
     path = interop.resolve(f.pretrained)
     pretrained = interop.read_vision_config(path)
     about = described(f)
-    check_same_settings(f.out, f.train, {"fine-tuning": about})
+    if f.plan is None:
+        check_same_settings(f.out, f.train, {"fine-tuning": about})
     check_before(f, path, pretrained)
     mean, std = interop.load_normalization(path)
     size = f.image_size or pretrained.image_size
@@ -134,12 +138,16 @@ def main(f: FineTuneVision) -> dict[str, float]:
     print(
         f"{task.samples} images of {data.num_classes} classes; {task.eval_samples} for evaluation"
     )
+    f = dataclasses.replace(f, train=f.train.or_steps(STEPS))
+    if f.plan is not None:
+        classes = data.num_classes
+        length = dataclasses.replace(pretrained, image_size=size).length
+        return tell_needs(f, lambda: made(f, path, pretrained, classes), task, length)
     model = load(f, path, data.num_classes, size)
     # An adapter may have one.
     if f.head_images and not np.any(model.head.kernel[...]):
         right = fit_head(model, task, f.head_images, seed=f.train.seed)
         print(f"new head: {right:.2%} of the images that it was fitted to are classified rightly")
-    f = dataclasses.replace(f, train=f.train.or_steps(STEPS))
     found = fine_tune(f, model, task, about, metric="accuracy", batches=BATCHES)
     if f.lora:
         interop.save_adapter(model, f.out / "adapter", like=path)
@@ -177,24 +185,43 @@ def check_before(f: FineTuneVision, path: pathlib.Path, config: VisionTowerConfi
     Raises:
       ValueError: for settings that do not fit the network, and a disk without room for it.
     """
+    check_fits(f, lambda: made(f, path, config))
+
+
+def made(
+    f: FineTuneVision, path: pathlib.Path, config: VisionTowerConfig, num_classes: int | None = None
+) -> VisionTower:
+    """The network with what is trained of it, and any weights; for what its shapes tell."""
     size = f.image_size or config.image_size
-    config = dataclasses.replace(config, image_size=size, **f.of_network)
-    check_fits(lambda: VisionTower(config, rngs=nnx.Rngs(0)), f.lora, path, f.out, f.train)
+    classes = config.num_classes if num_classes is None else num_classes
+    config = dataclasses.replace(config, image_size=size, num_classes=classes, **f.of_network)
+    return with_updates(f, VisionTower(config, rngs=nnx.Rngs(0)), path)
 
 
 def load(f: FineTuneVision, path: pathlib.Path, num_classes: int, size: int) -> VisionTower:
     """The network with a new head, and with what is trained of it; where it is trained."""
     model = interop.load_vision(path, num_classes=num_classes, image_size=size, **f.of_network)
+    with_updates(f, model, path, print)
+    place_on_mesh(model, f.train.mesh)
+    return model
+
+
+def with_updates(
+    f: FineTuneVision,
+    model: VisionTower,
+    path: pathlib.Path,
+    tell: Callable[[str], None] = lambda told: None,
+) -> VisionTower:
+    """The network, of which low-rank updates and the head are trained, or all weights."""
     if f.lora.adapter is not None:
         paths = interop.load_adapter(model, f.lora.adapter, like=path)
         unfreeze(model.head)
-        print(f"low-rank updates of {', '.join(paths)}, from {f.lora.adapter}")
+        tell(f"low-rank updates of {', '.join(paths)}, from {f.lora.adapter}")
     elif f.lora.rank:
         paths = add_updates(f.lora, model, path, f.train.seed)
         # It is new, and knows nothing yet.
         unfreeze(model.head)
-        print(f"low-rank updates of {', '.join(paths)}, and a head")
-    place_on_mesh(model, f.train.mesh)
+        tell(f"low-rank updates of {', '.join(paths)}, and a head")
     return model
 
 

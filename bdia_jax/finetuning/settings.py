@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, cast
 
 import jax
@@ -16,6 +16,7 @@ from bdia_jax import interop
 from bdia_jax.gamma import FAIR
 from bdia_jax.nn import Decoder, VisionTower, add_lora, set_step
 from bdia_jax.nn.settings import Method
+from bdia_jax.planning import plan, targets
 from bdia_jax.steps import BDIA, Signs
 from bdia_jax.train import (
     Result,
@@ -28,10 +29,15 @@ from bdia_jax.train import (
     restore_best,
     train,
 )
+from bdia_jax.train.mesh import parse_mesh
 from bdia_jax.train.placing import check_mesh
 from bdia_jax.train.run_folder import check_disk
 from bdia_jax.train.wording import per_step
 
+HERE = "here"
+"""To plan for what is there."""
+ASSUMED = 1 / 16
+"""γ of a plan, where it is measured before training."""
 STEPS = 500
 """If neither steps nor epochs are given."""
 COMMON = TrainSettings(
@@ -111,6 +117,9 @@ class FineTuning:
     """Low-rank updates."""
     resume: bool = False
     """Continue the run in the folder, if there is one."""
+    plan: str | None = None
+    """Do not train: say what the run will need on a device, such as rtx-4090, which you need not
+    have (all are in the help of bdia_jax.plan); here for what is there."""
 
     def __post_init__(self):
         if self.gamma_tolerance <= 0:
@@ -236,10 +245,43 @@ def of_run(out: pathlib.Path) -> dict[str, Any]:
     return told.get("fine-tuning", {})
 
 
+def tell_needs(
+    f: Any, make: Callable[[], Decoder | VisionTower], task: Task, length: int
+) -> dict[str, float]:
+    """Prints what a run will need, as its programs are compiled for a device; nothing is run.
+
+    Args:
+      f: as of :func:`fine_tune`, with a ``plan``.
+      make: makes the model; it is only traced.
+      task: with its data, which lie on the device.
+      length: positions of a sample.
+
+    Returns:
+      The same, in bytes.
+    """
+    model = nnx.eval_shape(make)
+    if f.method == "bdia" and f.gamma == "auto":
+        measured = of_run(f.out).get("step", {})
+        if not measured:
+            print(f"planned is γ = {ASSUMED:g}: --gamma auto measures it before training")
+        step = cast(Any, model.blocks.step)
+        set_step(model, dataclasses.replace(step, **(measured or {"gamma": ASSUMED})))
+    devices = devices_of(f)
+    need = plan.need_of(f.method, model, task, f.train, length, devices=devices)
+    kind = (devices or jax.devices())[0].device_kind
+    print(f"compiled for {kind}, nothing was trained\n\n{plan.table([need])}")
+    return {**dataclasses.asdict(need), "run": need.run}
+
+
+def devices_of(f: Any) -> Sequence[jax.Device] | None:
+    """What a plan is compiled for; None for what is there."""
+    return None if f.plan == HERE else targets.devices(f.plan)
+
+
 def described(f: Any, *without: str) -> dict[str, Any]:
     """What decides what comes out of a run, but for how it is trained, as JSON has it."""
     told = json.loads(json.dumps(dataclasses.asdict(f), default=str))
-    return {n: told[n] for n in told if n not in {"train", "resume", "out", *without}}
+    return {n: told[n] for n in told if n not in {"train", "resume", "plan", "out", *without}}
 
 
 def add_updates(
@@ -251,32 +293,21 @@ def add_updates(
     return add_lora(model, lora.rank, lora.alpha, targets, dora=lora.dora, rngs=rngs)
 
 
-def check_fits(
-    make: Callable[[], Decoder | VisionTower],
-    lora: LowRank,
-    path: pathlib.Path,
-    out: pathlib.Path,
-    settings: TrainSettings,
-) -> None:
+def check_fits(f: Any, make: Callable[[], Decoder | VisionTower]) -> None:
     """Refuses, before data and model are read, what shapes and devices tell.
 
     Args:
-      make: makes a model of the settings; it is only traced.
-      lora, path: as of :func:`add_updates`.
-      out: folder of the run.
-      settings: how it is trained.
+      f: as of :func:`fine_tune`.
+      make: makes the model; it is only traced.
 
     Raises:
       ValueError: for updates that do not fit the model, a mesh that does not fit the devices, and a
         disk without room for the model.
     """
-    check_mesh(settings)
-
-    def updated() -> Decoder | VisionTower:
-        model = make()
-        if lora.rank:
-            add_updates(lora, model, path, seed=0)
-        return model
-
-    weights = jax.tree.leaves(nnx.state(nnx.eval_shape(updated), nnx.Not(nnx.RngState)))
-    check_disk(out, sum(a.size * a.dtype.itemsize for a in weights), "the fine-tuned model")
+    model = nnx.eval_shape(make)
+    if f.plan is not None:
+        parse_mesh(f.train.mesh, devices_of(f))
+        return
+    check_mesh(f.train)
+    weights = jax.tree.leaves(nnx.state(model, nnx.Not(nnx.RngState)))
+    check_disk(f.out, sum(a.size * a.dtype.itemsize for a in weights), "the fine-tuned model")

@@ -43,6 +43,7 @@ from bdia_jax.finetuning.settings import (
     described,
     fine_tune,
     of_run,
+    tell_needs,
 )
 from bdia_jax.finetuning.text_settings import FineTune
 from bdia_jax.nn import (
@@ -52,7 +53,9 @@ from bdia_jax.nn import (
     freeze,
     generate,
     merge_lora,
+    quantize_base,
 )
+from bdia_jax.planning.plan import as_on
 from bdia_jax.train import (
     PackedTexts,
     check_batch_size,
@@ -69,11 +72,13 @@ log = logging.getLogger("bdia_jax")
 
 def main(f: FineTune) -> dict[str, float]:
     """Runs it; validation loss and accuracy before and after."""
-    f = dataclasses.replace(f, out=check_run_folder(f.out, f.resume))
+    if f.plan is None:
+        f = dataclasses.replace(f, out=check_run_folder(f.out, f.resume))
     path = interop.packaged_model() if f.model == "smollm2" else interop.resolve(f.model)
     config = interop.read_config(path)
     about = described(f, "samples") | {"began": beginning(f.out)}
-    check_same_settings(f.out, f.train, {"fine-tuning": about})
+    if f.plan is None:
+        check_same_settings(f.out, f.train, {"fine-tuning": about})
     check_before(f, path, config)
     length = min(f.length, config.max_length)
     if length < f.length:
@@ -93,6 +98,8 @@ def main(f: FineTune) -> dict[str, float]:
     check_batch_size(task, f.train.batch_size)
     f = dataclasses.replace(f, train=in_steps(f.train.or_steps(STEPS), task))
     text_data.tell(task, f.train, eval_texts)
+    if f.plan is not None:
+        return tell_needs(f, lambda: made(f, path, config, length), task, length)
     model = load(f, path)
     tell = teller(tokenizer, eval_texts[: f.samples]) if f.samples else None
     found = fine_tune(f, model, task, about, metric="loss", on_evaluation=tell)
@@ -131,8 +138,7 @@ def check_before(f: FineTune, path: pathlib.Path, config: DecoderConfig) -> None
     given = [*text_data.paths_of(f), f.eval_data, f.lora.adapter]
     if missing := [str(p) for p in given if p is not None and not p.expanduser().exists()]:
         raise FileNotFoundError(f"what is given must exist; there is no {', '.join(missing)}")
-    config = dataclasses.replace(config, **settings_of(f, path))
-    check_fits(lambda: Decoder(config, rngs=nnx.Rngs(0)), f.lora, path, f.out, f.train)
+    check_fits(f, lambda: made(f, path, config, min(f.length, config.max_length)))
 
 
 def check_vocabulary(tokenizer: Tokenizer, size: int) -> None:
@@ -155,18 +161,38 @@ def settings_of(f: FineTune, path: pathlib.Path) -> dict[str, Any]:
     )
 
 
+def made(f: FineTune, path: pathlib.Path, config: DecoderConfig, length: int) -> Decoder:
+    """The model with what is trained of it, and any weights; for what its shapes tell."""
+    config = dataclasses.replace(config, **settings_of(f, path))
+    model = Decoder(as_on(f.plan, config, length, packed=True), rngs=nnx.Rngs(0))
+    if f.quantize is not None:
+        quantize_base(model, f.quantize)
+    return with_updates(f, model, path)
+
+
 def load(f: FineTune, path: pathlib.Path) -> Decoder:
     """The model, with what is trained of it; on the devices that it is trained on."""
     place = placed(f.train.mesh)
     model = interop.load(path, quantize=f.quantize, place=place, **settings_of(f, path))
+    with_updates(f, model, path, print)
+    place_on_mesh(model, f.train.mesh)
+    return model
+
+
+def with_updates(
+    f: FineTune,
+    model: Decoder,
+    path: pathlib.Path,
+    tell: Callable[[str], None] = lambda told: None,
+) -> Decoder:
+    """The model, of which low-rank updates are trained, or all weights, or all but some."""
     if f.lora.adapter is not None:
         paths = interop.load_adapter(model, f.lora.adapter, like=path)
-        print(f"low-rank updates of {', '.join(paths)}, from {f.lora.adapter}")
+        tell(f"low-rank updates of {', '.join(paths)}, from {f.lora.adapter}")
     elif f.lora.rank:
-        print(f"low-rank updates of {', '.join(add_updates(f.lora, model, path, f.train.seed))}")
+        tell(f"low-rank updates of {', '.join(add_updates(f.lora, model, path, f.train.seed))}")
     elif f.freeze_embedding:
         freeze(model, "^(embedding|positions|head)$")
-    place_on_mesh(model, f.train.mesh)
     return model
 
 

@@ -42,6 +42,7 @@ from bdia_jax.planning.plan import (
     largest_batch,
     longest,
     plan,
+    table,
 )
 from bdia_jax.planning.shapes import SHAPES
 from bdia_jax.planning.ways import WAYS, check_ways
@@ -57,16 +58,6 @@ def parse_size(text: str) -> int:
     if match is None or not float(match[1]):
         raise ValueError(f"a size must be a number above 0 with MB, GB, MiB or GiB; got {text!r}")
     return int(float(match[1]) * units[match[2]])
-
-
-def table(needs: list[Need]) -> str:
-    """Markdown, in GB (10^9 bytes)."""
-    columns = [*[field.name for field in dataclasses.fields(Need)][1:], "run"]
-    lines = ["| GB per device | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for need in needs:
-        cells = (f"{getattr(need, column) / 1e9:.2f}" for column in columns)
-        lines.append(f"| {need.way} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
 
 
 def draw(needs: list[Need], path: pathlib.Path, title: str) -> None:

@@ -31,6 +31,7 @@ from bdia_jax.planning.ways import WAYS, Way, check_ways
 from bdia_jax.train import (
     LanguageModelling,
     PackedTexts,
+    Task,
     TrainSettings,
     evaluation_memory,
     step_memory,
@@ -114,6 +115,16 @@ class Need:
         return max(self.total, self.evaluation)
 
 
+def table(needs: list[Need]) -> str:
+    """Markdown, in GB (10^9 bytes)."""
+    columns = [*[field.name for field in dataclasses.fields(Need)][1:], "run"]
+    lines = ["| GB per device | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for need in needs:
+        cells = (f"{getattr(need, column) / 1e9:.2f}" for column in columns)
+        lines.append(f"| {need.way} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def plan(
     config: DecoderConfig,
     batch: int,
@@ -170,12 +181,7 @@ def plan(
         optimizer=optimizer,
         mesh=mesh,
     )
-    dtype, head, cap = DTYPES[config.dtype], config.size_of_head, config.attention_cap
-    masked = packed or config.window is not None
-    fused = fusible(dtype, head, (length,), config.dropout, cap, masked=masked)
-    if targets.is_gpu(device) and config.attention == "auto" and fused:
-        # What it would choose there.
-        config = dataclasses.replace(config, attention="cudnn")
+    config = as_on(device, config, length, packed)
     options = {} if here or device is not None else LIKE_AN_ACCELERATOR
     options = options if jax.default_backend() == "cpu" else {}
     planned = _Planned(length, settings, lora, quantize, packed, device, (*options.items(),))
@@ -185,6 +191,16 @@ def plan(
         for name in names
     ]
     return [_need(name, model, planned) for name, model in zip(names, models)]
+
+
+def as_on(device: str | None, config: DecoderConfig, length: int, packed: bool) -> DecoderConfig:
+    """A network as it would choose its attention on a device; arguments as above."""
+    dtype, head, cap = DTYPES[config.dtype], config.size_of_head, config.attention_cap
+    masked = packed or config.window is not None
+    fused = fusible(dtype, head, (length,), config.dropout, cap, masked=masked)
+    if targets.is_gpu(device) and config.attention == "auto" and fused:
+        return dataclasses.replace(config, attention="cudnn")
+    return config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,28 +259,59 @@ _OF_PACKED = (np.int32, np.int32, np.float32, np.int32, np.int32)
 """Types of the arrays of :class:`bdia_jax.data.Packed`."""
 
 
-def _need(name: str, model: Decoder, p: _Planned) -> Need:
-    config = model.config
+def need_of(
+    name: str,
+    model: Any,
+    task: Task,
+    settings: TrainSettings,
+    length: int,
+    *,
+    evaluation: int | None = None,
+    **compiler: Any,
+) -> Need:
+    """What it needs to train a model, which may be abstract.
+
+    Args:
+      name: of the way.
+      model: with one reversible stack, and its config.
+      task, settings: as of :func:`bdia_jax.train.step_memory`.
+      length: positions that blocks see of a sample.
+      evaluation: bytes of the evaluation of a batch, if they are known.
+      **compiler: more of :func:`bdia_jax.train.step_memory`.
+    """
+    found = step_memory(model, task, settings, **compiler)
+    if evaluation is None:
+        evaluation = evaluation_memory(model, task, settings, **compiler).total
     (stack,) = reversible_stacks(model)
-    settings = WAYS[name].train(p.settings)
-    found = step_memory(model, p.task(config.vocab_size), settings, **p.compiler)
-    # Networks that are evaluated alike share what is found.
-    on_grid = stack.step.network.frac_bits is not None
-    alike = {"method": "standard", "quantize_standard": on_grid, "gamma": 0.5, "signs": "block"}
-    alike |= {"tolerance_bits": 0, "keep_in": "device", "narrow_cotangents": False}
-    evaluation = _evaluation(dataclasses.replace(config, **alike), p)
     micro_batch = settings.batch_size // settings.accumulate
-    side = side_information(stack, micro_batch, p.length, config.width)
     return Need(
         name,
         found.parameters,
         found.frozen,
         found.optimizer,
         found.gradients,
-        side // found.batch_shards,
+        side_information(stack, micro_batch, length, model.config.width) // found.batch_shards,
         found.memory.results + found.memory.temporaries,
         found.memory.total,
         evaluation + found.optimizer,
+    )
+
+
+def _need(name: str, model: Decoder, p: _Planned) -> Need:
+    config = model.config
+    (stack,) = reversible_stacks(model)
+    # Networks that are evaluated alike share what is found.
+    on_grid = stack.step.network.frac_bits is not None
+    alike = {"method": "standard", "quantize_standard": on_grid, "gamma": 0.5, "signs": "block"}
+    alike |= {"tolerance_bits": 0, "keep_in": "device", "narrow_cotangents": False}
+    return need_of(
+        name,
+        model,
+        p.task(config.vocab_size),
+        WAYS[name].train(p.settings),
+        p.length,
+        evaluation=_evaluation(dataclasses.replace(config, **alike), p),
+        **p.compiler,
     )
 
 
