@@ -137,6 +137,8 @@ class Translate:
     """How to train it; a batch has batch_size rows, each full of pairs."""
 
     def __post_init__(self):
+        if self.count is not None and self.count < 1:
+            raise ValueError(f"count must be at least 1, or None; got {self.count}")
         if self.pairs is not None and self.tfds is not None:
             raise ValueError(f"give pairs or tfds, not both; got {self.pairs} and {self.tfds}")
         for name in ("seeds", "beams", "decode"):

@@ -16,7 +16,6 @@ is ``--model.width 512 --model.hidden 512 --model.heads 8 --model.head-dim 64`` 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import pathlib
 import re
@@ -29,7 +28,14 @@ from measure import records, vision_tables
 from bdia_jax.data import load_image_folder, load_images
 from bdia_jax.finetuning import images
 from bdia_jax.nn import ViT, ViTConfig
-from bdia_jax.train import ImageClassification, TrainSettings, command, plot_curves, train
+from bdia_jax.train import (
+    ImageClassification,
+    TrainSettings,
+    command,
+    plot_curves,
+    read_metrics,
+    train,
+)
 from bdia_jax.train.wording import per_step
 
 SMALL = ViTConfig(
@@ -87,9 +93,11 @@ def main(experiment: Experiment) -> float:
     }
     try:
         result = train(model, task, e.train, e.out, resume=e.resume, about=about)
-    finally:
-        # Also of a run that was told to stop.
+    except (SystemExit, KeyboardInterrupt):
+        # It was told to stop.
         write_result(e, config)
+        raise
+    write_result(e, config)
     plot_curves({config.method: e.out}, e.out / "accuracy.png")
     accuracy = result.last("eval", "accuracy")
     print(
@@ -101,12 +109,11 @@ def main(experiment: Experiment) -> float:
 
 def write_result(e: Experiment, config: ViTConfig) -> None:
     """What was evaluated so far, over all continuations."""
-    lines = e.out / "metrics.jsonl"
-    if e.results is None or not lines.exists():
+    if e.results is None:
         return
-    found = [json.loads(line) for line in lines.read_text().splitlines()]
+    found = read_metrics(e.out)
     rows = [{"network": config.method} | line for line in found if line["split"] == "eval"]
-    name = f"vit-{e.data}-{config.method}-{config.dtype}"
+    name = f"vit-{pathlib.Path(e.data).name}-{config.method}-{config.dtype}"
     records.write(name, rows, vision_tables.DEPENDS, settings=e, out=e.results)
 
 

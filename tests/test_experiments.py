@@ -498,6 +498,11 @@ def test_vit_resumes(tmp_path, capsys):
     accuracy = vit.main(dataclasses.replace(experiment, train=settings, resume=True))
     assert 0 <= accuracy <= 1
     assert "after 4 steps" in capsys.readouterr().out
+    # What is refused is no result.
+    other = dataclasses.replace(experiment, model=dataclasses.replace(SMALL, method="standard"))
+    with pytest.raises(FileExistsError, match="there is a run"):
+        vit.main(dataclasses.replace(other, results=tmp_path / "results"))
+    assert not (tmp_path / "results").exists()
     assert is_png(tmp_path / "run" / "accuracy.png")
 
 

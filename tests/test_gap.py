@@ -82,7 +82,22 @@ def test_lines_have_it_where_training_runs_another_network(tmp_path):
         assert gap.has_gap(model) == has
         result, _ = _toy.run(tmp_path / method, model=model, log_every=1, steps=3, eval_every=3)
         for record in result.history:
-            assert ("network_loss" in record) == (has and record["split"] == "train")
+            told = has and record["split"] == "train"
+            assert ("network_loss" in record) == ("batch_loss" in record) == told
+
+
+def test_it_is_beside_the_loss_of_the_same_batch(tmp_path):
+    """Which is not that of all steps since the line before."""
+    often, seldom = (
+        _toy.run(tmp_path / str(every), log_every=every, steps=4, eval_every=4)[0].history
+        for every in (1, 4)
+    )
+    each = [record for record in often if record["split"] == "train"]
+    (line,) = (record for record in seldom if record["split"] == "train")
+    for name in ("batch_loss", "network_loss"):
+        assert line[name] == pytest.approx(each[-1][name], rel=1e-5)
+    assert each[-1]["batch_loss"] == each[-1]["loss"]
+    assert line["loss"] == pytest.approx(np.mean([record["loss"] for record in each]), rel=1e-5)
 
 
 def test_a_model_of_ones_own_network(tmp_path):

@@ -12,10 +12,12 @@ from jax.sharding import PartitionSpec as P
 
 from bdia_jax import BDIA, BackwardReport, Checkpoint, Direct, Euler
 from bdia_jax.nn import (
+    DecoderConfig,
     Dropout,
     Probe,
     ReversibleSettings,
     ReversibleStack,
+    VisionTowerConfig,
     ViT,
     ViTConfig,
     add_lora,
@@ -27,6 +29,8 @@ from bdia_jax.nn.blocks import LayerNorm, RMSNorm
 from bdia_jax.nn.dropout import keep_mask
 from bdia_jax.nn.linear import dot_general, product
 from bdia_jax.nn.lora import LowRankLinear
+from bdia_jax.nn.text_blocks import DecoderBlock
+from bdia_jax.nn.vision import VisionBlock
 from bdia_jax.nn.vit import patches, shifted
 
 KEY = jax.random.key(0)
@@ -370,6 +374,24 @@ def test_dropout_keeps_the_mean(rate, kept):
     assert (dropout(jnp.ones(shape)) != y).any()
     dropout.eval()
     assert (dropout(jnp.ones(shape)) == 1).all()
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        lambda: VisionBlock(
+            VisionTowerConfig(width=64, heads=2, hidden=64, dropout=0.5), rngs=nnx.Rngs(0)
+        ),
+        lambda: DecoderBlock(
+            DecoderConfig(width=64, heads=2, hidden=64, dropout=0.5), rngs=nnx.Rngs(0)
+        ),
+    ],
+)
+def test_each_update_of_a_pretrained_network_is_dropped_once(block):
+    block, x = block(), jax.random.normal(KEY, (4, 32, 64))
+    for name in block.PARTS:
+        y = np.asarray(getattr(block, name)(x))
+        assert abs((y == 0).mean() - 0.5) < 5 * np.sqrt(0.25 / y.size) + 2**-16
 
 
 def test_dropout_by_key_and_without_randomness():

@@ -1,6 +1,7 @@
 """The folder of a run: what is refused before anything takes long, whose run it is, and its log."""
 
 import collections
+import contextlib
 import dataclasses
 import json
 import logging
@@ -13,6 +14,7 @@ import _toy
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -145,6 +147,58 @@ def test_other_weights_that_are_not_trained(tmp_path):
     with pytest.raises(ValueError, match=r"frozen.sha256"):
         run(0, few_bits=True)
     assert run(0).step == 2
+
+
+class RandomFeatures(_toy.Toy):
+    """Has a variable that is neither trained nor frozen, nor in a checkpoint."""
+
+    def __init__(self, seed):
+        super().__init__()
+        self.features = nnx.Variable(jax.random.normal(jax.random.key(seed), (4, 4)))
+
+    def __call__(self, x, key=None):
+        return super().__call__(x @ self.features[...], key)
+
+
+def test_other_variables(tmp_path):
+    folder = tmp_path / "run"
+    _toy.run(folder, model=RandomFeatures(0), steps=2, stop_at=1)
+    with pytest.raises(ValueError, match=r"variables.sha256: .*not trained are not those"):
+        _toy.run(folder, model=RandomFeatures(1), steps=2, resume=True)
+    assert _toy.run(folder, model=RandomFeatures(0), steps=2, resume=True)[0].step == 2
+
+
+def test_two_processes_in_a_folder(tmp_path):
+    folder = tmp_path / "run"
+    with run_folder.locked(folder, main=True):
+        for resume in (False, True):
+            with pytest.raises(FileExistsError, match="another process is training in"):
+                _toy.run(folder, steps=2, resume=resume)
+        assert [path.name for path in folder.iterdir()] == [run_folder.LOCK]
+
+        # One that was faster, and of which nothing was there when the other one looked.
+    real = run_folder.locked
+
+    @contextlib.contextmanager
+    def too_late(*arguments):
+        (folder / run_folder.SETTINGS).write_text("{}")
+        with real(*arguments):
+            yield
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bdia_jax.train.loop.locked", too_late)
+        with pytest.raises(FileExistsError, match="there is a run in"):
+            _toy.run(folder, steps=2)
+    (folder / run_folder.SETTINGS).unlink()
+    assert _toy.run(folder, steps=2)[0].step == 2
+
+
+def test_an_optimizer_of_ones_own_is_described_as_such(tmp_path):
+    model = _toy.Toy()
+    train(model, _toy.Regression(), _toy.settings(steps=1), tmp_path, optimizer=optax.sgd(0.1))
+    told = json.loads((tmp_path / "settings.json").read_text())["train"]
+    for name in ("optimizer", "learning_rate", "clip_norm"):
+        assert told[name] == "of the optimizer given to train()"
 
 
 def test_fingerprints():

@@ -164,6 +164,8 @@ ALL = ", ".join(field.name for field in dataclasses.fields(Everything) if field.
         ("sizes: 1", "sizes must be names with values; got 1"),
         ("- 1", rf"the file must have settings \({ALL}\); got \[1\]"),
         ("a: [", "is not YAML"),
+        ("a: 1\nb: 2\na: 3\n", "is not YAML: 'a' is given twice"),
+        ("inner: {a: 1, a: 3}\n", "is not YAML: 'a' is given twice"),
     ],
 )
 def test_what_is_wrong_is_told(text, message, tmp_path):

@@ -35,7 +35,8 @@ from bdia_jax.nn import (
 )
 from bdia_jax.nn.stacked import is_stacked
 from bdia_jax.optim import scale_by_set_adam, set_adam
-from bdia_jax.train import make_optimizer
+from bdia_jax.train import errors, make_optimizer
+from bdia_jax.train.step import StepReport
 
 KEY = jax.random.key(0)
 VIT = ViTConfig(
@@ -162,6 +163,10 @@ def test_coupled_vit():
         assert all(jnp.abs(g).max() > 0 for g in jax.tree.leaves(grads))
         found[method] = y, grads
     assert_close(*found.values(), 1e-3)
+    report = StepReport(None, None, None, {})
+    assert errors.reversibility(model, report) == "no reversible blocks"
+    online = ViT(dataclasses.replace(VIT, method="coupled"), rngs=nnx.Rngs(0))
+    assert "taken back in floats, not exactly" in errors.reversibility(online, report)
 
     model.eval()
     x = jax.random.normal(KEY, (2, 5, 16))

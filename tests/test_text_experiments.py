@@ -376,7 +376,7 @@ def test_what_is_refused_before_anything_is_read(folder, tmp_path, change, error
     ("change", "message"),
     [
         ({"signs": "minus"}, "chooses from the signs block, sample: give a gamma"),
-        ({"gamma_tolerance": 0.0}, "gamma_tolerance must be positive; got 0.0"),
+        ({"gamma_tolerance": 0.0}, "gamma_tolerance must be finite and positive; got 0.0"),
     ],
 )
 def test_what_cannot_be_measured(tmp_path, change, message):
@@ -439,9 +439,19 @@ def test_a_tokenizer_with_special_tokens_that_the_model_lacks(tmp_path):
     size = tokenizer.size
     tokenizer.inner.add_special_tokens(["<image>"])
     more = data.Tokenizer(tokenizer.inner, tokenizer.end)
-    finetune.check_vocabulary(more, size)
+    refusing = finetune.for_model(more, size)
+    assert refusing.encode("a b") == more.encode("a b")
+    texts = tmp_path / "texts.jsonl"
+    lines = [{"prompt": "a", "completion": "b" if i < 7 else "<image>"} for i in range(9)]
+    texts.write_text("\n".join(map(json.dumps, lines)))
+    told = rf"texts.jsonl, (line|record) 8: the text has the token '<image>', number {size}; the model has"
+    with pytest.raises(ValueError, match=told):
+        data.read_examples(texts, refusing, 8)
+    stream = data.TextsOnDisk([texts], refusing, 8, hold_out=False)
+    with pytest.raises(ValueError, match=told):
+        stream.read(range(stream.blocks))
     with pytest.raises(ValueError, match=f"has {size + 1} tokens, the model {size - 2}: they do"):
-        finetune.check_vocabulary(more, size - 2)
+        finetune.for_model(more, size - 2)
 
 
 @pytest.mark.slow

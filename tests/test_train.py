@@ -10,16 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from bdia_jax import train as training
 from bdia_jax.data import ImageData
+from bdia_jax.nn import freeze
 from bdia_jax.train import (
     CheckpointError,
     ImageClassification,
     InexactInverseError,
     NonFiniteError,
+    ResizedImages,
     State,
     TrainSettings,
+    evaluate,
     make_optimizer,
     plot_curves,
     read_metrics,
@@ -70,6 +74,7 @@ def test_result_and_files(whole):
         "seconds",
         "loss",
         "absolute",
+        "batch_loss",
         "network_loss",
         "grad_norm",
         "learning_rate",
@@ -261,6 +266,8 @@ def no_compiling(monkeypatch):
         ({"wandb": " "}, "wandb must be the name of a project, or None; got ' '"),
         ({"wandb": True}, "wandb must be .* got True"),
         ({"stop_at": 0}, "stop_at"),
+        ({"update_in_backward": "no"}, "update_in_backward must be True or False; got 'no'"),
+        ({"mesh": 4}, "mesh must look like .*; got 4"),
     ],
 )
 def test_bad_settings(changes, message):
@@ -283,6 +290,76 @@ def test_bad_meshes(mesh, message, tmp_path, no_compiling):
     with pytest.raises(ValueError, match=message):
         _toy.run(tmp_path / "run", mesh=mesh, accumulate=2)
     assert not (tmp_path / "run").exists()
+
+
+class BestOfNone(_toy.Regression):
+    best = "-perplexity"
+
+
+class Noisy(_toy.Toy):
+    """Draws from a stream of its own, outside of the blocks."""
+
+    def __init__(self):
+        super().__init__()
+        self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+
+    def __call__(self, x, key=None):
+        return super().__call__(self.dropout(x), key)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"task": BestOfNone()}, "one of its metrics, loss, absolute, .*got '-perplexity'"),
+        ({"model": Noisy()}, "must be a pure function.*nnx.Dropout"),
+    ],
+)
+def test_what_tracing_tells(given, message, tmp_path, no_compiling):
+    with pytest.raises(ValueError, match=message):
+        _toy.run(tmp_path / "run", **given)
+    assert not (tmp_path / "run").exists()
+
+
+class Distilled(nnx.Module):
+    """A student, and a teacher that begins with the same arrays, and stays as it is."""
+
+    def __init__(self):
+        self.student = _toy.Toy()
+        self.teacher = nnx.clone(self.student)
+        freeze(self.teacher)
+
+    def __call__(self, x, key=None):
+        return self.student(x, key) + 0 * self.teacher(x, key)
+
+
+def test_a_trained_array_that_is_also_a_frozen_one(tmp_path):
+    model = Distilled()
+    before = np.array(model.teacher.head.kernel[...])
+    np.testing.assert_array_equal(before, model.student.head.kernel[...])
+    _toy.run(tmp_path / "run", model=model, steps=2)
+    np.testing.assert_array_equal(before, model.teacher.head.kernel[...])
+    assert np.abs(before - model.student.head.kernel[...]).max() > 1e-4
+
+
+class Logits(nnx.Module):
+    """The same for every image."""
+
+    def __call__(self, images, key=None):
+        return jnp.zeros((len(images), 2)) + jnp.array([1.0, 0.0])
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint32, np.int8, np.int64])
+def test_labels_of_any_integers(kind):
+    """What fills up the last batch of an evaluation counts for nothing."""
+    images, labels = np.zeros((10, 4, 4, 1), np.uint8), (np.arange(10) % 2).astype(kind)
+    data = ImageData("some", images, labels, images, labels, 2)
+    for task in (
+        ImageClassification(data, augment=False),
+        ResizedImages(data, 4, np.zeros(1), np.ones(1), augmentation=None),
+    ):
+        found = evaluate(Logits(), task, eval_batch_size=8)
+        assert found["accuracy"] == 0.5
+        np.testing.assert_allclose(found["loss"], np.log(1 + np.exp(1)) - 0.5, rtol=1e-6)
 
 
 def test_a_run_is_never_overwritten(whole, no_compiling):
@@ -311,7 +388,10 @@ def test_a_folder_that_cannot_be_written(tmp_path, no_compiling):
         ({"batch_size": 16}, "train.batch_size: 8 there, 16 now"),
         ({"seed": 1, "learning_rate": 1.0}, "train.learning_rate: 0.01 there, 1.0 now; train.seed"),
         ({"steps": 20}, "train.steps: 8 there, 20 now"),
-        ({"own_optimizer": optax.sgd(0.1)}, "train.optimizer: 'adamw' there, 'one given to train"),
+        (
+            {"own_optimizer": optax.sgd(0.1)},
+            "train.optimizer: 'adamw' there, 'of the opt",
+        ),
         ({"about": {"model": {"depth": 3}}}, "model: 'nothing' there, {'depth': 3} now"),
     ],
 )

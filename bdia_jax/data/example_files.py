@@ -112,7 +112,12 @@ def read_by_record(
             raise fitting.nothing()
         fitting.tell()
         return examples
-    pieces = cut_up(whole(read_text(path), tokenizer), tokenizer.begin, length)
+    text = read_text(path)
+    try:
+        passage = whole(text, tokenizer)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    pieces = cut_up(passage, tokenizer.begin, length)
     return [[piece] for piece in pieces]
 
 
@@ -174,17 +179,24 @@ def found_in(
     """The texts of a record, of which ``values`` are the ``fields`` of its kind.
 
     Raises:
-      ValueError: for a text or a prompt that is empty, and a conversation that is refused.
+      ValueError: for a text or a prompt that is empty, and a conversation or a token that is
+        refused.
     """
+    if fields != MESSAGES:
+        refuse_empty(name, where, fields, values)
+    try:
+        yield from _made_of(where, fields, values, tokenizer, template)
+    except ValueError as error:
+        raise ValueError(f"{name}, {where}: {error}") from None
+
+
+def _made_of(where, fields, values, tokenizer, template) -> Iterator[Found]:
+    """The same of a record that is not empty."""
     if fields == MESSAGES:
         assert template is not None
-        try:
-            examples = conversed(tokenizer, template, *values)
-        except ValueError as error:
-            raise ValueError(f"{name}, {where}: {error}") from None
-        yield from (Found(where, example, across) for example, across in examples)
+        for example, across in conversed(tokenizer, template, *values):
+            yield Found(where, example, across)
         return
-    refuse_empty(name, where, fields, values)
     silent = not values[-1]
     if fields == TEXT:
         yield Found(where, whole(values[0], tokenizer))

@@ -8,7 +8,7 @@ import pathlib
 from typing import Any, ClassVar
 
 import numpy as np
-from jaxtyping import Float, Int, Int32, UInt8
+from jaxtyping import Float, Int32, Integer, UInt8
 
 from bdia_jax.data import sets
 from bdia_jax.data.fingerprints import fingerprint
@@ -42,9 +42,9 @@ class ImageData:
 
     name: str
     train_images: UInt8[np.ndarray, "train height width channel"]
-    train_labels: Int[np.ndarray, "train"]
+    train_labels: Integer[np.ndarray, "train"]
     eval_images: UInt8[np.ndarray, "eval eval_height eval_width channel"]
-    eval_labels: Int[np.ndarray, "eval"]
+    eval_labels: Integer[np.ndarray, "eval"]
     num_classes: int
     one_shape: ClassVar[bool] = True
     """Whether the images of both splits are of one shape."""

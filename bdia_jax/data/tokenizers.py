@@ -38,6 +38,8 @@ class Tokenizer:
     """The token that ends a text."""
     other_ends: frozenset[int] = frozenset()
     """More tokens after which a model that generates stops: the end of a message, for instance."""
+    known: int | None = None
+    """How many tokens the model has: a text with another one is refused. None for all."""
 
     def __post_init__(self):
         # Settings that the file kept of another training: they would cut texts off, add tokens to
@@ -72,8 +74,20 @@ class Tokenizer:
         return frozenset(number for number, token in added.items() if token.special)
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text, and no others."""
-        return self.inner.encode(text, add_special_tokens=False).ids
+        """The tokens of a text, and no others.
+
+        Raises:
+          ValueError: for a token that the model does not have.
+        """
+        return self._checked(self.inner.encode(text, add_special_tokens=False).ids)
+
+    def _checked(self, tokens: list[int]) -> list[int]:
+        if self.known is not None and (highest := max(tokens, default=0)) >= self.known:
+            raise ValueError(
+                f"the text has the token {self.inner.id_to_token(highest)!r}, number {highest}; "
+                f"the model has {self.known} tokens"
+            )
+        return tokens
 
     def prompt_tokens(self, text: str) -> list[int]:
         """The tokens that a model is given to go on with: :attr:`begin`, then the text's.
@@ -87,7 +101,7 @@ class Tokenizer:
 
     def continuation(self, text: str) -> list[int]:
         """The tokens of a text that continues another: no space is put before it."""
-        return self._within.encode(text, add_special_tokens=False).ids
+        return self._checked(self._within.encode(text, add_special_tokens=False).ids)
 
     @functools.cached_property
     def _within(self) -> tokenizers.Tokenizer:

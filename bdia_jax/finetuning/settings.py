@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, cast
@@ -29,6 +30,7 @@ from bdia_jax.train import (
     restore_best,
     train,
 )
+from bdia_jax.train.errors import raise_if_not_finite
 from bdia_jax.train.mesh import parse_mesh
 from bdia_jax.train.placing import check_mesh
 from bdia_jax.train.run_folder import check_disk
@@ -122,8 +124,10 @@ class FineTuning:
     have (all are in the help of bdia_jax.plan); here for what is there."""
 
     def __post_init__(self):
-        if self.gamma_tolerance <= 0:
-            raise ValueError(f"gamma_tolerance must be positive; got {self.gamma_tolerance}")
+        if not 0 < self.gamma_tolerance < math.inf:
+            raise ValueError(
+                f"gamma_tolerance must be finite and positive; got {self.gamma_tolerance}"
+            )
         measured = self.method == "bdia" and self.gamma == "auto"
         if measured and self.signs is not None and self.signs not in FAIR:
             raise ValueError(
@@ -220,6 +224,7 @@ def fine_tune(
     f.set_gamma(model, task, f.train, f.out, batches)
     size = eval_batch_size(task, f.train)
     before = evaluate(model, task, eval_batch_size=size)
+    raise_if_not_finite(0, before, {"loss"})
     print(f"before: validation loss {before['loss']:.4f}, accuracy {before['accuracy']:.2%}")
     about = about | {"step": dataclasses.asdict(cast(Any, model.blocks.step))}
     result: Result = train(

@@ -57,7 +57,6 @@ from bdia_jax.nn import (
 )
 from bdia_jax.planning.plan import as_on
 from bdia_jax.train import (
-    PackedTexts,
     check_batch_size,
     check_run_folder,
     in_steps,
@@ -84,17 +83,12 @@ def main(f: FineTune) -> dict[str, float]:
     if length < f.length:
         print(f"sequences have {length} tokens, the model's longest")
     tokenizer = load_tokenizer(f.tokenizer) if f.tokenizer else tokenizer_of(path)
-    check_vocabulary(tokenizer, config.vocab_size)
+    tokenizer = for_model(tokenizer, config.vocab_size)
     if (template := interop.load_chat_template(path)) is not None:
         # Some write the day into each text: the run's data are those of the day when it began.
         now = datetime.datetime.fromisoformat(about["began"])
         template = dataclasses.replace(template, now=now)
     task, eval_texts = text_data.task_of(f, tokenizer, length, template)
-    if isinstance(task, PackedTexts) and task.train.tokens.max() >= config.vocab_size:
-        raise ValueError(
-            f"the texts have the token {tokenizer.inner.id_to_token(int(task.train.tokens.max()))},"
-            " which the model does not know"
-        )
     check_batch_size(task, f.train.batch_size)
     f = dataclasses.replace(f, train=in_steps(f.train.or_steps(STEPS), task))
     text_data.tell(task, f.train, eval_texts)
@@ -141,14 +135,19 @@ def check_before(f: FineTune, path: pathlib.Path, config: DecoderConfig) -> None
     check_fits(f, lambda: made(f, path, config, min(f.length, config.max_length)))
 
 
-def check_vocabulary(tokenizer: Tokenizer, size: int) -> None:
-    """A ``ValueError`` for a tokenizer with ordinary tokens that a model does not have."""
+def for_model(tokenizer: Tokenizer, size: int) -> Tokenizer:
+    """A tokenizer that refuses texts with tokens that a model of ``size`` tokens does not have.
+
+    Raises:
+      ValueError: for a tokenizer with ordinary tokens that the model does not have.
+    """
     surplus = [number for number in range(size, tokenizer.size) if number not in tokenizer.special]
     if surplus:
         raise ValueError(
             f"the tokenizer has {tokenizer.size} tokens, the model {size}: they do not belong "
             "together; give the model's tokenizer"
         )
+    return dataclasses.replace(tokenizer, known=size)
 
 
 def settings_of(f: FineTune, path: pathlib.Path) -> dict[str, Any]:

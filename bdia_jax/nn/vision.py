@@ -209,9 +209,7 @@ class VisionBlock(Block):
             **dtypes,
         )
         self.ffn_norm = make_norm(c, rngs)
-        self.ffn = FeedForward(
-            c.width, c.hidden, activation=c.activation, dropout=c.dropout, rngs=rngs, **dtypes
-        )
+        self.ffn = FeedForward(c.width, c.hidden, activation=c.activation, rngs=rngs, **dtypes)
 
         def scale() -> nnx.Param | None:
             return nnx.Param(jnp.ones(c.width, dtypes["param_dtype"])) if c.layer_scale else None

@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from flax import nnx
 
-from bdia_jax import BackwardReport
+from bdia_jax import BackwardReport, Online
+from bdia_jax.nn.coupled import CoupledStack
 from bdia_jax.train.step import StepReport
 
 
@@ -43,15 +45,22 @@ def raise_if_not_finite(step: int, metrics: dict[str, float], names: set[str]) -
     """Judges an evaluation by some of its metrics."""
     for name in sorted(names & metrics.keys()):
         if not math.isfinite(metrics[name]):
+            when = "although the steps of training were finite" if step else "before any training"
             raise NonFiniteError(
-                f"step {step}: {name} is {metrics[name]} in evaluation, although the steps of "
-                "training were finite. A state left the range of the grid, ±2**(30 - frac_bits) "
-                "(lower frac_bits), or the network diverges (lower the learning rate)"
+                f"step {step}: {name} is {metrics[name]} in evaluation, {when}. A state left "
+                "the range of the grid, ±2**(30 - frac_bits) (lower frac_bits), or the network "
+                "diverges (lower the learning rate)"
             )
 
 
-def reversibility(report: StepReport) -> str:
+def reversibility(model: nnx.Module, report: StepReport) -> str:
     """A line about how exactly a step was taken back."""
+    coupled = [m for _, m in nnx.iter_modules(model) if isinstance(m, CoupledStack)]
+    if any(stack.adjoint == Online() for stack in coupled):
+        return (
+            "blocks of two streams, which are taken back in floats, not exactly: "
+            "CoupledStack.reconstruction_errors says by how much they are off"
+        )
     reports = report.backward.values()
     states = sum(backward.mismatched.size for backward in reports)
     if not states:

@@ -5,6 +5,7 @@ The loop itself is :class:`bdia_jax.train.run.Run`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import pathlib
 from typing import Any
@@ -28,6 +29,7 @@ from bdia_jax.train.run_folder import (
     check_run_folder,
     check_same_run,
     describe_run,
+    locked,
     logging_to,
     make_run_folder,
 )
@@ -67,7 +69,8 @@ def train(
       folder: of the run (:mod:`bdia_jax.train.run_folder` says what it will hold).
       resume: continue from the newest checkpoint in ``folder``, if there is one.
       about: settings of the model and the data, saved, and compared when a run is resumed.
-      optimizer: instead of the one that ``settings`` names, with its schedule and clipping.
+      optimizer: instead of the one that ``settings`` names, with its schedule and clipping. When a
+        run is resumed, nobody can tell whether it is the same one.
       progress: whether to show a bar; None for: on a terminal.
       on_evaluation: is called after every evaluation with the model, in evaluation mode and with
         the weights that were evaluated, and the step. The run does not depend on what it does; the
@@ -77,7 +80,8 @@ def train(
       ValueError: for settings that do not fit, trained weights of too few bits, or a folder of
         another run. A resumed run may log, evaluate and save at other intervals, and with a
         constant schedule have another number of steps.
-      FileExistsError: for a folder with a run in it, without ``resume``.
+      FileExistsError: for a folder with a run in it, without ``resume``, or one that another
+        process is training in.
       ImportError: if the settings name a project of Weights & Biases, and ``wandb`` is missing.
       NotADirectoryError, PermissionError: for a folder that cannot be written. All of these, and
         any error of the model or the task in tracing, before anything is compiled or trained.
@@ -101,8 +105,13 @@ def train(
     programs = Programs(model, task, settings, optimizer)
     programs.trace()
     check_room(folder, programs.abstract_state(), settings.keep_last)
-    make_run_folder(folder, described, main)
-    with logging_to(folder, main) as tell:
+    with contextlib.ExitStack() as held:
+        held.enter_context(locked(folder, main))
+        if main:
+            # Another process may have been faster.
+            check_same_run(check_run_folder(folder, resume), described, settings)
+        make_run_folder(folder, described, main)
+        tell = held.enter_context(logging_to(folder, main))
         checkpoints = Checkpoints(folder / "checkpoints", settings.keep_last, task.best)
         writer = run = feed = None
         interrupted = False

@@ -46,7 +46,7 @@ def mesh_shape(text: str) -> tuple[int, int]:
       ValueError: for unknown axes, or sizes that are no numbers from 1 on.
     """
     sizes: dict[str, int] = {}
-    for part in text.split(","):
+    for part in str(text).split(","):
         name, _, size = part.partition("=")
         if name.strip() not in AXES or not size.strip().isdigit() or name.strip() in sizes:
             raise ValueError(f'mesh must look like "data=4,fsdp=2"; got {text!r}')

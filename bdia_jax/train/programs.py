@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from flax.errors import TraceContextError
 from jaxtyping import Array, Float
 
 from bdia_jax.nn.losses import Sums
@@ -113,8 +114,13 @@ class Programs:
 
     def first_state(self, model: nnx.Module) -> State:
         """The state before the first step, made of the model's own arrays."""
+        # A step writes into the arrays of a state: none may be that of a weight that stays.
+        others = {id(leaf) for leaf in jax.tree.leaves(nnx.state(model, nnx.Not(nnx.Param)))}
         # A dtype of its own rather than a weak one, or the second step would be compiled anew.
-        params = jax.tree.map(lambda p: jnp.asarray(p, p.dtype), nnx.state(model, nnx.Param))
+        params = jax.tree.map(
+            lambda p: (jnp.array if id(p) in others else jnp.asarray)(p, p.dtype),
+            nnx.state(model, nnx.Param),
+        )
         if self._shardings is None:
             return _unshared(self._place(self._new_state(params)))
         # Each device makes its own part of the optimizer's state: no device may have room for all.
@@ -151,10 +157,27 @@ class Programs:
 
     def trace(self) -> None:
         """Traces all programs, so that what does not fit fails now; jit remembers the result."""
+        try:
+            self._trace()
+        except TraceContextError as error:
+            raise ValueError(
+                "the model must be a pure function in training, and cannot write to its variables, "
+                f"as batch norms and layers with a random stream of their own do ({error}). Use "
+                "layer, group or RMS normalization, and dropout that takes a key "
+                "(nnx.Dropout(rate)(x, rngs=nnx.Rngs(key)))"
+            ) from error
+
+    def _trace(self) -> None:
         state = self.abstract_state()
         arrays = self._with(self._fed_shapes())
         self._step.eval_shape(state, self._rest, arrays)
-        self._evaluate.eval_shape(state.params, self._rest, self._arrays, _INDEX)
+        sums = self._evaluate.eval_shape(state.params, self._rest, self._arrays, _INDEX)
+        metrics = ["loss", *sums.metrics]
+        if (best := self.task.best).removeprefix("-") not in metrics:
+            raise ValueError(
+                f"best of the task must be one of its metrics, {', '.join(metrics)}, or the same "
+                f'with a "-" before it; got {best!r}'
+            )
         if self.has_gap:
             self._network_loss.eval_shape(state, self._rest, arrays)
 

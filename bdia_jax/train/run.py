@@ -140,7 +140,7 @@ class Run:
         """The first step of a call shows whether blocks are reversible here, and γ tolerated."""
         self._look()
         (report,) = self._seen
-        log.info("%s", reversibility(report))
+        log.info("%s", reversibility(model, report))
         if self.step == 1 and self._network_loss is not None:
             loss, without = float(report.sums.means()["loss"]), float(self._network_loss)
             if gap.is_far(loss, without, float(report.sums.weight)):
@@ -164,14 +164,16 @@ class Run:
         speed = self.pace.lap(self.step, [float(report.sums.weight) for report in reports])
         line = means(report.sums for report in reports)
         if network_loss is not None:
+            # Of one batch: the two are to be compared.
+            line["batch_loss"] = float(reports[-1].sums.means()["loss"])
             line["network_loss"] = float(network_loss)
         line["grad_norm"] = float(np.mean([report.grad_norm for report in reports]))
         rates = [r.learning_rate for r in reports if r.learning_rate is not None]
         if rates:
             line["learning_rate"] = float(np.mean(rates))
-        backward = [b for report in reports for b in report.backward.values()]
-        line["mismatched"] = float(sum(b.mismatched.sum() for b in backward))
-        line["corrected"] = float(sum(b.corrected.sum() for b in backward))
+        if backward := [b for report in reports for b in report.backward.values()]:
+            line["mismatched"] = float(sum(b.mismatched.sum() for b in backward))
+            line["corrected"] = float(sum(b.corrected.sum() for b in backward))
         peak = peak_bytes()
         record = self._write("train", line | speed | ({} if peak is None else {"peak_bytes": peak}))
         self._bar.set_postfix_str(wording.beside_a_bar(record, self.pace.unit))

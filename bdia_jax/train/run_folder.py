@@ -3,7 +3,8 @@
 settings.json       what decides the trained weights; compared when the run is resumed
 settings.yaml       of a command: all its settings, from which it can be started again
 metrics.jsonl       a line per log, evaluation and checkpoint
-log.txt             what was told
+log.txt             what was told while it was trained
+.lock               held by the process that trains
 tensorboard/        a copy of the metrics
 wandb/, wandb.json  the same for Weights & Biases, and the run's name there; if asked for
 checkpoints/        the last few, and the best
@@ -33,14 +34,23 @@ from bdia_jax.data import fingerprint
 from bdia_jax.files import write_json
 from bdia_jax.nn.lora import Frozen
 from bdia_jax.nn.quantized import Quantized
+from bdia_jax.nn.stack import Probe
 from bdia_jax.train import settings_file
 from bdia_jax.train.settings import TrainSettings
 from bdia_jax.train.tasks import Task
+
+try:
+    import fcntl
+except ImportError:
+    # Windows.
+    fcntl = None
 
 log = logging.getLogger("bdia_jax")
 
 SETTINGS = "settings.json"
 LOG = "log.txt"
+LOCK = ".lock"
+"""Held by the process that trains."""
 INDEX = "index"
 """Made before the run, and taken from there when it is resumed."""
 SOME = 8
@@ -74,7 +84,7 @@ def check_run_folder(folder: str | pathlib.Path, resume: bool = False) -> pathli
                 f"there is a run in {folder}; continue it with resume=True (--resume), or give "
                 "another folder"
             )
-    elif {path.name for path in folder.iterdir()} - {SETTINGS + ".tmp", INDEX}:
+    elif {path.name for path in folder.iterdir()} - {SETTINGS + ".tmp", INDEX, LOCK}:
         raise FileExistsError(f"{folder} is not empty, and holds no run; give another folder")
     return folder
 
@@ -130,21 +140,25 @@ def describe_run(
     """What decides the weights that come out, as it comes back from JSON."""
     training = settings.described()
     if own_optimizer:
-        training["optimizer"] = "one given to train()"
+        given = ("optimizer", "learning_rate", "schedule", "weight_decay", "clip_norm", "clip_by")
+        training |= dict.fromkeys(given, "of the optimizer given to train()")
     # A task that computes some of its arrays has another name for what it was given.
     arrays = getattr(task, "given", task.arrays)()
     data = {"name": task.name, "best": task.best, "sha256": fingerprint(arrays)}
-    frozen = {"sha256": fingerprint(some_of_frozen(model))}
-    everything = {"train": training, "data": data, "frozen": frozen, **(about or {})}
+    frozen = {"sha256": fingerprint(some_of(model, (Frozen, Quantized)))}
+    everything = {"train": training, "data": data, "frozen": frozen}
+    if others := some_of(model, nnx.Not((nnx.Param, Probe, nnx.RngState, Frozen, Quantized))):
+        everything["variables"] = {"sha256": fingerprint(others)}
+    everything |= about or {}
     return json.loads(json.dumps(everything, default=str))
 
 
-def some_of_frozen(model: nnx.Module) -> dict[str, np.ndarray]:
-    """Some elements of every weight that is not trained, by its path.
+def some_of(model: nnx.Module, kinds: Any) -> dict[str, np.ndarray]:
+    """Some elements of every variable of some kinds, which are not trained, by its path.
 
     Of other weights, some are others; and all of a large network would take long to read.
     """
-    state = nnx.state(model, (Frozen, Quantized))
+    state = nnx.state(model, kinds)
     found = {
         jax.tree_util.keystr(path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
@@ -171,7 +185,9 @@ def check_same_run(
     """A ``ValueError`` if there is a run in the folder, and it is another one than this."""
     if (found := _run_in(folder)) is not None:
         # A run of a version that did not write it.
-        found.setdefault("frozen", described["frozen"])
+        for name in ("frozen", "variables"):
+            if name in described:
+                found.setdefault(name, described[name])
         _refuse_differences(folder, found, described, settings)
 
 
@@ -223,9 +239,42 @@ def _refuse_differences(
         if any(difference.startswith("data.sha256") for difference in differences):
             name = described["data"]["name"]
             edited = f" (the data named {name} are not those it was started with)"
-        if any(difference.startswith("frozen.sha256") for difference in differences):
+        unlike = ("frozen.sha256", "variables.sha256")
+        if any(difference.startswith(unlike) for difference in differences):
             edited += " (the weights that are not trained are not those it was started with)"
         raise ValueError(f"the run in {folder} is another one: {'; '.join(differences)}{edited}")
+
+
+@contextlib.contextmanager
+def locked(folder: pathlib.Path, main: bool) -> Iterator[None]:
+    """Keeps other processes from training in a folder, which is made; until the block is left.
+
+    Raises:
+      FileExistsError: if another process does.
+      PermissionError: for a folder that cannot be written.
+    """
+    if not main or fcntl is None:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / LOCK, "a")  # noqa: SIM115  (it is closed below)
+    except OSError as error:
+        raise _unwritable(error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(
+                f"another process is training in {folder}; wait for it, or give another folder"
+            ) from None
+        except OSError:
+            log.debug("%s is on a file system without locks", folder)
+        yield
+
+
+def _unwritable(error: OSError) -> PermissionError:
+    return PermissionError(f"the folder of the run cannot be written: {error}")
 
 
 def make_run_folder(folder: pathlib.Path, described: dict[str, Any], main: bool) -> None:
@@ -239,7 +288,7 @@ def make_run_folder(folder: pathlib.Path, described: dict[str, Any], main: bool)
             write_json(folder / SETTINGS, described)
             settings_file.write_kept(folder)
         except OSError as error:
-            raise PermissionError(f"the folder of the run cannot be written: {error}") from error
+            raise _unwritable(error) from error
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import optax
 
 from bdia_jax.train.blockwise import Blockwise
+from bdia_jax.train.mesh import mesh_shape
 from bdia_jax.train.optimizers import (
     OPTIMIZERS,
     Decayed,
@@ -117,6 +118,12 @@ class TrainSettings:
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), at_least=1, or_none=True)
         _check_int("warmup_steps", self.warmup_steps, at_least=0)
+        if not isinstance(self.update_in_backward, bool):
+            raise ValueError(
+                f"update_in_backward must be True or False; got {self.update_in_backward!r}"
+            )
+        if self.mesh:
+            mesh_shape(self.mesh)
         if self.cooldown_steps is not None:
             _check_int("cooldown_steps", self.cooldown_steps, at_least=1, or_none=True)
             if self.schedule != "wsd":

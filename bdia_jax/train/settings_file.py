@@ -115,6 +115,19 @@ def read_defaults(path: str | pathlib.Path, kind: type[T], missing: Any) -> T:
     return _Reader(pathlib.Path(path), made, missing).read(kind)
 
 
+class _EachOnce(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which the last would win without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if twice := [key for i, key in enumerate(keys) if key in keys[:i]]:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{twice[0]!r} is given twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
+
+
 @dataclasses.dataclass
 class _Reader:
     path: pathlib.Path
@@ -127,7 +140,7 @@ class _Reader:
         if not path.is_file():
             raise FileNotFoundError(f"there is no file {self.path} with settings")
         try:
-            found = yaml.safe_load(path.read_text(encoding="utf-8"))
+            found = yaml.load(path.read_text(encoding="utf-8"), _EachOnce)
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(f"{self.path} is not YAML: {error}") from error
         return self.record(kind, {} if found is None else found, None, "")

@@ -46,9 +46,10 @@ class ImageClassification:
         mean, std = d.statistics
         return {
             "images": d.train_images,
-            "labels": d.train_labels,
+            # With a sign: -1 stands for no label.
+            "labels": d.train_labels.astype(np.int32),
             "eval_images": d.eval_images,
-            "eval_labels": d.eval_labels,
+            "eval_labels": d.eval_labels.astype(np.int32),
             "mean": mean,
             "std": std,
         }
