@@ -44,7 +44,11 @@ class Reversibility:
         """One line for a log."""
         verdict = "exact" if self.exact else "NOT EXACT" if self.finite else "NOT FINITE"
         needed = self.tolerance_bits
-        advice = "no tolerance bits will do" if needed is None else f"use tolerance_bits={needed}"
+        advice = (
+            "no tolerance bits will do"
+            if needed is None
+            else (f"use tolerance_bits={needed}" if needed else "no tolerance bits are needed")
+        )
         return (
             f"{verdict}: {self.mismatched:,} of {self.compared:,} integers mismatched, "
             f"{self.corrected:,} roundings corrected, recomputed values differ by at most "

@@ -32,7 +32,6 @@ import vit
 from measure import (
     against_torch,
     chats,
-    cost_times,
     costs,
     exactness,
     exactness_cases,
@@ -437,16 +436,6 @@ def test_time_of_steps(tmp_path, monkeypatch):
     totals = costs.main(dataclasses.replace(given, part="totals", values=(2,)))["vit"]
     assert [row["peaks"] for row in totals] == [[row["peak"]] for row in rows]
     assert len(costs.main(dataclasses.replace(given, part="besides"))["vit"]) == 3
-
-
-@pytest.mark.slow
-def test_time_of_gradients(tmp_path, monkeypatch):
-    monkeypatch.setattr(cost_times, "Stack", lambda *_: TINY["stack"])
-    given = costs.Costs(
-        "gradients", ("stack",), ("checkpointed", "BDIA"), widths=(32,), rounds=1, out=tmp_path
-    )
-    rows = costs.main(given)["stack"]
-    assert [row["way"] for row in rows] == ["checkpointed", "BDIA"] * 2
 
 
 def test_rounds_go_in_turns():

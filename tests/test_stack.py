@@ -33,6 +33,11 @@ X = jax.random.normal(jax.random.key(5), (4, 6))
 # ---------------------------------------------------------------------------------------------
 
 
+def test_a_block_is_no_function_that_makes_blocks():
+    with pytest.raises(TypeError, match="got a block itself, of Linear"):
+        ReversibleStack(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), 2, rngs=nnx.Rngs(0))
+
+
 def test_a_method_is_a_step_and_an_adjoint():
     assert (*MEANINGS,) == METHODS
     assert typing.get_args(CoupledMethod) == (*COUPLED,)

@@ -444,7 +444,7 @@ def test_a_tokenizer_with_special_tokens_that_the_model_lacks(tmp_path):
     texts = tmp_path / "texts.jsonl"
     lines = [{"prompt": "a", "completion": "b" if i < 7 else "<image>"} for i in range(9)]
     texts.write_text("\n".join(map(json.dumps, lines)))
-    told = rf"texts.jsonl, (line|record) 8: the text has the token '<image>', number {size}; the model has"
+    told = rf"texts.jsonl, (line|record) 8: the text has the token .<image>., number {size}; "
     with pytest.raises(ValueError, match=told):
         data.read_examples(texts, refusing, 8)
     stream = data.TextsOnDisk([texts], refusing, 8, hold_out=False)

@@ -141,7 +141,12 @@ WRONG = {
     "keys in capitals": (
         "a.json",
         b'[{"Prompt": "a?", "Completion": "b"}]',
-        "record 1: each record must be.*prompt and completion is missing; got .'Prompt'",
+        "record 1: a record must have messages, or prompt and completion, or .* got .'Prompt'",
+    ),
+    "a conversation in two": (
+        "a.jsonl",
+        b'{"prompt": [{"role": "user", "content": "a?"}], "completion": []}',
+        r"line 1: prompt is a list: write a conversation as one list, .*messages.*got \[",
     ),
     "a list within an object": ("a.json", b'{"data": []}', "record 1.*got {'data'"),
     "a list per line": ("a.jsonl", b'["a?", "b"]', r"line 1: each line must be.*got \['a\?"),
@@ -188,7 +193,7 @@ WRONG = {
     "Parquet with other columns": (
         "a.parquet",
         parquet(q="a?"),
-        "record 1: .*completion is missing",
+        "record 1: .* instruction and output, or text; got .'q'",
     ),
     "Parquet with an empty place": (
         "a.parquet",

@@ -10,6 +10,7 @@ from bdia_jax.data.json_text import json_object, unlike
 MESSAGES, TEXT, PAIR = ("messages", "tools"), ("text",), ("prompt", "completion")
 INSTRUCTION = ("instruction", "input", "output")
 """Fields of the kinds of records that are learned. Of instructions: as of Stanford's Alpaca."""
+KINDS = (MESSAGES, PAIR, INSTRUCTION, TEXT)
 OPTIONAL = ("input", "tools")
 """Fields of these that a record may lack."""
 UNREAD = {
@@ -37,6 +38,13 @@ def kind_of(fields: Iterable[str]) -> tuple[str, ...]:
         if fields >= {*kind} - {*OPTIONAL}:
             return kind
     return PAIR
+
+
+def wanted(fields: tuple[str, ...], given: Iterable[str]) -> str:
+    """The fields of a kind, for a message; of every kind, if none is given that says which."""
+    kinds = KINDS if fields == PAIR and not {*PAIR} & {*given} else (fields,)
+    named = (" and ".join(f for f in kind if f not in OPTIONAL) for kind in kinds)
+    return ", or ".join(named)
 
 
 def tidied(row: dict[str, Any]) -> dict[str, Any]:
@@ -88,6 +96,8 @@ def texts_of(value: Any, name: str, where: str, fields: tuple[str, ...]) -> tupl
         Unicode, or a pair or an instruction with fields that would be left out.
     """
     got, shape = repr(value)[:80], shape_of(fields)
+    if fields == PAIR and isinstance(value, dict) and not {*PAIR} & {*value}:
+        raise ValueError(f"{name}, {where}: a record must have {wanted(fields, value)}; got {got}")
     if not isinstance(value, dict):
         raise unlike(name, where, shape, f"got {got}")
     if missing := [f for f in fields if f not in value and f not in OPTIONAL]:
@@ -97,6 +107,11 @@ def texts_of(value: Any, name: str, where: str, fields: tuple[str, ...]) -> tupl
         (value.get(field) or "") if field in OPTIONAL else value[field] for field in fields
     )
     for field, each in zip(fields, values):
+        if isinstance(each, list) and fields == PAIR:
+            raise ValueError(
+                f"{name}, {where}: {field} is a list: write a conversation as one list, "
+                f"{shape_of(MESSAGES)}; got {repr(each)[:80]}"
+            )
         if not isinstance(each, str):
             raise unlike(name, where, shape, f"{field} is no text; got {repr(each)[:80]}")
         try:

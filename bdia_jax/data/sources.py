@@ -148,7 +148,7 @@ class TextsOnDisk:
         if hold_out and records < 10:
             raise ValueError(
                 f"{self.name} has {records} records, of which every tenth would be for evaluation: "
-                "give more, or eval_data"
+                "give more, or eval_data (--eval-data)"
             )
         fewer = max(-(-records // HELD_OUT), -(-self.size // HELD_OUT_BYTES))
         self.every = min(max(10, fewer), records) if hold_out else None

@@ -7,7 +7,7 @@ import csv
 import threading
 from collections.abc import Iterable, Iterator
 
-from bdia_jax.data.record_kinds import OPTIONAL, refuse_unread
+from bdia_jax.data.record_kinds import OPTIONAL, refuse_unread, wanted
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 """Suffixes of tables, and what separates their columns."""
@@ -44,9 +44,10 @@ def table(
                     columns = [column.strip() for column in row]
                     needed = [f for f in fields if f not in OPTIONAL or f in columns]
                     if any(columns.count(field) != 1 for field in needed):
+                        some = wanted(fields, columns)
                         raise ValueError(
                             f"{name}: the first line must name the columns, separated by "
-                            f"{separator!r}, {' and '.join(needed)} once among them; got {columns}"
+                            f"{separator!r}, {some} once among them; got {columns}"
                         )
                     where = [columns.index(f) if f in needed else None for f in fields]
                 elif len(row) != len(columns):

@@ -168,7 +168,7 @@ class FineTuning:
             set_step(model, BDIA(**before["step"]))
             return
         print("measuring which γ the model tolerates (--gamma auto)")
-        with tqdm(unit="trial", leave=False) as bar:
+        with tqdm(unit=" losses", leave=False) as bar:
             choice = choose_gamma(
                 model,
                 task,

@@ -83,7 +83,7 @@ def every_tenth(records: list[list[Example]], name: str) -> tuple[list[Example],
     if len(records) < 10:
         raise ValueError(
             f"{name} has {len(records)} texts, of which every tenth would be for evaluation: give "
-            "more, or eval_data"
+            "more, or eval_data (--eval-data)"
         )
     learned = [record for i, record in enumerate(records) if i % 10 != 9]
     tell_repeated(learned, records[9::10])

@@ -81,7 +81,7 @@ def main(f: FineTune) -> dict[str, float]:
     check_before(f, path, config)
     length = min(f.length, config.max_length)
     if length < f.length:
-        print(f"sequences have {length} tokens, the model's longest")
+        print(f"--length {f.length} is more than the model knows: sequences have {length} tokens")
     tokenizer = load_tokenizer(f.tokenizer) if f.tokenizer else tokenizer_of(path)
     tokenizer = for_model(tokenizer, config.vocab_size)
     if (template := interop.load_chat_template(path)) is not None:

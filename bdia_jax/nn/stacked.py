@@ -24,6 +24,11 @@ class StackedBlocks(nnx.Module):
     def __init__(self, make_block: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs):
         if isinstance(depth, bool) or not isinstance(depth, int) or depth < 1:
             raise ValueError(f"depth, the number of blocks, must be an int >= 1; got {depth!r}")
+        if isinstance(make_block, nnx.Module):
+            raise TypeError(
+                "make_block must make a block, such as lambda rngs: MyBlock(32, rngs=rngs); got a "
+                f"block itself, of {type(make_block).__name__}"
+            )
         self.depth = depth
         self.deterministic = False
         self.stacked = nnx.vmap(make_block)(rngs.split(depth))

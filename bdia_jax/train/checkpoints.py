@@ -8,11 +8,13 @@ A checkpoint that is no longer kept is renamed before it is deleted: under its n
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import pathlib
 import shutil
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -74,6 +76,17 @@ def _fingerprint(tree: PyTree[Array]) -> UInt32[Array, ""]:
     return total
 
 
+@contextlib.contextmanager
+def _without_a_word() -> Iterator[None]:
+    """Orbax warns of every folder that is opened to be read only."""
+    logger = logging.getLogger("absl")
+    logger.addFilter(refuses := lambda record: "read only" not in record.msg)
+    try:
+        yield
+    finally:
+        logger.removeFilter(refuses)
+
+
 class Checkpoints:
     """The checkpoints of a run, in a folder of their own.
 
@@ -120,7 +133,8 @@ class Checkpoints:
             todelete_subdir=None if read_only else DELETING,
             save_interval_steps=0 if read_only else 1,
         )
-        self.manager = ocp.CheckpointManager(self.folder, options=options)
+        with _without_a_word() if read_only else contextlib.nullcontext():
+            self.manager = ocp.CheckpointManager(self.folder, options=options)
 
     def steps(self) -> list[int]:
         """Steps of which there is a checkpoint."""

@@ -27,27 +27,23 @@ def memory_table(rows: Rows) -> str:
 
 
 def label(rows: Rows, row: dict[str, Any]) -> str:
-    """The way, and what else differs between rows."""
-    differing = [n for n in ("dtype", "width", "hidden") if len({str(r.get(n)) for r in rows}) > 1]
-    return ", ".join(
-        [row["way"], *(f"{n} {row[n]}" if n != "dtype" else row[n] for n in differing)]
-    )
+    """The way, and the type of number where rows have several."""
+    several = len({r["dtype"] for r in rows}) > 1
+    return f"{row['way']}, {row['dtype']}" if several else row["way"]
 
 
 def time_table(rows: Rows) -> str:
     """Of what was timed: medians, and ratios with quartiles."""
-    whole = "batch" in rows[0]
-    header = ["way", *(["batch", "peak in GB"] if whole else []), "s per step"]
-    header += ["per second"] * whole + [f"over {base}" for base in BASES]
+    header = ["way", "batch", "peak in GB", "s per step", "per second"]
+    header += [f"over {base}" for base in BASES]
     lines = []
     for row in rows:
         line = [label(rows, row)]
         if "error" in row:
             lines.append([*line, f"not here: {row['error']}", *[""] * (len(header) - 2)])
             continue
-        line += [str(row["batch"]), f"{row['peak'] / 1e9:.2f}"] if whole else []
-        line += [f"{row['seconds']:.3f}"]
-        line += [f"{row['per second']:.3g}"] if whole else []
+        line += [str(row["batch"]), f"{row['peak'] / 1e9:.2f}"]
+        line += [f"{row['seconds']:.3f}", f"{row['per second']:.3g}"]
         lines.append(line + [timing.ratio(row.get(f"over {base}")) for base in BASES])
     return records.markdown(header, lines)
 
@@ -97,6 +93,6 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "besides": besides_table,
     "plans": plans_table,
     "in-use": records.as_they_are,
-    **dict.fromkeys(("gradients", "steps", "equal"), time_table),
+    "steps": time_table,
 }
 """By the part that was measured."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import itertools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -12,36 +10,18 @@ import jax
 import numpy as np
 
 from bdia_jax import grid, maps
-from bdia_jax.planning import memory
 from bdia_jax.planning.ways import Way
 from bdia_jax.states import checksum, in_range
 from bdia_jax.train.step import State
 from measure import memory as peaks
 from measure import timing
-from measure.cost_tables import Rows, time_table
-from measure.networks import NETWORKS, Network, Stack
+from measure.cost_tables import Rows
+from measure.networks import NETWORKS, Network
 from measure.side_by_side import Turn, in_processes, in_threads
 from measure.ways import BASES, WAYS
 
 if TYPE_CHECKING:
     from measure.costs import Costs
-
-
-def gradients(c: Costs, name: str) -> Rows:
-    """Of stacks of 12 blocks, 8 × 128 positions, by type of number, width and hidden layer."""
-    rows = []
-    for dtype, width, expansion in itertools.product(c.dtypes, c.widths, (1, 4)):
-        stack = Stack(dtype, 8, 128, width, expansion * width, 12)
-        given, runs = stack.arguments(), {}
-        for way, how in c.chosen(stack, gradient=True).items():
-            step = jax.jit(jax.value_and_grad(stack.loss(how)[0], (0, 1)))
-            runs[way] = functools.partial(step, *given)
-        found = timing.summary(timing.in_turns(runs, c.rounds), BASES)
-        size = {"dtype": dtype, "width": width, "hidden": stack.hidden}
-        some = [size | {"way": way} | row for way, row in found.items()]
-        print(time_table(some), flush=True)
-        rows += some
-    return rows
 
 
 def steps(c: Costs, name: str) -> Rows:
@@ -51,24 +31,6 @@ def steps(c: Costs, name: str) -> Rows:
         network = NETWORKS[name](dtype, c.device_sized)
         sized[dtype] = {n: (network, way) for n, way in c.chosen(network).items()}
     return timed(c, sized)
-
-
-def equal(c: Costs, name: str) -> Rows:
-    """The largest batch of every way that fits, and its throughput."""
-    network, sized = NETWORKS[name](c.dtypes[0], c.device_sized), {}
-    for way, how in c.chosen(network).items():
-
-        def fits(batch: int, how=how) -> bool:
-            larger = dataclasses.replace(network, batch=batch)
-            return peaks.training_step(larger, how) <= c.fit * 1e9
-
-        try:
-            batch = memory.largest(fits)
-        except jax.errors.JaxRuntimeError:
-            continue
-        if batch:
-            sized[way] = dataclasses.replace(network, batch=batch), how
-    return timed(c, {c.dtypes[0]: sized})
 
 
 def timed(c: Costs, sized: dict[str, dict[str, tuple[Network, Way]]]) -> Rows:

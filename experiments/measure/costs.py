@@ -12,17 +12,13 @@ Parts:
 - *activations*: what lies beside weights, gradients and data at the peak of loss and gradient, as
   compiled, along an axis; over the depth also its slope, in bytes per element and block.
 - *totals*: the peak of whole training steps (AdamW), along an axis.
-- *gradients*: time of loss and gradient of a stack of blocks, without an optimizer.
 - *steps*: time and peak of whole training steps.
 - *in-use*: what the device itself says it had in use, every way in a process of its own.
 - *besides*: time of all that BDIA's loops do besides the blocks.
-- *equal*: the largest batch of every way that fits a memory, and the throughput there.
 - *plans*: whole training steps of well-known decoders, as ``python -m bdia_jax.plan`` has them.
 
 Times are of rounds in which everything runs once (:mod:`measure.timing`). BDIA computes one matrix
-product per part that checkpointing need not: its last one, whose result only the inverse needs. So
-*gradients* has feed-forward networks as wide as the stream, as in the published experiments on
-images, and of four times that width, as in most language models.
+product per part that checkpointing need not: its last one, whose result only the inverse needs.
 """
 
 from __future__ import annotations
@@ -90,10 +86,6 @@ class Costs:
     """Programs compiled side by side; of in-use, processes."""
     turn: pathlib.Path | None = None
     """A file that commands have in common which get ready side by side, and take times in turns."""
-    widths: tuple[int, ...] = (256, 512)
-    """Of gradients."""
-    fit: float = 1.0
-    """Of equal: GB per device."""
     models: tuple[str, ...] = ("gpt2-medium", "llama-1b", "llama-8b")
     """Of plans: those of bdia_jax.planning.shapes.SHAPES."""
     batches: tuple[int, ...] = (8, 8, 1)
@@ -119,10 +111,10 @@ class Costs:
         ):
             if not known.keys() >= {*given}:
                 raise ValueError(f"{what} must be of {'; '.join(known)}; got {'; '.join(given)}")
-        if self.rounds < 1 or not self.networks or self.fit <= 0:
+        if self.rounds < 1 or not self.networks:
             raise ValueError(
-                "rounds must be at least 1, networks name one, and fit be positive; got "
-                f"{self.rounds}, {self.networks} and {self.fit}"
+                "rounds must be at least 1, and networks name one; got "
+                f"{self.rounds} and {self.networks}"
             )
         sizes = [len(values) for values in (self.batches, self.lengths, self.param_dtypes)]
         if sizes != [len(self.models)] * 3:
@@ -176,11 +168,9 @@ def plans(c: Costs, name: str) -> Rows:
 MEASURES: dict[str, Callable[[Costs, str], Rows]] = {
     "activations": functools.partial(over_axis, peak=peaks.activations, gradient=True),
     "totals": functools.partial(over_axis, peak=peaks.training_step, gradient=False),
-    "gradients": cost_times.gradients,
     "steps": cost_times.steps,
     "in-use": cost_times.in_use,
     "besides": cost_times.besides,
-    "equal": cost_times.equal,
     "plans": plans,
 }
 Part = Literal[tuple(MEASURES)]
