@@ -28,7 +28,7 @@ def memory_table(rows: Rows) -> str:
 
 def label(rows: Rows, row: dict[str, Any]) -> str:
     """The way, and the type of number where rows have several."""
-    several = len({r["dtype"] for r in rows}) > 1
+    several = len({r.get("dtype") for r in rows}) > 1
     return f"{row['way']}, {row['dtype']}" if several else row["way"]
 
 
@@ -93,6 +93,6 @@ TABLES: dict[str, Callable[[Rows], str]] = {
     "besides": besides_table,
     "plans": plans_table,
     "in-use": records.as_they_are,
-    "steps": time_table,
+    **dict.fromkeys(("steps", "equal"), time_table),
 }
 """By the part that was measured."""

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from bdia_jax import grid, maps
+from bdia_jax.planning import memory
 from bdia_jax.planning.ways import Way
 from bdia_jax.states import checksum, in_range
 from bdia_jax.train.step import State
@@ -31,6 +32,24 @@ def steps(c: Costs, name: str) -> Rows:
         network = NETWORKS[name](dtype, c.device_sized)
         sized[dtype] = {n: (network, way) for n, way in c.chosen(network).items()}
     return timed(c, sized)
+
+
+def equal(c: Costs, name: str) -> Rows:
+    """The largest batch of every way that fits, and its throughput."""
+    network, sized = NETWORKS[name](c.dtypes[0], c.device_sized), {}
+    for way, how in c.chosen(network).items():
+
+        def fits(batch: int, how=how) -> bool:
+            larger = dataclasses.replace(network, batch=batch)
+            return peaks.training_step(larger, how) <= c.fit * 1e9
+
+        try:
+            batch = memory.largest(fits)
+        except jax.errors.JaxRuntimeError:
+            continue
+        if batch:
+            sized[way] = dataclasses.replace(network, batch=batch), how
+    return timed(c, {c.dtypes[0]: sized})
 
 
 def timed(c: Costs, sized: dict[str, dict[str, tuple[Network, Way]]]) -> Rows:

@@ -15,6 +15,7 @@ Parts:
 - *steps*: time and peak of whole training steps.
 - *in-use*: what the device itself says it had in use, every way in a process of its own.
 - *besides*: time of all that BDIA's loops do besides the blocks.
+- *equal*: the largest batch of every way that fits a memory, and the throughput there.
 - *plans*: whole training steps of well-known decoders, as ``python -m bdia_jax.plan`` has them.
 
 Times are of rounds in which everything runs once (:mod:`measure.timing`). BDIA computes one matrix
@@ -86,6 +87,8 @@ class Costs:
     """Programs compiled side by side; of in-use, processes."""
     turn: pathlib.Path | None = None
     """A file that commands have in common which get ready side by side, and take times in turns."""
+    fit: float = 1.0
+    """Of equal: GB per device."""
     models: tuple[str, ...] = ("gpt2-medium", "llama-1b", "llama-8b")
     """Of plans: those of bdia_jax.planning.shapes.SHAPES."""
     batches: tuple[int, ...] = (8, 8, 1)
@@ -111,10 +114,10 @@ class Costs:
         ):
             if not known.keys() >= {*given}:
                 raise ValueError(f"{what} must be of {'; '.join(known)}; got {'; '.join(given)}")
-        if self.rounds < 1 or not self.networks:
+        if self.rounds < 1 or not self.networks or self.fit <= 0:
             raise ValueError(
-                "rounds must be at least 1, and networks name one; got "
-                f"{self.rounds} and {self.networks}"
+                "rounds must be at least 1, networks name one, and fit be positive; got "
+                f"{self.rounds}, {self.networks} and {self.fit}"
             )
         sizes = [len(values) for values in (self.batches, self.lengths, self.param_dtypes)]
         if sizes != [len(self.models)] * 3:
@@ -171,6 +174,7 @@ MEASURES: dict[str, Callable[[Costs, str], Rows]] = {
     "steps": cost_times.steps,
     "in-use": cost_times.in_use,
     "besides": cost_times.besides,
+    "equal": cost_times.equal,
     "plans": plans,
 }
 Part = Literal[tuple(MEASURES)]

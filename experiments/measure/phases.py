@@ -85,7 +85,6 @@ PHASES: dict[str, dict[str, Phase]] = {
                             "--device-sized --dtypes bfloat16 float32"
                             for part in ("steps", "besides", "in-use")
                         ),
-                        f"{COSTS} gradients --networks stack --dtypes float32 bfloat16 --rounds 12",
                         f"{COSTS} activations --networks stack --values 8 16 32 64",
                         f"{COSTS} activations --networks vit --values 6 12 24 48 96",
                         f"{COSTS} totals --networks vit gpt2 llama --values 12 24 48",
