@@ -35,8 +35,10 @@ def parse(
 
 def program() -> str:
     """How the program that runs is called on a command line."""
-    module = sys.modules["__main__"].__spec__
-    return f"python {shlex.quote(sys.argv[0]) if module is None else f'-m {module.name}'}"
+    module = getattr(sys.modules["__main__"], "__spec__", None)
+    if module is None:
+        return f"python {shlex.quote(sys.argv[0])}"
+    return f"python -m {module.name.removesuffix('.__main__')}"
 
 
 def _unwrapped(

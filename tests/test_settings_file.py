@@ -2,6 +2,7 @@
 
 import dataclasses
 import enum
+import importlib.machinery
 import pathlib
 import sys
 from typing import Any, Literal
@@ -15,6 +16,7 @@ import translate
 import vit
 from measure import gpt2_small_data
 
+from bdia_jax import command_line
 from bdia_jax.finetuning.settings import LowRank
 from bdia_jax.finetuning.text_settings import SOME, FineTune
 from bdia_jax.nn import DecoderConfig, LinearScaling, LongScaling, RotaryScaling, YarnScaling
@@ -240,8 +242,20 @@ def test_one_file(arguments):
         command.read(Inner, arguments)
 
 
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("bdia_jax.finetune", "python -m bdia_jax.finetune"), ("some.__main__", "python -m some")],
+)
+def test_how_a_program_is_called(name, expected, monkeypatch):
+    spec = importlib.machinery.ModuleSpec(name, None)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec, raising=False)
+    assert command_line.program() == expected
+
+
 def run_command(monkeypatch, main, kind, *arguments):
     monkeypatch.setattr(sys, "argv", ["experiments/mine.py", *map(str, arguments)])
+    # As if Python had been started with this script.
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None, raising=False)
     command.run(main, kind, "", told=100)
 
 
