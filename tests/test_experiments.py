@@ -13,6 +13,7 @@ import sys
 import tarfile
 import threading
 import time
+import types
 from xml.etree import ElementTree
 
 import jax
@@ -436,6 +437,19 @@ def test_time_of_steps(tmp_path, monkeypatch):
     totals = costs.main(dataclasses.replace(given, part="totals", values=(2,)))["vit"]
     assert [row["peaks"] for row in totals] == [[row["peak"]] for row in rows]
     assert len(costs.main(dataclasses.replace(given, part="besides"))["vit"]) == 3
+
+
+def test_the_longest_text_that_fits():
+    """Memory grows a little faster than the line through two lengths: it is made shorter."""
+
+    def need(tokens):
+        return types.SimpleNamespace(run=1000 * tokens + tokens**2 // 1000)
+
+    short, long = (need(n).run for n in (4096, 32_768))
+    slope = (long - short) / (32_768 - 4096)
+    tokens, size = long_texts.fitting(need, (32_768, long), slope, 10**8)
+    assert (size, tokens % 128) == (need(tokens).run, 0)
+    assert 0.98e8 < size <= 10**8
 
 
 def test_rounds_go_in_turns():

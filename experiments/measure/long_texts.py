@@ -1,11 +1,11 @@
 """How memory grows with tokens, and how long a sequence fits: decoders with a base of few bits.
 
-    python experiments/measure/long_texts.py --device rtx-4090      # on any machine; 15 minutes
+    python experiments/measure/long_texts.py --device rtx-4090      # on any machine; 25 minutes
 
 Whole training steps with low-rank updates of a quantized base, one sequence per batch, compiled for
 a device that need not be there, at two lengths. The bytes that a token takes are the slope between
-both, and the longest sequence that fits is where the line through both meets the limit: computed,
-not compiled.
+both. The longest sequence that fits is about where the line through both meets the limit, whatever
+length the model was trained for: it is compiled, too, and made shorter if it does not fit.
 
 Writes long-texts-DEVICE.jsonl.
 """
@@ -16,6 +16,7 @@ import dataclasses
 import logging
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Any
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
@@ -39,6 +40,7 @@ DEPENDS = (
     "bdia_jax/planning/*.py",
     "experiments/measure/long_texts.py",
 )
+UNIT = 128
 WAYS = (
     "checkpointed",
     "checkpointed, chunks",
@@ -100,13 +102,17 @@ def main(t: LongTexts) -> list[dict[str, Any]]:
             param_dtype="bfloat16",
             gamma=gamma or 0.5,
             signs=t.signs,
+            max_length=2**20,
         )
-        options = {"lora": t.lora, "quantize": t.quantize, "device": t.device}
-        short, long = (
-            plan.plan(config, 1, length, ways=[way], **options)[0] for length in t.lengths
-        )
+
+        def need(length: int, config=config, way=way) -> plan.Need:
+            options = {"lora": t.lora, "quantize": t.quantize, "device": t.device}
+            return plan.plan(config, 1, length, ways=[way], **options)[0]
+
+        short, long = map(need, t.lengths)
         tokens = t.lengths[1] - t.lengths[0]
         slope = (long.run - short.run) / tokens
+        longest, most = fitting(need, (t.lengths[1], long.run), slope, limit)
         rows.append(
             {
                 "model": name,
@@ -114,13 +120,14 @@ def main(t: LongTexts) -> list[dict[str, Any]]:
                 "GB at once": [short.run / 1e9, long.run / 1e9],
                 "temporaries, GB": [short.temporaries / 1e9, long.temporaries / 1e9],
                 "KB per token": (long.temporaries - short.temporaries) / tokens / 1e3,
-                "longest": int(t.lengths[0] + (limit - short.run) / slope),
+                "longest": longest,
+                "GB at the longest": most / 1e9,
             }
         )
         tqdm.write(table(rows[-1:]).splitlines()[-1])
     note = (
         f"{t.quantize} base, LoRA {t.lora} of q and v, bfloat16, one sequence of {t.lengths[0]:,} "
-        f"and {t.lengths[1]:,} tokens; longest in {t.fit}, computed."
+        f"and {t.lengths[1]:,} tokens; the longest that fits in {t.fit}, {limit / 1e9:.2f} GB."
     )
     kind = targets.devices(t.device)[0].device_kind
     path = records.write("long-texts", rows, DEPENDS, settings=t, out=t.out, device=kind, note=note)
@@ -128,9 +135,30 @@ def main(t: LongTexts) -> list[dict[str, Any]]:
     return rows
 
 
+def fitting(
+    need: Callable[[int], plan.Need], known: tuple[int, int], slope: float, limit: int
+) -> tuple[int, int]:
+    """The tokens of a sequence that fits, and the bytes of its run, which come near the limit.
+
+    Args:
+      need: what a run of some tokens needs.
+      known: the tokens of one that fits, and its bytes.
+      slope: bytes per token.
+      limit: in bytes.
+    """
+    while True:
+        # A multiple of what kernels and chunks take at a time.
+        tokens = int(known[0] + (limit - known[1]) / slope) // UNIT * UNIT
+        if (size := need(tokens).run) <= limit:
+            return tokens, size
+        # Memory grows a little faster than the line.
+        slope = (size - known[1]) / (tokens - known[0])
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """A line per model and way."""
     header = ["model", "way", "run, GB", "temporaries, GB", "KB per token", "longest"]
+    header += ["GB for it"]
     lines = [
         [
             row["model"],
@@ -138,6 +166,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             *(" / ".join(f"{n:.2f}" for n in row[k]) for k in ("GB at once", "temporaries, GB")),
             f"{row['KB per token']:.0f}",
             f"{row['longest']:,}",
+            f"{row['GB at the longest']:.2f}",
         ]
         for row in rows
     ]
