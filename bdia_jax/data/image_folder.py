@@ -122,11 +122,10 @@ def load_image_folder(
             f"{', '.join(names) or 'none'}"
         )
     if not any(evaluation.values()):
+        counted = f"{sum(map(len, train.values()))} images of {len(train)} classes in all"
         raise ValueError(
-            f"{path} must have an image to evaluate, so a class of two or more, or a folder "
-            f"{EVALUATION[0]} with some; got {sum(map(len, train.values()))} classes of one image"
-            if given is None or for_training is None
-            else f"{given} must have a folder of images for each class; got none"
+            f"{path} must have an image to evaluate, in {EVALUATION[0]}, or as another one of a "
+            f"class; got {counted}"
         )
     files, labels = zip(*(_listed(split, names) for split in (train, evaluation)), strict=True)
     side = round(size * larger)
