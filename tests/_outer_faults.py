@@ -638,7 +638,7 @@ FAULTS = [
         SQUARES,
     ),
     Fault(
-        "images in memory are not rounded in between",
+        "images in memory are cut, not rounded, to 8 bits",
         "data/scaling",
         "+ sums[1] + 2 ** (BITS - 1)",
         "+ sums[1]",
