@@ -18,6 +18,8 @@ TRAIN = ("test_train",)
 SHARDED = ("test_sharding::test_a_training_step_sends_weights_and_their_gradients",)
 OPTIMIZERS = ("test_optimizers", "test_in_backward")
 WEIGHTS = ("test_weights",)
+SQUARES = ("test_image_scaling",)
+SHADES = ("test_image_folder::test_shades_of_more_than_eight_bits",)
 
 FAULTS = [
     # A training step, and sums over micro-batches.
@@ -557,12 +559,153 @@ FAULTS = [
         "tokens",
         CHATS,
     ),
+    # How images are prepared.
     Fault(
         "images are never squashed",
-        "interop/vision/models",
-        "squash=size is not None and crop is None",
-        "squash=False",
-        ("test_image_folder",),
+        "interop/vision/preprocessing",
+        "return Scaling(squash, side / cut, int",
+        "return Scaling(False, side / cut, int",
+        SQUARES,
+    ),
+    Fault(
+        "what is squashed has no margin",
+        "interop/vision/preprocessing",
+        "return Scaling(squash, side / cut, int",
+        "return Scaling(squash, 1.0 if squash else side / cut, int",
+        SQUARES,
+    ),
+    Fault(
+        "a number is always the shorter side",
+        "interop/vision/preprocessing",
+        'bool(c["default_to_square"]), _side',
+        "False, _side",
+        SQUARES,
+    ),
+    Fault(
+        "a square is cut out wherever its size is given",
+        "interop/vision/preprocessing",
+        'if c["do_center_crop"] else side',
+        'if c.get("crop_size") else side',
+        SQUARES,
+    ),
+    Fault(
+        "the ratio of size to crop is lost for images of another size",
+        "interop/vision/preprocessing",
+        "    side = scaling.side(size)",
+        "    side = size",
+        SQUARES,
+    ),
+    Fault(
+        "a family is prepared as ViT where no processor is named",
+        "interop/vision/preprocessing",
+        "OF_FAMILY[families.family_of(folder.config).name]",
+        "OF_FAMILY[families.FAMILIES['vit'].name]",
+        SQUARES,
+    ),
+    Fault(
+        "a missing mean is the family's, not the processor's",
+        "interop/vision/preprocessing",
+        "if found.given else (family.mean, family.std)",
+        'if "image_mean" in found.settings["size"] else (family.mean, family.std)',
+        SQUARES,
+    ),
+    Fault(
+        "sets in memory have no margin",
+        "train/tasks/resized_images",
+        'arrays["eval_images"][rows], self.size, self.scaling)',
+        'arrays["eval_images"][rows], self.size, self.scaling._replace(edge=1.0))',
+        SQUARES,
+    ),
+    Fault(
+        "sets in memory do not know the folder",
+        "finetuning/images",
+        "return data, class_names(f.data, f.data_dir), scaling",
+        "return data, class_names(f.data, f.data_dir), Scaling()",
+        SQUARES,
+    ),
+    Fault(
+        "random crops have a cubic kernel, whatever the folder says",
+        "data/augmentation",
+        'METHODS.get(scaling.resample, "linear")',
+        '"cubic"',
+        SQUARES,
+    ),
+    Fault(
+        "images in memory are not made smaller by averages",
+        "data/scaling",
+        "1 / max(step, 1.0)",
+        "1.0",
+        SQUARES,
+    ),
+    Fault(
+        "images in memory are cut, not rounded, to 8 bits",
+        "data/scaling",
+        "+ sums[1] + 2 ** (BITS - 1)",
+        "+ sums[1]",
+        SQUARES,
+    ),
+    Fault(
+        "the longer side is rounded, not cut",
+        "data/scaling",
+        "int(side * height / width)",
+        "round(side * height / width)",
+        SQUARES,
+    ),
+    Fault(
+        "images in hidden folders are read",
+        "data/image_folder",
+        "if not any(map(_hidden, file.relative_to(folder).parts))",
+        "if not _hidden(file.name)",
+        ("test_image_folder::test_a_folder",),
+    ),
+    Fault(
+        "a split of another name is a class",
+        "data/image_folder",
+        "in (*TRAINING, *EVALUATION)",
+        "in ()",
+        ("test_image_folder::test_splits_of_other_names",),
+    ),
+    Fault(
+        "a file beside folders makes classes of splits",
+        "data/image_folder",
+        "{place.name for place in _folders(folder)}",
+        "{place.name for place in folder.iterdir()}",
+        ("test_image_folder::test_splits_of_other_names",),
+    ),
+    Fault(
+        "twelve bits are taken for sixteen",
+        "data/image_folder",
+        "tags.get(DEPTH, (16,))[0]",
+        "16",
+        SHADES,
+    ),
+    Fault(
+        "white is taken for black",
+        "data/image_folder",
+        "tags.get(PHOTOMETRIC) == 0",
+        "False",
+        SHADES,
+    ),
+    Fault(
+        "what is transparent keeps its shade",
+        "data/image_folder",
+        "shades if clear is None else",
+        "shades if True else",
+        SHADES,
+    ),
+    Fault(
+        "training images without crops show their margin",
+        "train/tasks/resized_images",
+        "augment_to(vary_key, images, self.size, how, self.unvaried)",
+        "augment_to(vary_key, images, self.size, how, self.scaling)",
+        SQUARES,
+    ),
+    Fault(
+        "a fitted head ends evaluation",
+        "train/linear_probe",
+        "        network.eval()\n",
+        "        model.eval()\n",
+        ("test_image_folder::test_the_head_is_fitted",),
     ),
     Fault(
         "answers of a pair have opposite signs",

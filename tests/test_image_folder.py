@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import struct
 import sys
 
 import jax
@@ -26,8 +27,9 @@ from bdia_jax.data import (
     rand_augment,
     read_image,
 )
-from bdia_jax.data.augmentation import center_crop, crop_and_resize, mix, random_resized_crop
+from bdia_jax.data.augmentation import crop_and_resize, mix, random_resized_crop
 from bdia_jax.data.batches import batch_indices
+from bdia_jax.data.scaling import Scaling, squares_of
 from bdia_jax.finetuning import images as finetune_images
 from bdia_jax.finetuning.settings import LowRank
 from bdia_jax.nn import VisionTower, VisionTowerConfig
@@ -52,7 +54,15 @@ def photos(tmp_path_factory):
         for i in range(20):
             Image.fromarray(wave(kind, 20 + i, 40 - i)).save(root / name / f"{i:02}.png")
     (root / "lying" / "notes.txt").write_text("no image")
-    (root / ".ipynb_checkpoints").mkdir()
+    # Some systems and programs leave images of their own in folders like these.
+    for hidden in (
+        ".ipynb_checkpoints",
+        "lying/.Trash",
+        "standing/more/__MACOSX",
+        "__MACOSX/lying",
+    ):
+        (root / hidden).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(root / hidden / "00.png")
     return root
 
 
@@ -117,6 +127,34 @@ def test_depths_and_modes(tmp_path):
                 read_image(save(image, tmp_path / "f.tif"), 12)
 
 
+def tiff(path, values, bits, inverted):
+    """One of a strip of 16 bits a number, or of 12 bits, two numbers in three bytes."""
+    height, width = values.shape
+    high, low = np.uint16(values).ravel()[::2], np.uint16(values).ravel()[1::2]
+    in_twelve = np.uint8([high >> 4, ((high & 15) << 4) | (low >> 8), low & 255]).T.tobytes()
+    strip = in_twelve if bits == 12 else values.astype("<u2").tobytes()
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: 0 if inverted else 1}
+    tags |= {273: 8, 277: 1, 278: height, 279: len(strip)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = struct.pack("<2sHI", b"II", 42, 8 + len(strip))
+    path.write_bytes(head + strip + struct.pack("<H", len(tags)) + entries + bytes(4))
+    return path
+
+
+def test_shades_of_more_than_eight_bits(tmp_path):
+    """Whatever the file takes for white; what is transparent becomes white."""
+    grey = wave(0, 12, 12)
+    for bits, inverted in ((12, False), (16, False), (16, True)):
+        deep = np.round(grey / 255.0 * (2**bits - 1))
+        given = (2**bits - 1) - deep if inverted else deep
+        found = read_image(tiff(tmp_path / "a.tif", given, bits, inverted), 12, 1)
+        np.testing.assert_array_equal(found[..., 0], grey, err_msg=f"{bits} {inverted}")
+    deep = Image.fromarray(np.uint16(grey) * 257)
+    clear = int(grey[3, 4])
+    found = read_image(save(deep, tmp_path / "b.png", transparency=clear * 257), 12, 1)
+    np.testing.assert_array_equal(found[..., 0], np.where(grey == clear, 255, grey))
+
+
 def test_turned_by_the_camera(tmp_path):
     image = Image.fromarray(wave(0, 12, 12))
     exif = Image.Exif()
@@ -144,7 +182,7 @@ PREPROCESSORS = {
 
 @pytest.mark.parametrize("how", PREPROCESSORS)
 def test_images_are_evaluated_as_transformers_sees_them(how, pretrained, tmp_path):
-    """Of any shape, within a level or two, with the settings that are written for them."""
+    """Of any shape, to the last bit, with the settings that are written for them."""
     transformers = pytest.importorskip("transformers", reason="parity needs transformers")
     kind = {"squashed": "ViTImageProcessor", "cut out": "BitImageProcessor"}[how]
     given = {"image_processor_type": kind, "do_resize": True, **PREPROCESSORS[how]}
@@ -167,8 +205,7 @@ def test_images_are_evaluated_as_transformers_sees_them(how, pretrained, tmp_pat
     paths = sorted((tmp_path / "data" / "Testing").rglob("*.png"))
     theirs = processor([Image.open(path) for path in paths], return_tensors="np")
     expected = np.moveaxis(np.asarray(theirs["pixel_values"]), 1, -1)
-    assert np.abs(found.eval_images.astype(float) - expected).max() <= 8
-    assert np.abs(found.eval_images.astype(float) - expected).mean() < 1
+    np.testing.assert_array_equal(found.eval_images, expected)
     # Training images show more: all of the shorter side, or 22 of 24 pixels.
     assert found.middle == pytest.approx(1 if how == "squashed" else 20 / 22)
 
@@ -181,7 +218,38 @@ def test_splits_of_other_names(splits, photos, tmp_path):
             shutil.copy(photos / name / "00.png", tmp_path / split / name)
     assert load_image_folder(tmp_path, 8).class_names == ("lying", "standing")
     (tmp_path / splits[1]).rename(tmp_path / "others")
-    with pytest.raises(ValueError, match=r"all hold the folders lying, standing: are they splits"):
+    (tmp_path / "others" / "README").write_text("beside them")
+    with pytest.raises(ValueError, match=r" hold the folders lying, standing: are they splits"):
+        load_image_folder(tmp_path, 8)
+    # One of another name may lack a class.
+    shutil.rmtree(tmp_path / "others" / "standing")
+    with pytest.raises(
+        ValueError, match=f"{splits[0]} in .* holds the folders lying, standing: are"
+    ):
+        load_image_folder(tmp_path, 8)
+
+
+def test_a_class_may_be_named_as_a_split_is(photos, tmp_path):
+    """It has images itself, or in a folder."""
+    for name in ("train/more", "car"):
+        (tmp_path / name).mkdir(parents=True)
+        for i in range(2):
+            shutil.copy(photos / "lying" / f"0{i}.png", tmp_path / name)
+    (tmp_path / "train" / "notes").mkdir()
+    assert load_image_folder(tmp_path, 8).class_names == ("car", "train")
+
+
+def test_an_image_of_each_class_is_too_few(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        save_text(tmp_path / name / "0.png")  # which cannot be read
+    with pytest.raises(ValueError, match=r"must have an image to evaluate, .* got 2 images of 2"):
+        load_image_folder(tmp_path, 8)
+    (tmp_path / "train").mkdir()
+    for name in "ab":
+        (tmp_path / name).rename(tmp_path / "train" / name)
+    (tmp_path / "dev").mkdir()
+    with pytest.raises(ValueError, match=r"must have an image to evaluate, .* got 2 images of 2"):
         load_image_folder(tmp_path, 8)
 
 
@@ -242,10 +310,10 @@ def test_rectangles_are_those_of_pillow():
 
 
 def test_what_is_not_scaled_is_the_same():
-    whole = center_crop(jnp.asarray(IMAGES), 1.0, 30)
-    np.testing.assert_allclose(whole, IMAGES[:, :, 5:35], atol=1e-3)
-    middle = center_crop(jnp.asarray(IMAGES), 20 / 30, 20)
-    np.testing.assert_allclose(middle, IMAGES[:, 5:25, 10:30], atol=1e-3)
+    whole = squares_of(jnp.asarray(IMAGES), 30, Scaling())
+    np.testing.assert_array_equal(whole, IMAGES[:, :, 5:35])
+    middle = squares_of(jnp.asarray(IMAGES), 20, Scaling(edge=30 / 20))
+    np.testing.assert_array_equal(middle, IMAGES[:, 5:25, 10:30])
 
 
 def test_random_crops(monkeypatch):
@@ -254,7 +322,7 @@ def test_random_crops(monkeypatch):
 
     drawn = []
 
-    def record(images, place, sides, size):
+    def record(images, place, sides, size, method):
         drawn.append((place, sides))
         return images[:, :size, :size]
 
@@ -479,6 +547,13 @@ def test_the_head_is_fitted(photos, classes):
     )
     right = fit_head(model, task, 100)
     assert right > 0.6
+    assert not model.blocks.deterministic
+    model.eval()
+    assert fit_head(model, task, 100) == right
+    assert model.blocks.deterministic
+    for count in (0, -1):
+        with pytest.raises(ValueError, match=f"count must be an int >= 1; got {count}"):
+            fit_head(model, task, count)
     whole = dataclasses.replace(data, eval_images=data.train_images, eval_labels=data.train_labels)
     again = ResizedImages(whole, 16, task.mean, task.std)
     assert evaluate(model, again)["accuracy"] == pytest.approx(right)
@@ -510,10 +585,10 @@ def test_finetune(pretrained, photos, tmp_path, capsys, rank):
     assert found["loss"] < found["loss before"]
     assert ("measuring which γ" in capsys.readouterr().out) == (rank == 0)
     ours = interop.load_vision(tmp_path / "run/model", dtype="bfloat16")
-    data, names = finetune_images.images(given, pretrained, 16, 3)
+    data, names, scaling = finetune_images.images(given, pretrained, 16, 3)
     assert names == ["lying", "standing"]
     mean, std = interop.load_normalization(pretrained)
-    task = ResizedImages(data, 16, mean, std, middle=data.middle)
+    task = ResizedImages(data, 16, mean, std, scaling=scaling, middle=data.middle)
     assert evaluate(ours, task)["loss"] == pytest.approx(found["loss"], rel=0.02)
     written = json.loads((tmp_path / "run/model/config.json").read_text())
     assert written["id2label"] == {"0": "lying", "1": "standing"}

@@ -12,7 +12,7 @@ from _rows import fast
 from flax import nnx
 
 from bdia_jax import interop
-from bdia_jax.data.image_folder import Scaling
+from bdia_jax.data.scaling import Scaling
 from bdia_jax.interop.vision import families
 from bdia_jax.nn import VisionTower, VisionTowerConfig, add_lora, merge_lora, unfreeze
 
@@ -273,6 +273,7 @@ def test_how_images_are_prepared_is_found_where_transformers_looks(folder, tmp_p
     assert sees_as(transformers, place, **how) == sizes
     # It counts where there are both files.
     other = given | {"image_processor_type": "ViTImageProcessor", "image_mean": [0.7] * 3}
+    other |= {"do_center_crop": "crop_size" in given}
     (place / "preprocessor_config.json").write_text(json.dumps(other))
     assert sees_as(transformers, place, **how) == sizes
     # What is saved for images of another size says so in both.

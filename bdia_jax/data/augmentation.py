@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Key, Num
 
 from bdia_jax.data.batches import random_flip
 from bdia_jax.data.rand_augment import LARGEST, rand_augment
+from bdia_jax.data.scaling import METHODS, Scaling, squares_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,38 +56,28 @@ def crop_and_resize(
     top_left: Float[Array, "batch 2"],
     sides: Float[Array, "batch 2"],
     size: int,
+    method: str = "cubic",
 ) -> Float[Array, "batch size size channel"]:
-    """A rectangle of each image, scaled to a square by a cubic kernel, in float32.
+    """A rectangle of each image, scaled to a square, in float32.
 
     Args:
       images: values from 0 to 255.
       top_left: row and column where the rectangle begins, in pixels; fractions count.
       sides: its height and width.
       size: of the square.
+      method: JAX's name of the kernel.
     """
 
     def one(image, top_left, sides):
         scale = size / sides
         shape = (size, size, image.shape[-1])
         return jax.image.scale_and_translate(
-            image, shape, (0, 1), scale, -top_left * scale, method="cubic"
+            image, shape, (0, 1), scale, -top_left * scale, method=method
         )
 
     scaled = jax.vmap(one)(images.astype(jnp.float32), top_left, sides)
-    # A cubic kernel reaches beyond the values that it is given.
+    # A cubic kernel goes beyond the values that it is given.
     return scaled.clip(0, 255)
-
-
-def center_crop(
-    images: Num[Array, "batch height width channel"], share: float, size: int
-) -> Float[Array, "batch size size channel"]:
-    """The square in the middle, scaled: ``share`` of the shorter side."""
-    shape = jnp.asarray(images.shape[1:3], jnp.float32)
-    sides = jnp.full(2, share * min(images.shape[1:3]), jnp.float32)
-    every = (len(images), 2)
-    return crop_and_resize(
-        images, jnp.broadcast_to((shape - sides) / 2, every), jnp.broadcast_to(sides, every), size
-    )
 
 
 def random_resized_crop(
@@ -95,24 +86,28 @@ def random_resized_crop(
     size: int,
     smallest: float,
     stretch: float,
+    scaling: Scaling = Scaling(),  # noqa: B008  (a tuple)
 ) -> Float[Array, "batch size size channel"]:
     """A random rectangle of each image, scaled to a square.
 
     Its area is uniform in ``[smallest, 1]`` of the image, the logarithm of its ratio of sides
     uniform in ``± log(stretch)``, and its place uniform in the image; sides longer than the image
-    are cut to it. (Szegedy et al., "Going Deeper with Convolutions", 2015.)
+    are cut to it. (Szegedy et al., "Going Deeper with Convolutions", 2015.) Where whole images are
+    squashed, the ratio is that in the square.
     """
     area_key, ratio_key, place_key = jax.random.split(key, 3)
     height, width = images.shape[1:3]
     count = (len(images),)
-    area = height * width * jax.random.uniform(area_key, count, minval=smallest, maxval=1)
+    share = jax.random.uniform(area_key, count, minval=smallest, maxval=1)
     bound = math.log(stretch)
     ratio = jnp.exp(jax.random.uniform(ratio_key, count, minval=-bound, maxval=bound))
-    sides = jnp.stack([jnp.sqrt(area * ratio), jnp.sqrt(area / ratio)], axis=-1)
     whole = jnp.asarray([height, width], jnp.float32)
+    unit = whole if scaling.squash else math.sqrt(height * width)
+    sides = unit * jnp.sqrt(jnp.stack([share * ratio, share / ratio], axis=-1))
     sides = jnp.minimum(sides, whole)
     place = jax.random.uniform(place_key, (len(images), 2)) * (whole - sides)
-    return crop_and_resize(images, place, sides, size)
+    method = METHODS.get(scaling.resample, "linear")
+    return crop_and_resize(images, place, sides, size, method)
 
 
 def augment_to(
@@ -120,6 +115,7 @@ def augment_to(
     images: Num[Array, "batch height width channel"],
     size: int,
     how: Augmentation,
+    scaling: Scaling = Scaling(),  # noqa: B008  (a tuple)
 ) -> Float[Array, "batch size size channel"]:
     """Training images, varied: cropped and scaled, mirrored, changed by random operations.
 
@@ -128,12 +124,13 @@ def augment_to(
       images: values from 0 to 255.
       size: height and width of what comes out.
       how: what is done; they are mirrored unless it says no.
+      scaling: how they become squares where they are not cropped.
     """
     crop_key, flip_key, operations_key = jax.random.split(key, 3)
     if how.smallest < 1:
-        images = random_resized_crop(crop_key, images, size, how.smallest, how.stretch)
+        images = random_resized_crop(crop_key, images, size, how.smallest, how.stretch, scaling)
     else:
-        images = center_crop(images, 1.0, size)
+        images = squares_of(images, size, scaling)
     if how.flip is not False:
         images = random_flip(flip_key, images)
     if how.operations:

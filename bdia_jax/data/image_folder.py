@@ -5,10 +5,11 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import logging
+import math
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import numpy as np
 from jaxtyping import UInt8
@@ -16,6 +17,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from bdia_jax.data.images import ImageData
+from bdia_jax.data.scaling import Scaling, check_size, square_of
 
 log = logging.getLogger("bdia_jax")
 
@@ -26,23 +28,16 @@ SUFFIXES = (
 """Of files that are taken for images."""
 SIXTEEN_BITS = ("PNG", "PPM")
 """Pillow's names of formats whose numbers it gives 32 bits, though they have at most 16."""
+PHOTOMETRIC, DEPTH = 262, 258
+"""Numbers of the tags of a TIFF that say whether 0 is white, and how many bits a number has."""
 TRAINING = ("train", "training")
 EVALUATION = ("validation", "valid", "val", "dev", "evaluation", "eval", "test", "testing")
 """Names, in any case, of the folders of both splits; of each the first that is there."""
+HIDDEN = ("__MACOSX",)
+"""Names of folders beside the images that hold none of them, besides those that begin with a dot.
+"""
 EVERY = 10
 """Without such a folder, one image in so many of each class is for evaluation."""
-
-
-class Scaling(NamedTuple):
-    """How an image becomes a square of some size."""
-
-    squash: bool = False
-    """Whether height and width are scaled apart from each other; or both alike, and a square is cut
-    out of the middle."""
-    edge: float = 1.0
-    """The shorter side over the square's, of what is not squashed, before it is cut out."""
-    resample: int = Image.Resampling.BICUBIC
-    """Pillow's number of the filter."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,10 +81,15 @@ def load_image_folder(
 
     Raises:
       FileNotFoundError, NotADirectoryError: for a path that is no folder.
-      ValueError: without two classes; for a class without images, or one to evaluate that is not
-        trained; for classes that look like splits; for files that cannot be read as images, with
-        their names.
+      ValueError: for a size, or how many times larger, below 1, and an unknown scaling; without
+        two classes, or an image to evaluate; for a class without images, or one to evaluate that is
+        not trained; for classes that look like splits; for files that cannot be read as images,
+        with their names.
     """
+    check_size(size)
+    scaling.check()
+    if not 1 <= larger < math.inf:
+        raise ValueError(f"larger must be at least 1; got {larger}")
     path = pathlib.Path(path).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"the folder of images must exist; got {str(path)!r}")
@@ -121,6 +121,12 @@ def load_image_folder(
             f"{path} must have a folder for each of at least two classes; it has "
             f"{', '.join(names) or 'none'}"
         )
+    if not any(evaluation.values()):
+        counted = f"{sum(map(len, train.values()))} images of {len(train)} classes in all"
+        raise ValueError(
+            f"{path} must have an image to evaluate, in {EVALUATION[0]}, or as another one of a "
+            f"class; got {counted}"
+        )
     files, labels = zip(*(_listed(split, names) for split in (train, evaluation)), strict=True)
     side = round(size * larger)
     wider = scaling._replace(edge=max(1.0, scaling.edge * size / side))
@@ -137,36 +143,60 @@ def load_image_folder(
 
 def _split(path: pathlib.Path, names: tuple[str, ...]) -> pathlib.Path | None:
     """The folder in a folder that has one of some names, in any case."""
-    folders = {place.name.lower(): place for place in sorted(path.iterdir()) if place.is_dir()}
+    folders = {place.name.lower(): place for place in _folders(path)}
     return next((folders[name] for name in names if name in folders), None)
 
 
 def _refuse_splits(path: pathlib.Path) -> None:
-    """A ``ValueError`` for "classes" that all have folders of the same names, and nothing else."""
-    inner = [
-        {place.name for place in folder.iterdir() if not place.name.startswith(".")}
-        for folder in path.iterdir()
-        if folder.is_dir() and not folder.name.startswith(".")
-    ]
-    shared = set.intersection(*inner) if len(inner) > 1 else set()
-    if len(shared) > 1 and all(names == shared for names in inner):
-        names = sorted(place.name for place in path.iterdir() if place.is_dir())
-        if all((path / name / one).is_dir() for name in names for one in shared):
-            raise ValueError(
-                f"{' and '.join(names)} in {path} all hold the folders {', '.join(sorted(shared))}:"
-                f" are they splits? Name them {TRAINING[0]} and {EVALUATION[0]}"
-            )
+    """A ``ValueError`` for "classes" that are splits, by their names or by their folders."""
+    classes = _folders(path)
+    inner = [{place.name for place in _folders(folder)} for folder in classes]
+    splits = [place.name for place in classes]
+    alike = len(inner) > 1 and len(inner[0]) > 1 and all(names == inner[0] for names in inner)
+    if not alike:
+        # The other ones may have other classes, as splits of another name have.
+        splits = [
+            place.name
+            for place in classes
+            if place.name.lower() in (*TRAINING, *EVALUATION)
+            and sum(any(map(_is_image, _files(one))) for one in _folders(place)) > 1
+        ]
+    if splits:
+        held = sorted(
+            {name for place, names in zip(classes, inner) if place.name in splits for name in names}
+        )
+        raise ValueError(
+            f"{' and '.join(splits)} in {path} hold{'' if len(splits) > 1 else 's'} the folders "
+            f"{', '.join(held)}: are they splits? Name them {TRAINING[0]} and {EVALUATION[0]}"
+        )
+
+
+def _folders(path: pathlib.Path) -> list[pathlib.Path]:
+    """The folders in a folder, sorted by name, but for hidden ones."""
+    return [place for place in sorted(path.iterdir()) if place.is_dir() and not _hidden(place.name)]
+
+
+def _files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files in a folder and in those in it, sorted by name, but for hidden ones."""
+    found = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+    return [file for file in found if not any(map(_hidden, file.relative_to(folder).parts))]
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name in HIDDEN
+
+
+def _is_image(file: pathlib.Path) -> bool:
+    return file.suffix.lower() in SUFFIXES
 
 
 def _by_class(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
     """The images in each folder of a folder, sorted by name."""
     found, others = {}, []
-    for place in sorted(folder.iterdir()):
-        if not place.is_dir() or place.name.startswith("."):
-            continue
-        files = [f for f in sorted(place.rglob("*")) if f.is_file() and f.name[0] != "."]
-        found[place.name] = [file for file in files if file.suffix.lower() in SUFFIXES]
-        others += [file for file in files if file.suffix.lower() not in SUFFIXES]
+    for place in _folders(folder):
+        files = _files(place)
+        found[place.name] = [file for file in files if _is_image(file)]
+        others += [file for file in files if not _is_image(file)]
     if empty := [name for name, files in found.items() if not files]:
         raise ValueError(
             f"each class in {folder} must have images ({', '.join(SUFFIXES)}); got none in "
@@ -239,23 +269,31 @@ def read_image(
       ValueError: for one whose white is not known: numbers of 32 bits.
     """
     with Image.open(path) as image:
-        in_sixteen = image.format in SIXTEEN_BITS
-        image = ImageOps.exif_transpose(image)
-        if image.mode[0] in "IF":
-            values = np.asarray(image)
-            if image.mode == "F" or (image.mode == "I" and not in_sixteen):
-                raise ValueError(
-                    f"pixels must have 8 or 16 bits; got 32 ({image.mode}), from {values.min():g} "
-                    f"to {values.max():g}"
-                )
-            image = Image.fromarray(np.uint8(np.round(values / 257)))
+        image = _in_eight_bits(image)
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB" if channels == 3 else "L")
-        if scaling.squash:
-            image = image.resize((size, size), scaling.resample)
-        else:
-            share = 1 - 1 / scaling.edge
-            image = ImageOps.fit(image, (size, size), scaling.resample, bleed=share / 2)
+        image = square_of(image.convert("RGB" if channels == 3 else "L"), size, scaling)
     return np.asarray(image).reshape(size, size, channels)
+
+
+def _in_eight_bits(image: Image.Image) -> Image.Image:
+    """An image as its camera was held; numbers of up to 16 bits as 8, shades of grey on white."""
+    # Pillow inverts those of 8 bits alone, and gives 12 bits as they are.
+    tags = getattr(image, "tag_v2", {})
+    inverted = tags.get(PHOTOMETRIC) == 0
+    white = 2 ** tags.get(DEPTH, (16,))[0] - 1
+    clear = image.info.get("transparency")
+    in_sixteen = image.format in SIXTEEN_BITS
+    image = ImageOps.exif_transpose(image)
+    if image.mode[0] not in "IF":
+        return image
+    values = np.asarray(image)
+    if image.mode == "F" or (image.mode == "I" and not in_sixteen):
+        raise ValueError(
+            f"pixels must have 8 or 16 bits; got 32 ({image.mode}), from {values.min():g} "
+            f"to {values.max():g}"
+        )
+    shades = np.uint8(np.round(values * (255 / white)))
+    shades = 255 - shades if inverted else shades
+    return Image.fromarray(shades if clear is None else np.where(values == clear, 255, shades))

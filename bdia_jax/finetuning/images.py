@@ -8,8 +8,8 @@
 ``experiments/vit.py --pretrained ...`` is the same command.
 
 The data is a folder that has a folder of images for each class (of any size, depth and format), or
-a set of TensorFlow Datasets. Images are normalized as in the pretraining. What comes out,
-``runs/mine/model``, is a folder that ``transformers`` loads, with the weights of the best
+a set of TensorFlow Datasets. Images are scaled and normalized as in the pretraining. What comes
+out, ``runs/mine/model``, is a folder that ``transformers`` loads, with the weights of the best
 evaluation and the names of the classes.
 
 The network gets a new head, which is first fitted to what the network makes of some images. Then
@@ -34,6 +34,7 @@ from bdia_jax.data import (
     load_image_folder,
     load_images,
 )
+from bdia_jax.data.scaling import Scaling
 from bdia_jax.finetuning.settings import (
     COMMON,
     STEPS,
@@ -124,7 +125,7 @@ def main(f: FineTuneVision) -> dict[str, float]:
     check_before(f, path, pretrained)
     mean, std = interop.load_normalization(path)
     size = f.image_size or pretrained.image_size
-    data, names = images(f, path, size, pretrained.channels)
+    data, names, scaling = images(f, path, size, pretrained.channels)
     task = ResizedImages(
         data,
         size,
@@ -132,6 +133,7 @@ def main(f: FineTuneVision) -> dict[str, float]:
         std,
         augmentation=f.augmentation,
         label_smoothing=f.label_smoothing,
+        scaling=scaling,
         middle=getattr(data, "middle", 1.0),
     )
     check_batch_size(task, f.train.batch_size)
@@ -164,19 +166,20 @@ def main(f: FineTuneVision) -> dict[str, float]:
 
 def images(
     f: FineTuneVision, pretrained: pathlib.Path, size: int, channels: int
-) -> tuple[ImageData, list[str]]:
-    """The data, and the names of its classes."""
+) -> tuple[ImageData, list[str], Scaling]:
+    """The data, the names of its classes, and how its images become squares."""
+    scaling = interop.load_scaling(pretrained)
     if pathlib.Path(f.data).expanduser().is_dir():
-        scaling = interop.load_scaling(pretrained)
         folder = load_image_folder(f.data, size, larger=LARGER, scaling=scaling, channels=channels)
-        return folder, [*folder.class_names]
+        # Its images are squares already.
+        return folder, [*folder.class_names], scaling._replace(edge=1.0)
     if f.data.startswith(("/", ".", "~")):
         raise FileNotFoundError(f"the folder of images must exist; got {f.data!r}")
     data = load_images(f.data, f.data_dir, download=f.download)
     found = data.train_images.shape[-1]
     if found not in (1, channels):
         raise ValueError(f"images must have {channels} channels, or one; got {found}")
-    return data, class_names(f.data, f.data_dir)
+    return data, class_names(f.data, f.data_dir), scaling
 
 
 def check_before(f: FineTuneVision, path: pathlib.Path, config: VisionTowerConfig) -> None:

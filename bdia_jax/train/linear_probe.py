@@ -42,7 +42,7 @@ def fit_head(
       The share of these images that the fitted head classifies rightly.
 
     Raises:
-      ValueError: for a head of another number of classes.
+      ValueError: for a head of another number of classes; for no images, or those of one class.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -54,19 +54,20 @@ def fit_head(
             f"the head must have the {classes} classes of {task.name}; it has "
             f"{model.config.num_classes}"
         )
+    if isinstance(count, bool) or not isinstance(count, int | np.integer) or count < 1:
+        raise ValueError(f"count must be an int >= 1; got {count!r}")
     rows = np.random.default_rng(seed).permutation(task.samples)[:count]
     images, labels = task.data.train_images[rows], task.data.train_labels[rows]
     if len(np.unique(labels)) < 2:
         raise ValueError(f"count must be large enough to see two classes; got {count}")
-    model.eval()
     graph, state = nnx.split(model)
-    model.train()
-
     mesh = mesh_of(model)
 
     @jax.jit
     def pooled(state, statistics, images):
         network = merged(mesh, graph, state)
+        # This one alone: the model that was given stays in its mode.
+        network.eval()
         return network.pooled(task.middles(statistics, split(mesh, images)))
 
     statistics = {"mean": task.mean, "std": task.std}

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
-from bdia_jax.data.image_folder import Scaling
 from bdia_jax.interop import arrays
 from bdia_jax.interop.checkpoint import FolderError
 from bdia_jax.interop.families.family import Source
@@ -23,13 +21,25 @@ from bdia_jax.interop.hub import resolve
 from bdia_jax.interop.saving import parameters_of, replace_model
 from bdia_jax.interop.vision import families
 from bdia_jax.interop.vision.positions import resize
+from bdia_jax.interop.vision.preprocessing import (
+    Normalization,
+    for_size,
+    load_normalization,
+    load_scaling,
+)
 from bdia_jax.nn.settings import DTYPES, check_dtype
 from bdia_jax.nn.stack import check_standard
 from bdia_jax.nn.vision import VisionTower, VisionTowerConfig
 
-PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
-"""Files that say how images are prepared; the second one under :data:`NESTED`, if at all."""
-NESTED = "image_processor"
+__all__ = [
+    "Normalization",
+    "load_normalization",
+    "load_scaling",
+    "load_vision",
+    "read_vision_config",
+    "save_vision",
+]
+
 HEAD = {
     "head.kernel": Source("classifier.weight", transposed=True),
     "head.bias": Source("classifier.bias"),
@@ -47,13 +57,6 @@ NOT_OURS = re.compile(
     r"|(vision_model\.)?(head\.|post_layernorm\.)|(dinov2\.)?embeddings\.mask_token"
 )
 """Starts of the names of tensors without which the classes of an image are computed."""
-
-
-class Normalization(NamedTuple):
-    """What a tower's images are made of: ``(pixel - mean) / std``, by channel, of 0 … 255."""
-
-    mean: np.ndarray
-    std: np.ndarray
 
 
 class VisionFolder(Folder):
@@ -156,74 +159,6 @@ def read_vision_config(path: str | os.PathLike) -> VisionTowerConfig:
         return families.read(folder.config)
 
 
-def load_scaling(path: str | os.PathLike) -> Scaling:
-    """How images become squares, by ``processor_config.json`` in a folder.
-
-    Or by ``preprocessor_config.json``, where that says nothing of images. Where there is none:
-    their middle is cut out.
-
-    Raises:
-      FileNotFoundError: for a folder that does not exist.
-    """
-    with VisionFolder(resolve(path)) as folder:
-        _, c = _preparation(folder.beside())
-    size, crop = c.get("size"), c.get("crop_size")
-    if not c.get("do_center_crop", crop is not None):
-        crop = None
-    plain = Scaling(resample=c.get("resample", Scaling().resample))
-    if isinstance(size, dict) and "shortest_edge" in size:
-        edge = _side(crop)
-        return plain._replace(edge=max(1.0, size["shortest_edge"] / edge)) if edge else plain
-    return plain._replace(squash=size is not None and crop is None)
-
-
-def _preparation(beside: Mapping[str, bytes]) -> tuple[str, dict[str, Any]]:
-    """The file that says how images are prepared, and what it says; as ``transformers`` looks."""
-    file, c = PROCESSOR, json.loads(beside.get(PROCESSOR, b"{}")).get(NESTED)
-    if c is None:
-        file, c = PREPROCESSOR, json.loads(beside.get(PREPROCESSOR, b"{}"))
-    return file, {name: value for name, value in c.items() if value is not None}
-
-
-def _side(crop: Any) -> int | None:
-    """Of a square that is cut out, which is written as a number, or as height and width."""
-    return crop.get("height") if isinstance(crop, dict) else crop
-
-
-def load_normalization(path: str | os.PathLike) -> Normalization:
-    """How images are to be normalized, by ``processor_config.json`` in a folder.
-
-    Or by ``preprocessor_config.json``, where that says nothing of images. Where there is none: as
-    the family's own images were.
-
-    Raises:
-      FileNotFoundError: for a folder that does not exist.
-      FolderError: for a file that says nothing of it, or scales pixels by anything but 1/255.
-    """
-    with VisionFolder(resolve(path)) as folder:
-        family = families.family_of(folder.config)
-        file, c = _preparation(folder.beside())
-    mean, std = c.get("image_mean", family.mean), c.get("image_std", family.std)
-    if c.get("do_normalize", True) is False:
-        mean, std = 0.0, 1.0
-    if abs(c.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6 or c.get("do_rescale", True) is False:
-        raise FolderError(
-            f"{folder.where}: {file} must scale pixels by 1/255; got rescale_factor = "
-            f"{c.get('rescale_factor')!r}, do_rescale = {c.get('do_rescale')!r}"
-        )
-    channels = families.read(folder.config).channels
-    try:
-        mean, std = (np.broadcast_to(np.float32(v), channels) for v in (mean, std))
-        if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
-            raise ValueError
-    except (TypeError, ValueError):
-        raise FolderError(
-            f"{folder.where}: image_mean and image_std must be numbers of {channels} channels, "
-            f"those of image_std positive; got {mean}, {std}"
-        ) from None
-    return Normalization(mean * 255, std * 255)
-
-
 def save_vision(
     model: VisionTower,
     folder: str | os.PathLike,
@@ -247,7 +182,7 @@ def save_vision(
     Raises:
       ValueError: for a model of another family than ``like``, or with low-rank updates, a wrong
         number of labels, two equal ones, an unknown dtype.
-      FolderError: as of :func:`load_vision`.
+      FolderError: as of :func:`load_vision`, and of :func:`load_scaling`.
     """
     check_standard(model.blocks, "transformers knows")
     c = model.config
@@ -255,7 +190,8 @@ def save_vision(
     dtype = dtype or c.param_dtype
     check_dtype(dtype)
     with VisionFolder(resolve(like)) as source:
-        family, given, beside = families.family_of(source.config), source.config, source.beside()
+        family, given = families.family_of(source.config), source.config
+        beside = source.beside() | for_size(source, c.image_size)
     if labels is None:
         before = given.get("id2label") or {}
         kept = len(before) == c.num_classes
@@ -267,7 +203,6 @@ def save_vision(
     _check_same(families.read(written), c)
     layout = family.layout(c, None) | HEAD
     parameters = parameters_of(model, layout)
-    beside |= _for_size(beside, c.image_size)
     tensors = _tensors(family, c, parameters, layout, DTYPES[dtype])
     replace_model(folder, tensors, written, beside)
 
@@ -288,27 +223,3 @@ def _check_same(written: VisionTowerConfig, config: VisionTowerConfig) -> None:
             "like must be of the model's family; they differ in "
             + ", ".join(f"{n} ({getattr(written, n)}, {getattr(config, n)})" for n in differing)
         )
-
-
-def _for_size(beside: Mapping[str, bytes], size: int) -> dict[str, bytes]:
-    """The files that say how images are prepared, for images of another size."""
-    made = {}
-    if PREPROCESSOR in beside:
-        made[PREPROCESSOR] = _resized(json.loads(beside[PREPROCESSOR]), size)
-    processor = json.loads(beside.get(PROCESSOR, b"{}"))
-    if processor.get(NESTED) is not None:
-        made[PROCESSOR] = processor | {NESTED: _resized(processor[NESTED], size)}
-    return {name: json.dumps(c, indent=2).encode() for name, c in made.items()}
-
-
-def _resized(c: dict[str, Any], size: int) -> dict[str, Any]:
-    """Settings of an image processor, for images of another size."""
-    square = {"height": size, "width": size}
-    before, crop = c.get("size"), c.get("crop_size")
-    if isinstance(before, dict) and "shortest_edge" in before:
-        edge = _side(crop)
-        ratio = before["shortest_edge"] / edge if edge else 1
-        made = {"size": {"shortest_edge": round(size * ratio)}}
-    else:
-        made = {"size": square}
-    return c | made | ({} if crop is None else {"crop_size": square})
