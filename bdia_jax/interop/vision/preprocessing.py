@@ -48,13 +48,6 @@ PROCESSORS: dict[str, Settings] = {
     "SiglipImageProcessor": _WHOLE | _HALF | {"resample": _BICUBIC, "default_to_square": False},
 }
 """Image processors of ``transformers``, and what they take where their file says nothing."""
-OF_FAMILY = {
-    "vit": "ViTImageProcessor",
-    "dinov2": "BitImageProcessor",
-    "clip": "CLIPImageProcessor",
-    "siglip": "SiglipImageProcessor",
-}
-"""Those that ``transformers`` takes for a family where no file names one."""
 SAME = {"do_resize": True, "do_rescale": True, "rescale_factor": 1 / 255, "do_pad": False}
 """Settings of an image processor that must have these values, if they are given."""
 
@@ -171,7 +164,7 @@ def _with_usual(folder: Checkpoint, name: str, c: Settings | None) -> _Preparati
     kind = given.get("image_processor_type") or str(
         given.get("feature_extractor_type") or folder.config.get("image_processor_type") or ""
     ).replace("FeatureExtractor", "ImageProcessor")
-    kind = str(kind or OF_FAMILY[families.family_of(folder.config).name])
+    kind = str(kind or families.family_of(folder.config).processor)
     known = kind.removesuffix("Fast").removesuffix("Pil")
     if known not in PROCESSORS:
         raise FolderError(

@@ -61,6 +61,7 @@ class CLIP(_TextAndImages):
     """Radford et al., "Learning Transferable Visual Models From Natural Language Supervision"."""
 
     name, also = "clip", ("clip_vision_model",)
+    processor = "CLIPImageProcessor"
     architecture = "CLIPForImageClassification"
     usual: ClassVar = {"patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5}
     mean = (0.48145466, 0.4578275, 0.40821073)
@@ -86,6 +87,7 @@ class SigLIP(_TextAndImages):
     """Zhai et al., "Sigmoid Loss for Language Image Pre-Training", 2023."""
 
     name, also = "siglip", ("siglip_vision_model",)
+    processor = "SiglipImageProcessor"
     architecture = "SiglipForImageClassification"
     usual: ClassVar = {"patch_size": 16, "hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
 

@@ -47,6 +47,8 @@ class VisionFamily(abc.ABC):
     """Mean of each channel of images from 0 to 1, where preprocessor_config.json is missing."""
     std: ClassVar[tuple[float, ...]] = (0.5, 0.5, 0.5)
     """Standard deviation of each channel of such images."""
+    processor: ClassVar[str]
+    """The image processor that ``transformers`` takes where no file names one."""
 
     @abc.abstractmethod
     def details(self, c: Config) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class PretrainedViT(VisionFamily):
     """Dosovitskiy et al., "An Image is Worth 16x16 Words", 2021."""
 
     name = "vit"
+    processor = "ViTImageProcessor"
     architecture = "ViTForImageClassification"
     prefix = "vit."
     outside: ClassVar = _PATCHES
@@ -66,6 +67,7 @@ class DINOv2(VisionFamily):
     """Oquab et al., "DINOv2: Learning Robust Visual Features without Supervision", 2023."""
 
     name = "dinov2"
+    processor = "BitImageProcessor"
     architecture = "Dinov2ForImageClassification"
     prefix = "dinov2."
     outside: ClassVar = _PATCHES
