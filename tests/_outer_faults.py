@@ -598,8 +598,8 @@ FAULTS = [
     Fault(
         "a family is prepared as ViT where no processor is named",
         "interop/vision/preprocessing",
-        "OF_FAMILY[families.family_of(folder.config).name]",
-        "OF_FAMILY[families.FAMILIES['vit'].name]",
+        "families.family_of(folder.config).processor",
+        '"ViTImageProcessor"',
         SQUARES,
     ),
     Fault(
