@@ -102,6 +102,28 @@ class A:
     assert sources.bare(code) != sources.bare(code.replace("X = 1", "X = 2"))
 
 
+def test_what_is_refused_changes_no_number():
+    code = "def f(x):\n    if x < 0:\n        raise ValueError(f'no {x}')\n    return x\n"
+    for same in (
+        code.replace("no {x}", "not {x}"),
+        code.replace("x < 0", "x <= 0 or x > 9"),
+        "def f(x):\n    return x\n",
+    ):
+        assert sources.bare(same) == sources.bare(code)
+    for other in (
+        code.replace("return x", "return -x"),
+        code.replace("if x < 0:", "if (x := abs(x)) < 0:"),
+        code.replace(
+            "ValueError(f'no {x}')\n", "ValueError(f'no {x}')\n    else:\n        x = 1\n"
+        ),
+        code.replace("        raise", "        x = 1\n        raise"),
+    ):
+        assert sources.bare(other) != sources.bare(code)
+    caught = "try:\n    f()\nexcept E as e:\n    raise F('a') from e\n"
+    assert sources.bare(caught) == sources.bare(caught.replace("'a'", "'b'"))
+    assert sources.bare(caught) != sources.bare(caught.replace("raise F", "raise G"))
+
+
 def test_a_result_says_what_made_it(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [str(sources.ROOT / "experiments/vit.py"), "--data", "/a/b"])
     settings = vision_tables.VisionTables(data_dir=pathlib.Path("/a/b"))

@@ -1,4 +1,8 @@
-"""The code that a result depends on, as a hash that comments and layout do not change."""
+"""The code that a result depends on, as a hash of what it computes.
+
+Comments and layout do not change the hash, nor does what is refused, and in which words: no number
+that was measured depends on it.
+"""
 
 from __future__ import annotations
 
@@ -82,9 +86,10 @@ def digest(patterns: Iterable[str]) -> str:
 
 
 def bare(code: str) -> str:
-    """Python without comments, docstrings and white space: what is left says what it does.
+    """Python without comments, docstrings, white space, and errors with the checks that raise them.
 
-    Cut by position, so that every version of Python finds the same.
+    What is left says what is computed, if nothing is refused. Cut by position, so that every
+    version of Python finds the same.
     """
     lines = code.splitlines(keepends=True)
     starts = [0]
@@ -95,19 +100,42 @@ def bare(code: str) -> str:
         for token in tokenize.generate_tokens(io.StringIO(code).readline)
         if token.type == tokenize.COMMENT
     ]
+
+    def place(line: int | None, column: int | None) -> int:
+        assert line is not None
+        # ast counts bytes.
+        return starts[line - 1] + len(lines[line - 1].encode()[:column].decode())
+
     for node in ast.walk(ast.parse(code)):
         # Also a string below a field, which documents it.
-        if isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str):
-            ends = ((node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset))
-            # ast counts bytes.
+        text = isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", None), str)
+        if text or _only_refuses(node):
+            ends = place(node.lineno, node.col_offset), place(node.end_lineno, node.end_col_offset)
+            cuts.append(ends)
+        elif isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            name, call = node.exc.func, node.exc
             cuts.append(
-                tuple(starts[i - 1] + len(lines[i - 1].encode()[:n].decode()) for i, n in ends)
+                (
+                    place(name.end_lineno, name.end_col_offset),
+                    place(call.end_lineno, call.end_col_offset),
+                )
             )
     kept, end = [], 0
     for start, stop in sorted(cuts):
         kept.append(code[end:start])
         end = max(end, stop)
     return "".join("".join([*kept, code[end:]]).split())
+
+
+def _only_refuses(node: ast.AST) -> bool:
+    """Whether it is a check that raises an error, and does nothing else."""
+    return (
+        isinstance(node, ast.If)
+        and not node.orelse
+        and all(isinstance(inner, ast.Raise) for inner in node.body)
+        # That would be known afterwards, too.
+        and not any(isinstance(inner, ast.NamedExpr) for inner in ast.walk(node.test))
+    )
 
 
 def commit(patterns: Iterable[str]) -> tuple[str | None, bool | None]:
