@@ -230,6 +230,6 @@ if __name__ == "__main__":
         shortened(pathlib.Path(root), networks, int(every), script, words)
     else:
         sys.path.insert(0, str(HERE / "experiments"))
-        import command
+        from bdia_jax.train import command
 
         command.run(main, Still, __doc__, told=logging.WARNING)
