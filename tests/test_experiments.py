@@ -767,7 +767,12 @@ def test_what_is_the_same():
 
     assert largest([row | {"seconds": 3, "folder": "b"}]) == 0
     assert 0 < largest([row | {"loss": 1 + 2**-52}]) <= 2**-52
-    assert largest([row, row]) == math.inf
+    assert largest([row, row]) == largest([]) == math.inf
+    assert largest([row | {"history": [{"loss": math.nan}] * 2}]) == math.inf
+    # Fields that are told now, or no more.
+    assert largest([row | {"accuracy": 0.5}]) == 0
+    assert max(still.differences([row | {"mismatched": 0.0}], [row]).values()) == 0
+    assert max(still.differences([row | {"mismatched": 1.0}], [row]).values()) == 1
     assert largest([row | {"loss": math.nan}]) == math.inf
     # Of what is counted there is no share.
     assert still.share(3, 4) == still.share("a", "b") == math.inf

@@ -207,9 +207,15 @@ def numbers(value: Any, at: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def differences(then: Any, now: Any) -> dict[str, float]:
-    """By how much numbers differ, as a share of the larger one; inf where they are no numbers."""
+    """By how much numbers differ, as a share of the larger one; inf where they are no numbers.
+
+    A field of a record that only the code that is here tells is not compared. One that it tells no
+    more must have been 0.
+    """
     before, after = dict(numbers(then)), dict(numbers(now))
-    return {at: share(before.get(at), after.get(at)) for at in dict.fromkeys([*before, *after])}
+    records = {at.rpartition(".")[0] for at in before}
+    more = {at: math.inf for at in after if at.rpartition(".")[0] not in records}
+    return {at: share(value, after.get(at, 0.0)) for at, value in before.items()} | more
 
 
 def share(a: Any, b: Any) -> float:
