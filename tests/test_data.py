@@ -289,7 +289,7 @@ def test_evaluates_on_validation_if_there_is_no_test(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"splits": {"train": 3}}, "needs a split 'train', and 'test' or 'validation'; it has"),
+        ({"splits": {"train": 3}}, "needs a split 'train', and 'validation' or 'test'; it has"),
         ({"shape": (None, None, 3)}, "numbers vary in size"),
         ({"dtype": np.uint16}, "uint8.*those of numbers are uint16"),
         ({"label": tfds.features.Scalar(np.int64)}, "not an image classification set"),
@@ -528,6 +528,12 @@ def test_cifar10_is_downloaded_extracted_prepared_and_read(cifar10_server, tmp_p
     again = data.load_images("cifar10", tmp_path / "new", download=True)
     np.testing.assert_array_equal(again.train_images, loaded.train_images)
     assert cifar10_server.requests == asked, "downloaded twice"
+
+
+def test_a_test_is_kept_apart_where_there_is_a_validation(tmp_path):
+    prepare(tmp_path, splits={"train": 9, "test": 4, "validation": 3})
+    loaded = data.load_images("numbers", tmp_path)
+    assert (len(loaded.train_labels), len(loaded.eval_labels)) == (9, 3)
 
 
 def test_real_cifar10():

@@ -190,12 +190,15 @@ def _check_features(builder) -> None:
 
 
 def _splits(builder) -> tuple[str, str]:
-    """The names of the splits of a prepared set to train and to evaluate on."""
+    """The names of the splits of a prepared set to train and to evaluate on.
+
+    The weights of the best evaluation are kept: a set that has both keeps its test apart from that.
+    """
     found = list(builder.info.splits)
-    evaluation = next((split for split in ("test", "validation") if split in found), None)
+    evaluation = next((split for split in ("validation", "test") if split in found), None)
     if "train" not in found or evaluation is None:
         raise ValueError(
-            f"{builder.name} needs a split 'train', and 'test' or 'validation'; it has {found}"
+            f"{builder.name} needs a split 'train', and 'validation' or 'test'; it has {found}"
         )
     for split in ("train", evaluation):
         if not builder.info.splits[split].num_examples:
