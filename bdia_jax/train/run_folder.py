@@ -258,7 +258,7 @@ def locked(folder: pathlib.Path, main: bool) -> Iterator[None]:
         return
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / LOCK, "a")  # noqa: SIM115  (it is closed below)
+        file = open(folder / LOCK, "a", encoding="utf-8")  # noqa: SIM115  (it is closed below)
     except OSError as error:
         raise _unwritable(error) from error
     with file:
