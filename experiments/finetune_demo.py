@@ -21,7 +21,7 @@ from bdia_jax import BDIA, Online, interop
 from bdia_jax.data import Example
 from bdia_jax.files import write_text
 from bdia_jax.finetuning import text_data, texts
-from bdia_jax.finetuning.settings import of_run
+from bdia_jax.finetuning.run import of_run
 from bdia_jax.finetuning.text_settings import FineTune
 from bdia_jax.nn import Decoder, generate, set_step
 from bdia_jax.planning.plan import side_information

@@ -567,7 +567,7 @@ def test_the_head_is_fitted(photos, classes):
 @pytest.mark.parametrize("rank", [0, 2])
 def test_finetune(pretrained, photos, tmp_path, capsys, rank):
     """The loss falls; the folder has the weights of the best evaluation, and names of classes."""
-    given = finetune_images.FineTuneVision(
+    given = finetune_images.FineTuneImages(
         pretrained=str(pretrained),
         data=str(photos),
         out=tmp_path / "run",
@@ -621,12 +621,12 @@ def test_names_of_classes():
 def test_bad_fine_tuning(pretrained, tmp_path):
     given = {"pretrained": str(pretrained), "out": tmp_path / "run"}
     with pytest.raises(ValueError, match="the same loss with every γ: give gamma, or head_images"):
-        finetune_images.FineTuneVision(data="digits", head_images=0, **given)
+        finetune_images.FineTuneImages(data="digits", head_images=0, **given)
     with pytest.raises(FileNotFoundError, match=r"must exist; got '\./none'"):
-        finetune_images.main(finetune_images.FineTuneVision(data="./none", **given))
+        finetune_images.main(finetune_images.FineTuneImages(data="./none", **given))
     with pytest.raises(interop.FolderError, match="one of vit, dinov2, clip"):
         finetune_images.main(
-            finetune_images.FineTuneVision(
+            finetune_images.FineTuneImages(
                 pretrained=str(other_folder(tmp_path)), data="digits", out=tmp_path / "run"
             )
         )

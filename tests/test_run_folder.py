@@ -154,7 +154,10 @@ class RandomFeatures(_toy.Toy):
 
     def __init__(self, seed):
         super().__init__()
-        self.features = nnx.Variable(jax.random.normal(jax.random.key(seed), (4, 4)))
+        key = jax.random.key(seed)
+        self.features = nnx.Variable(jax.random.normal(key, (4, 4)))
+        # Keys are no numbers, and may be variables, too.
+        self.key = nnx.Variable(key)
 
     def __call__(self, x, key=None):
         return super().__call__(x @ self.features[...], key)
@@ -198,7 +201,23 @@ def test_an_optimizer_of_ones_own_is_described_as_such(tmp_path):
     train(model, _toy.Regression(), _toy.settings(steps=1), tmp_path, optimizer=optax.sgd(0.1))
     told = json.loads((tmp_path / "settings.json").read_text())["train"]
     for name in ("optimizer", "learning_rate", "clip_norm"):
-        assert told[name] == "of the optimizer given to train()"
+        assert told[name] == "one given to train()"
+
+
+def test_a_run_of_an_older_version_with_an_optimizer_of_ones_own(tmp_path):
+    """It kept the settings that the optimizer did not heed."""
+
+    def run(**changes):
+        settings = _toy.settings(steps=2, **changes)
+        task, optimizer = _toy.Regression(), optax.sgd(0.1)
+        return train(_toy.Toy(), task, settings, tmp_path, resume=True, optimizer=optimizer)
+
+    run(stop_at=1)
+    path = tmp_path / "settings.json"
+    told = json.loads(path.read_text())
+    told["train"] |= {"learning_rate": 0.01, "clip_norm": 1.0, "warmup_steps": 0}
+    path.write_text(json.dumps(told))
+    assert run().step == 2
 
 
 def test_fingerprints():

@@ -390,7 +390,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, no_compiling):
         ({"steps": 20}, "train.steps: 8 there, 20 now"),
         (
             {"own_optimizer": optax.sgd(0.1)},
-            "train.optimizer: 'adamw' there, 'of the opt",
+            "train.optimizer: 'adamw' there, 'one given to train",
         ),
         ({"about": {"model": {"depth": 3}}}, "model: 'nothing' there, {'depth': 3} now"),
     ],

@@ -6,5 +6,6 @@
 | `text_settings` | its settings |
 | `text_data` | its texts: packed at once, mixed, or read as the run goes |
 | `images` | vision transformers, on images: ``python -m bdia_jax.finetune_images`` |
-| `settings` | what both have in common |
+| `settings` | the settings that both have |
+| `run` | the run of both: checks, updates, γ, training; or its plan |
 """

@@ -35,16 +35,8 @@ from bdia_jax.data import (
     load_images,
 )
 from bdia_jax.data.scaling import Scaling
-from bdia_jax.finetuning.settings import (
-    COMMON,
-    STEPS,
-    FineTuning,
-    add_updates,
-    check_fits,
-    described,
-    fine_tune,
-    tell_needs,
-)
+from bdia_jax.finetuning.run import add_updates, check_fits, described, fine_tune, tell_needs
+from bdia_jax.finetuning.settings import COMMON, STEPS, FineTuning
 from bdia_jax.nn import (
     VisionTower,
     VisionTowerConfig,
@@ -84,7 +76,7 @@ class Given:
 
 
 @dataclasses.dataclass(frozen=True)
-class FineTuneVision(FineTuning, Given):
+class FineTuneImages(FineTuning, Given):
     """Fine-tunes a pretrained vision transformer reversibly, on images."""
 
     data_dir: pathlib.Path | None = None
@@ -113,7 +105,7 @@ class FineTuneVision(FineTuning, Given):
             )
 
 
-def main(f: FineTuneVision) -> dict[str, float]:
+def main(f: FineTuneImages) -> dict[str, float]:
     """Runs it; validation loss and accuracy before and after."""
     if f.plan is None:
         f = dataclasses.replace(f, out=check_run_folder(f.out, f.resume))
@@ -165,7 +157,7 @@ def main(f: FineTuneVision) -> dict[str, float]:
 
 
 def images(
-    f: FineTuneVision, pretrained: pathlib.Path, size: int, channels: int
+    f: FineTuneImages, pretrained: pathlib.Path, size: int, channels: int
 ) -> tuple[ImageData, list[str], Scaling]:
     """The data, the names of its classes, and how its images become squares."""
     scaling = interop.load_scaling(pretrained)
@@ -182,7 +174,7 @@ def images(
     return data, class_names(f.data, f.data_dir), scaling
 
 
-def check_before(f: FineTuneVision, path: pathlib.Path, config: VisionTowerConfig) -> None:
+def check_before(f: FineTuneImages, path: pathlib.Path, config: VisionTowerConfig) -> None:
     """Refuses what can be refused before images and network are read.
 
     Raises:
@@ -192,7 +184,7 @@ def check_before(f: FineTuneVision, path: pathlib.Path, config: VisionTowerConfi
 
 
 def made(
-    f: FineTuneVision, path: pathlib.Path, config: VisionTowerConfig, num_classes: int | None = None
+    f: FineTuneImages, path: pathlib.Path, config: VisionTowerConfig, num_classes: int | None = None
 ) -> VisionTower:
     """The network with what is trained of it, and any weights; for what its shapes tell."""
     size = f.image_size or config.image_size
@@ -201,7 +193,7 @@ def made(
     return with_updates(f, VisionTower(config, rngs=nnx.Rngs(0)), path)
 
 
-def load(f: FineTuneVision, path: pathlib.Path, num_classes: int, size: int) -> VisionTower:
+def load(f: FineTuneImages, path: pathlib.Path, num_classes: int, size: int) -> VisionTower:
     """The network with a new head, and with what is trained of it; where it is trained."""
     model = interop.load_vision(path, num_classes=num_classes, image_size=size, **f.of_network)
     with_updates(f, model, path, print)
@@ -210,24 +202,18 @@ def load(f: FineTuneVision, path: pathlib.Path, num_classes: int, size: int) -> 
 
 
 def with_updates(
-    f: FineTuneVision,
+    f: FineTuneImages,
     model: VisionTower,
     path: pathlib.Path,
     tell: Callable[[str], None] = lambda told: None,
 ) -> VisionTower:
     """The network, of which low-rank updates and the head are trained, or all weights."""
-    if f.lora.adapter is not None:
-        paths = interop.load_adapter(model, f.lora.adapter, like=path)
+    if add_updates(f, model, path, tell):
+        # It is new, or goes with the updates.
         unfreeze(model.head)
-        tell(f"low-rank updates of {', '.join(paths)}, from {f.lora.adapter}")
-    elif f.lora.rank:
-        paths = add_updates(f.lora, model, path, f.train.seed)
-        # It is new, and knows nothing yet.
-        unfreeze(model.head)
-        tell(f"low-rank updates of {', '.join(paths)}, and a head")
     return model
 
 
 def command() -> None:
     """Runs :func:`main` from the command line."""
-    run(main, FineTuneVision, __doc__, told=logging.INFO)
+    run(main, FineTuneImages, __doc__, told=logging.INFO)

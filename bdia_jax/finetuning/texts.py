@@ -36,8 +36,7 @@ from flax import nnx
 from bdia_jax import interop
 from bdia_jax.data import Example, Tokenizer, load_tokenizer
 from bdia_jax.finetuning import text_data
-from bdia_jax.finetuning.settings import (
-    STEPS,
+from bdia_jax.finetuning.run import (
     add_updates,
     check_fits,
     described,
@@ -45,6 +44,7 @@ from bdia_jax.finetuning.settings import (
     of_run,
     tell_needs,
 )
+from bdia_jax.finetuning.settings import STEPS
 from bdia_jax.finetuning.text_settings import FineTune
 from bdia_jax.nn import (
     Decoder,
@@ -185,12 +185,7 @@ def with_updates(
     tell: Callable[[str], None] = lambda told: None,
 ) -> Decoder:
     """The model, of which low-rank updates are trained, or all weights, or all but some."""
-    if f.lora.adapter is not None:
-        paths = interop.load_adapter(model, f.lora.adapter, like=path)
-        tell(f"low-rank updates of {', '.join(paths)}, from {f.lora.adapter}")
-    elif f.lora.rank:
-        tell(f"low-rank updates of {', '.join(add_updates(f.lora, model, path, f.train.seed))}")
-    elif f.freeze_embedding:
+    if not add_updates(f, model, path, tell) and f.freeze_embedding:
         freeze(model, "^(embedding|positions|head)$")
     return model
 

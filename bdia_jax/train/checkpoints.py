@@ -80,7 +80,7 @@ def _fingerprint(tree: PyTree[Array]) -> UInt32[Array, ""]:
 def _without_a_word() -> Iterator[None]:
     """Orbax warns of every folder that is opened to be read only."""
     logger = logging.getLogger("absl")
-    logger.addFilter(refuses := lambda record: "read only" not in record.msg)
+    logger.addFilter(refuses := lambda record: "read only" not in str(record.msg))
     try:
         yield
     finally:

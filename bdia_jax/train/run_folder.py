@@ -53,6 +53,14 @@ LOCK = ".lock"
 """Held by the process that trains."""
 INDEX = "index"
 """Made before the run, and taken from there when it is resumed."""
+OWN = dict.fromkeys(
+    (
+        *("optimizer", "learning_rate", "schedule", "warmup_steps", "cooldown_steps"),
+        *("weight_decay", "decayed", "clip_norm", "clip_by"),
+    ),
+    "one given to train()",
+)
+"""Of the settings, those that an optimizer of one's own does not heed."""
 SOME = 8
 """Elements along each axis, at most, by which frozen weights are told from others."""
 
@@ -140,8 +148,7 @@ def describe_run(
     """What decides the weights that come out, as it comes back from JSON."""
     training = settings.described()
     if own_optimizer:
-        given = ("optimizer", "learning_rate", "schedule", "weight_decay", "clip_norm", "clip_by")
-        training |= dict.fromkeys(given, "of the optimizer given to train()")
+        training |= OWN
     # A task that computes some of its arrays has another name for what it was given.
     arrays = getattr(task, "given", task.arrays)()
     data = {"name": task.name, "best": task.best, "sha256": fingerprint(arrays)}
@@ -160,7 +167,7 @@ def some_of(model: nnx.Module, kinds: Any) -> dict[str, np.ndarray]:
     """
     state = nnx.state(model, kinds)
     found = {
-        jax.tree_util.keystr(path): leaf
+        jax.tree_util.keystr(path): jax.random.key_data(leaf) if _is_typed_key(leaf) else leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
     }
 
@@ -179,6 +186,11 @@ def some_of(model: nnx.Module, kinds: Any) -> dict[str, np.ndarray]:
     return jax.device_get(picked)
 
 
+def _is_typed_key(leaf: Any) -> bool:
+    """Whether it is an array of PRNG keys of the new style."""
+    return isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
 def check_same_run(
     folder: pathlib.Path, described: dict[str, Any], settings: TrainSettings
 ) -> None:
@@ -188,6 +200,9 @@ def check_same_run(
         for name in ("frozen", "variables"):
             if name in described:
                 found.setdefault(name, described[name])
+        if found["train"]["optimizer"] == OWN["optimizer"]:
+            # It wrote what the settings said, beside the optimizer.
+            found["train"] |= OWN
         _refuse_differences(folder, found, described, settings)
 
 

@@ -30,7 +30,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from bdia_jax import BDIA, interop
 from bdia_jax.data import Example, Tokenizer, pack, read_examples
 from bdia_jax.finetuning import texts
-from bdia_jax.finetuning.settings import LowRank, of_run
+from bdia_jax.finetuning.run import of_run
+from bdia_jax.finetuning.settings import LowRank
 from bdia_jax.finetuning.text_settings import FineTune
 from bdia_jax.nn import Decoder, generate, set_step
 from bdia_jax.nn.settings import Method
@@ -53,7 +54,7 @@ DEPENDS = (
     "bdia_jax/train/tasks/text.py",
     "bdia_jax/gamma.py",
     "bdia_jax/interop/gguf.py",
-    *(f"bdia_jax/finetuning/{name}.py" for name in ("settings", "text_data", "texts")),
+    *(f"bdia_jax/finetuning/{name}.py" for name in ("run", "settings", "text_data", "texts")),
     "experiments/measure/chats.py",
 )
 
