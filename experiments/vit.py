@@ -113,6 +113,8 @@ def write_result(e: Experiment, config: ViTConfig) -> None:
         return
     found = read_metrics(e.out)
     rows = [{"network": config.method} | line for line in found if line["split"] == "eval"]
+    if not rows:
+        return
     name = f"vit-{pathlib.Path(e.data).name}-{config.method}-{config.dtype}"
     records.write(name, rows, vision_tables.DEPENDS, settings=e, out=e.results)
 

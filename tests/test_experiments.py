@@ -119,6 +119,8 @@ def test_what_is_refused_changes_no_number():
         code.replace("        raise", "        x = 1\n        raise"),
     ):
         assert sources.bare(other) != sources.bare(code)
+    again = "try:\n    f()\nexcept E:\n    if a:\n        raise\n    g()\n"
+    assert sources.bare(again) != sources.bare(again.replace("if a", "if b"))
     caught = "try:\n    f()\nexcept E as e:\n    raise F('a') from e\n"
     assert sources.bare(caught) == sources.bare(caught.replace("'a'", "'b'"))
     assert sources.bare(caught) != sources.bare(caught.replace("raise F", "raise G"))
